@@ -1,0 +1,201 @@
+"""The ``psyche-fast`` command: parses, then one call.
+
+Nothing heavy is imported before a command runs, so that ``--help`` is instant. The flags of
+``train`` are made from the fields of ``RunConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import click
+
+from psyche_fast import __version__, lifecycle
+from psyche_fast.config import RunConfig, flag, read_toml
+
+TRACE = "PSYCHE_FAST_TRACE"
+"""Environment variable: set, an error is raised with its trace instead of said in one line."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="psyche-fast")
+def cli() -> None:
+    """Train LLMs over slow links with DisTrO, on one box or many."""
+
+
+def config_options(function: F) -> F:
+    """Adds one option for each field of ``RunConfig``."""
+    hints = get_type_hints(RunConfig)
+    for field in reversed(dataclasses.fields(RunConfig)):
+        kind = hints[field.name]
+        if get_origin(kind) in (Union, types.UnionType):
+            kind = next(k for k in get_args(kind) if k is not type(None))
+        names = [flag(field.name)]
+        options: dict[str, Any] = {"help": field.metadata["help"], "default": field.default}
+        options["show_default"] = field.default is not None
+        if kind is bool:
+            names = [f"{flag(field.name)}/{flag('no_' + field.name)}"]
+            options["show_default"] = False
+        elif get_origin(kind) is Literal:
+            options["type"] = click.Choice(get_args(kind))
+        else:
+            options["type"] = kind
+        function = click.option(*names, field.name, **options)(function)
+    return function
+
+
+def _resolve(context: click.Context, config: str | None, flags: dict[str, Any]) -> RunConfig:
+    """Defaults, then ``--config``, then the flags that were typed."""
+    values = {} if config is None else read_toml(config)
+    for name, value in flags.items():
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            values[name] = value
+    return RunConfig(**values)
+
+
+@cli.command()
+@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
+@click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
+@click.option("--python", is_flag=True, help="accepted for Psyche's command line: always on here")
+@config_options
+@click.pass_context
+def train(
+    context: click.Context, config: str | None, dry_run: bool, python: bool, **flags: Any
+) -> None:
+    """Train a model, as Psyche's train example does."""
+    resolved = _resolve(context, config, flags)
+    lifecycle.quiet_torch()
+    from psyche_fast.core.plan import make_plan
+
+    plan = make_plan(resolved)
+    for line in plan.summary:
+        click.echo(line, err=True)
+    if dry_run:
+        click.echo(resolved.to_toml(), nl=False)
+        return
+    from psyche_fast.core.run import run
+
+    result = run(plan)
+    click.echo(f"run         {result.output}")
+    click.echo(f"checkpoint  {result.checkpoint}")
+    if result.signal is not None:
+        sys.exit(128 + result.signal)
+
+
+@cli.command()
+@click.option("--max-steps", type=click.IntRange(min=1), help="steps to train (default: all)")
+@click.option("--output", type=click.Path(path_type=Path), help="default: runs/demo-DATE-TIME")
+@click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True,
+              help="DisTrO peers")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="as of train")
+def demo(max_steps: int | None, output: Path | None, replicas: int, device: str) -> None:
+    """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
+    lifecycle.quiet_torch()
+    from psyche_fast.core.demo import run_demo
+
+    run_demo(max_steps=max_steps, output=output, replicas=replicas, device=device)
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="folder to write")
+@click.option("--tokenizer", help="folder or hub id; left out: one is trained on the inputs")
+@click.option("--vocab-size", default=8192, show_default=True, type=click.IntRange(min=257),
+              help="of a tokenizer that is trained")  # fmt: skip
+@click.option("--token-size", type=click.Choice(["2", "4"]), help="bytes per token; default: fits")
+@click.option("--text-key", default="text", show_default=True, help="of jsonl and parquet")
+@click.option("--errors", type=click.Choice(["strict", "skip"]), default="strict",
+              show_default=True, help="text that is not UTF-8: an error, or left out")  # fmt: skip
+@click.option("--glob", "globs", multiple=True, help="which files of a folder, e.g. '*.py'")
+def tokenize(
+    inputs: tuple[Path, ...],
+    output: Path,
+    tokenizer: str | None,
+    vocab_size: int,
+    token_size: str | None,
+    text_key: str,
+    globs: tuple[str, ...],
+    errors: Literal["strict", "skip"],
+) -> None:
+    """Turn text files, folders, jsonl or Parquet into token files."""
+    lifecycle.quiet_torch()
+    from psyche_fast.data import find_files, iter_texts, load_tokenizer, tokenize_files
+    from psyche_fast.data import train_tokenizer as learn
+
+    if tokenizer is None:
+        files = find_files(inputs, globs or None)
+        chosen = learn(iter_texts(files, text_key=text_key, errors=errors), vocab_size)
+    else:
+        chosen = load_tokenizer(tokenizer)
+    summary = tokenize_files(
+        inputs,
+        chosen,
+        output,
+        token_size=int(token_size) if token_size else None,
+        text_key=text_key,
+        globs=globs or None,
+        errors=errors,
+        progress=sys.stderr.isatty(),
+    )
+    click.echo(
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens of {summary.token_size} bytes "
+        f"in {len(summary.files)} files -> {output}"
+    )
+
+
+@cli.command()
+@click.option("--main-host", envvar="PSYCHE_MAIN_HOST", required=True, show_envvar=True,
+              help="address of the core")  # fmt: skip
+@click.option("--port", default=34567, show_default=True, help="port of the core")
+@click.option("--world-size", type=int, envvar="PSYCHE_WORLD_SIZE", required=True,
+              show_envvar=True, help="all ranks of the run")  # fmt: skip
+@click.option("--start-rank", type=int, envvar="PSYCHE_START_RANK", required=True,
+              show_envvar=True, help="first rank on this machine")  # fmt: skip
+@click.option("--start-device", default=0, show_default=True, help="CUDA index of the first rank")
+@click.option("--num-local-ranks", type=int, help="ranks here (default: one per GPU, 1 on CPU)")
+@click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
+def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **options: Any) -> None:
+    """Run this machine's ranks of a run whose core is on another machine."""
+    from psyche_fast.core.launcher import launch_host
+
+    if num_local_ranks is None:
+        num_local_ranks = 1
+        if backend == "nccl":
+            import torch
+
+            num_local_ranks = torch.cuda.device_count() - start_device
+    launch_host(
+        start_device=start_device, num_local_ranks=num_local_ranks, backend=backend, **options
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
+    try:
+        cli.main(args=argv, prog_name="psyche-fast", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        _fail(str(error), 2, error)
+    except (RuntimeError, OSError) as error:
+        _fail(str(error), 1, error)
+
+
+def _fail(message: str, status: int, error: Exception | None = None) -> None:
+    if error is not None and os.environ.get(TRACE):
+        raise error
+    click.echo(f"psyche-fast: error: {message}", err=True)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""What replicas say to one another: results, and whether they still agree."""

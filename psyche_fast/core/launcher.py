@@ -1,0 +1,229 @@
+"""Spawning and watching sidecars, on the core's machine and on further ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from psyche_fast import lifecycle
+
+_POLL_SECONDS = 0.05
+_LAST_LINES = 8
+
+
+class SidecarFailed(RuntimeError):
+    """A sidecar ended before its time; the message names rank, exit and last words."""
+
+
+@dataclass
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+
+@dataclass
+class Sidecars:
+    """The sidecars that this process spawned.
+
+    Use as a context manager: whatever happens, none outlives it.
+    """
+
+    backend: str
+    init_method: str
+    world_size: int
+    environment: dict[str, str] = field(default_factory=dict)
+    _children: list[_Child] = field(default_factory=list)
+    _leash: tuple[int, int] = field(default_factory=os.pipe)
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _failed: threading.Event = field(default_factory=threading.Event)
+    _message: str = ""
+
+    def spawn(self, rank: int, device_index: int | None, log: Path | None) -> None:
+        """Starts one sidecar with the arguments that Psyche gives.
+
+        Must be called from the main thread: the child's death signal follows the spawning thread.
+
+        Args:
+            rank: its rank.
+            device_index: its CUDA index; None on CPU.
+            log: where its output goes; None for this process's own streams.
+        """
+        assert threading.current_thread() is threading.main_thread()
+        command = [sys.executable, "-m", "psyche_fast.sidecar"]
+        command += ["--parent-pid", str(os.getpid()), "--backend", self.backend]
+        command += ["--init-method", self.init_method, "--world-size", str(self.world_size)]
+        command += ["--rank", str(rank)]
+        if device_index is not None:
+            command += ["--device", str(device_index)]
+        reader = self._leash[0]
+        environment = {**os.environ, **self.environment, lifecycle.PARENT_PIPE: str(reader)}
+        output = None if log is None else log.open("wb")
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                pass_fds=(reader,),
+                # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+        self._children.append(_Child(rank, process, log))
+
+    def watch(self, grace: float) -> None:
+        """Looks at the sidecars from a thread of its own.
+
+        Args:
+            grace: seconds that the main thread has to notice a death by itself (gloo does, a
+                collective of NCCL would wait); then the thread ends the whole process.
+        """
+        threading.Thread(target=self._watch, args=(grace,), daemon=True).start()
+
+    def _watch(self, grace: float) -> None:
+        while not self._closing.wait(_POLL_SECONDS):
+            dead = [c for c in self._children if c.process.poll() is not None]
+            if not dead:
+                continue
+            # A rank that only lost another one is not the one to name.
+            time.sleep(_POLL_SECONDS)
+            dead = [c for c in self._children if c.process.poll() is not None]
+            dead.sort(key=lambda c: any("lost another rank" in line for line in _tail(c.log)))
+            self._message = _obituary(dead[0])
+            self._failed.set()
+            if not self._closing.wait(grace):
+                sys.stderr.write(f"psyche-fast: error: {self._message}\n")
+                sys.stderr.flush()
+                self.kill()
+                os._exit(1)
+            return
+
+    def failure(self, wait: float) -> str | None:
+        """Says which sidecar failed, waiting up to ``wait`` seconds for one to be noticed."""
+        return self._message if self._failed.wait(wait) else None
+
+    def join(self, timeout: float) -> None:
+        """Waits for all to exit by themselves.
+
+        Raises:
+            SidecarFailed: one did not, or not with status 0.
+        """
+        self._closing.set()
+        deadline = time.monotonic() + timeout
+        for child in self._children:
+            try:
+                code = child.process.wait(max(deadline - time.monotonic(), 0.01))
+            except subprocess.TimeoutExpired:
+                raise SidecarFailed(
+                    f"rank {child.rank} (pid {child.process.pid}) did not exit within {timeout:g} s"
+                ) from None
+            if code != 0:
+                raise SidecarFailed(_obituary(child))
+
+    def wait(self) -> None:
+        """Waits until all have exited with status 0, or one has failed.
+
+        Raises:
+            SidecarFailed: naming the one that failed.
+        """
+        while any(c.process.poll() is None for c in self._children):
+            failed = [c for c in self._children if c.process.poll() not in (None, 0)]
+            if failed:
+                raise SidecarFailed(_obituary(failed[0]))
+            time.sleep(_POLL_SECONDS)
+        self.join(0.1)
+
+    def kill(self) -> None:
+        """Ends all that still run, at once."""
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGKILL)
+        for child in self._children:
+            child.process.wait()
+
+    def __enter__(self) -> Sidecars:
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends what still runs."""
+        self._closing.set()
+        self.kill()
+        for descriptor in self._leash:
+            os.close(descriptor)
+
+
+def _tail(log: Path | None) -> list[str]:
+    if log is None:
+        return []
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(file.tell() - 8192, 0))
+        text = file.read().decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+
+
+def _obituary(child: _Child) -> str:
+    how = lifecycle.describe_exit(child.process.wait())
+    head = f"rank {child.rank} (pid {child.process.pid}) ended: {how}"
+    lines = _tail(child.log)
+    if not lines:
+        return head
+    return f"{head}; the end of {child.log}:\n  " + "\n  ".join(lines)
+
+
+def launch_host(
+    main_host: str,
+    port: int,
+    world_size: int,
+    start_rank: int,
+    start_device: int,
+    num_local_ranks: int,
+    backend: str,
+) -> None:
+    """Runs this machine's share of a run whose core is on another machine.
+
+    Args:
+        main_host: the core's address.
+        port: the core's port.
+        world_size: all ranks of the run.
+        start_rank: the first rank here.
+        start_device: CUDA index of the first rank here (nccl).
+        num_local_ranks: how many ranks here.
+        backend: ``nccl`` or ``gloo``.
+
+    Raises:
+        ValueError: ranks out of range.
+        SidecarFailed: one of them failed.
+    """
+    last = start_rank + num_local_ranks - 1
+    if start_rank < 1 or num_local_ranks < 1 or last >= world_size:
+        raise ValueError(
+            f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
+            "0, further machines have 1 and up (--start-rank, --num-local-ranks)"
+        )
+    host = f"[{main_host}]" if ":" in main_host else main_host
+    with Sidecars(backend, f"tcp://{host}:{port}", world_size) as sidecars:
+        stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
+        signal.signal(signal.SIGTERM, stop)
+        for at in range(num_local_ranks):
+            sidecars.spawn(
+                start_rank + at, start_device + at if backend == "nccl" else None, log=None
+            )
+        sidecars.wait()
+
+
+def local_ranks(world_size: int, ranks_here: int) -> Sequence[int]:
+    """Ranks of the sidecars on the core's own machine."""
+    return range(1, min(ranks_here, world_size))

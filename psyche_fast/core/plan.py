@@ -1,0 +1,100 @@
+"""Everything that can be wrong with a run, found before anything is spawned or written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from psyche_fast.config import RunConfig
+from psyche_fast.data import Dataset, open_dataset
+from psyche_fast.devices import Devices, choose_devices, cores
+from psyche_fast.metrics.formatting import format_count
+from psyche_fast.models import choose_attention
+from psyche_fast.models.source import FilesSource, check_model, resolve_model
+from psyche_fast.protocol.messages import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start.
+
+    Attributes:
+        config: as the user gave it.
+        source: the model's files.
+        dataset: the data, opened.
+        devices: of the ranks on this machine.
+        settings: what sidecars are told beyond Psyche's protocol.
+        summary: lines for the user.
+    """
+
+    config: RunConfig
+    source: FilesSource
+    dataset: Dataset
+    devices: Devices
+    settings: Settings
+    summary: tuple[str, ...]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Resolves and checks a run.
+
+    Raises:
+        ValueError: what is wrong, in one line with its flag.
+    """
+    if config.output is not None:
+        _check_output(Path(config.output), config.start_step)
+    devices = choose_devices(config.device, config.ranks_here)
+    attention = choose_attention(config.attn_implementation, devices.devices[0].type)
+    source = resolve_model(config.model)
+    model = check_model(source, config.python_arch)
+    dataset = open_dataset(
+        config.data_path,
+        token_size=config.token_size,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+    )
+    vocabulary = model.config.get("vocab_size")
+    if isinstance(vocabulary, int):
+        dataset.check_vocabulary(vocabulary)
+    on_cpu = devices.backend == "gloo"
+    threads = config.threads or (max(1, cores() // config.ranks_here) if on_cpu else 0)
+    settings = Settings(
+        replicas=config.replicas,
+        param_dtype=config.param_dtype,
+        attn_implementation=attention,
+        sequence_length=config.sequence_length,
+        activation_checkpointing=config.activation_checkpointing,
+        liger=config.liger,
+        optim_stats=config.optim_stats,
+        check_every=config.check_every,
+        threads=threads or None,
+    )
+    needed = config.total_steps * config.total_batch
+    passes = needed / len(dataset)
+    again = f", read {passes:.1f} times" if passes > 1 else ""
+    optimizer = "AdamW"
+    if config.distro:
+        bits = ", 1 bit" if config.distro_quantization else ""
+        optimizer = f"DisTrO (top {config.compression_topk} of {config.compression_chunk}^2{bits})"
+    summary = (
+        f"model    {config.model}: {model.model_type or config.python_arch}, "
+        f"{format_count(model.num_parameters)} parameters",
+        f"data     {config.data_path}: {format_count(len(dataset))} sequences of "
+        f"{config.sequence_length} tokens, {format_count(needed)} needed{again}",
+        f"ranks    {config.replicas} replicas x {config.data_parallelism} data x "
+        f"{config.tensor_parallelism} tensor parallel on {devices.describe()}"
+        + (f", {threads} threads each" if threads else ""),
+        f"training {optimizer}, {config.param_dtype}, {attention} attention, "
+        f"{math.ceil(config.total_batch / config.replicas)} sequences per replica and step",
+    )
+    return Plan(config, source, dataset, devices, settings, summary)
+
+
+def _check_output(output: Path, start_step: int) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is there and is not a folder")
+    if start_step == 1 and (output / "metrics.jsonl").exists():
+        raise ValueError(
+            f"--output {output} already holds a run; name another folder, or --start-step to go on"
+        )

@@ -1,0 +1,299 @@
+"""The step loop of rank 0."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from psyche_fast import lifecycle, runtime
+from psyche_fast.batch import Batch
+from psyche_fast.config import RunConfig, optimizer_to_json
+from psyche_fast.core.launcher import SidecarFailed, Sidecars, local_ranks
+from psyche_fast.core.plan import Plan
+from psyche_fast.core.signals import StopRequest, stop_on_signal
+from psyche_fast.data import BatchPrefetcher
+from psyche_fast.metrics import (
+    Console,
+    MetricsWriter,
+    PhaseTimer,
+    make_tracker,
+    memory_bytes,
+    plot_run,
+)
+from psyche_fast.protocol import messages
+from psyche_fast.protocol.store import CoreStore, listen
+from psyche_fast.protocol.tensors import send_batch
+from psyche_fast.sidecar import TIMEOUT, explain
+from psyche_fast.training.checkpoint import atomic_folder, save_model
+from psyche_fast.training.trainer import Trainer
+
+log = logging.getLogger("psyche_fast.core")
+
+_DEATH_SECONDS = 3.0
+"""How long a failing core looks for the sidecar whose death is the cause."""
+_EXIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        output: the run directory.
+        checkpoint: the last checkpoint.
+        last_step: the last step that was trained.
+        signal: what stopped it early, if anything.
+    """
+
+    output: Path
+    checkpoint: Path | None
+    last_step: int
+    signal: int | None
+
+
+def run(plan: Plan) -> RunResult:
+    """Runs a plan to its end.
+
+    Raises:
+        SidecarFailed: a sidecar ended; the message names it.
+        RuntimeError: replicas that differ, a lost machine, no memory.
+        OSError: the run directory or the last checkpoint cannot be written.
+    """
+    config = plan.config
+    name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
+    output = Path(config.output or name)
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    (output / "config.toml").write_text(config.to_toml())
+    handler = logging.FileHandler(output / "logs" / "rank-0.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s rank 0 %(levelname)s %(message)s"))
+    logging.getLogger("psyche_fast").addHandler(handler)
+    logging.getLogger("psyche_fast").setLevel(logging.INFO)
+    try:
+        return _Core(plan, output).run()
+    finally:
+        logging.getLogger("psyche_fast").removeHandler(handler)
+        handler.close()
+
+
+class _Core:
+    def __init__(self, plan: Plan, output: Path) -> None:
+        self.plan = plan
+        self.config: RunConfig = plan.config
+        self.output = output
+        self.device = plan.devices.devices[0]
+        self.timeout = timedelta(seconds=self.config.timeout)
+        self.console = Console(self.config.total_steps, self.config.start_step)
+        self.timer = PhaseTimer()
+
+    def run(self) -> RunResult:
+        config, plan = self.config, self.plan
+        sock = listen(config.host, config.port)
+        host, port = sock.getsockname()[:2]
+        lifecycle.use_loopback(host)
+        environment = {TIMEOUT: str(config.timeout)}
+        if plan.settings.threads:
+            environment["OMP_NUM_THREADS"] = str(plan.settings.threads)
+        address = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+        with ExitStack() as stack:
+            stack.enter_context(self.console)
+            sidecars = stack.enter_context(
+                Sidecars(plan.devices.backend, address, config.world_size, environment)
+            )
+            stop = stack.enter_context(stop_on_signal(self.console.message, sidecars.kill))
+            for rank in local_ranks(config.world_size, config.ranks_here):
+                device = plan.devices.devices[rank]
+                log_file = self.output / "logs" / f"rank-{rank}.log"
+                sidecars.spawn(rank, device.index, log_file)
+            sidecars.watch(grace=_DEATH_SECONDS + 2)
+            missing = config.world_size - config.ranks_here
+            if missing:
+                self.console.message(
+                    f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
+                    f"--main-host {host} --port {port} --world-size {config.world_size} "
+                    f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
+                    f"--backend {plan.devices.backend}"
+                )
+            store = CoreStore(sock, config.world_size, self.timeout)
+            try:
+                result = self._train(store, stop)
+                sidecars.join(_EXIT_SECONDS)
+            except SidecarFailed:
+                raise
+            except Exception as error:
+                message = sidecars.failure(_DEATH_SECONDS if _lost_a_rank(error) else 0.2)
+                if message is None:
+                    if isinstance(error, ValueError | OSError):
+                        raise
+                    log.info("where it happened:", exc_info=True)
+                    message = explain(error)
+                raise SidecarFailed(message) from error
+            return result
+
+    def _train(self, store: CoreStore, stop: StopRequest) -> RunResult:
+        config, plan, device = self.config, self.plan, self.device
+        store.publish_model(
+            config.python_arch,
+            plan.source,
+            config.data_parallelism,
+            config.tensor_parallelism,
+            plan.settings,
+            str(Path.home()),
+        )
+        runtime.join(
+            plan.devices.backend, store.store, config.world_size, 0, device, self.timeout
+        )
+        torch.manual_seed(1337)  # as the sidecars do
+        model, topology = runtime.load(
+            config.python_arch,
+            plan.source,
+            config.data_parallelism,
+            config.tensor_parallelism,
+            plan.settings,
+            device,
+        )
+        operation = messages.Hyperparameters(
+            lr_scheduler=config.lr_scheduler(),
+            optimizer=optimizer_to_json(config.optimizer()),
+            micro_batch_size=config.micro_batch * config.data_parallelism,
+            grad_accum_in_fp32=config.grad_accum_in_fp32,
+        )
+        store.publish(operation, device)
+        trainer = runtime.build_trainer(model, topology, operation, plan.settings)
+        log.info("training begins")
+        loop = _Loop(self, store, trainer)
+        checkpoint = None
+        with (
+            MetricsWriter(
+                self.output / "metrics.jsonl", drop_from_step=config.start_step
+            ) as writer,
+            BatchPrefetcher(
+                plan.dataset, config.total_batch, config.start_step, config.total_steps
+            ) as batches,
+        ):
+            tracker = make_tracker(config.tracker, self.output, config.to_dict())
+            step = config.start_step
+            while step <= config.total_steps:
+                with self.timer.phase("data"):
+                    _, batch = next(batches)
+                metrics = loop.step(step, batch)
+                last = step == config.total_steps or stop.signal is not None
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if last or due:
+                    checkpoint = self._checkpoint(loop, step, must=last) or checkpoint
+                writer.write(metrics)
+                tracker.log(step, metrics)
+                self.console.step(metrics)
+                if last:
+                    break
+                step += 1
+            tracker.finish()
+        if config.save_path is not None and checkpoint is not None:
+            with atomic_folder(Path(config.save_path)) as folder:
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        store.publish(messages.Exit(), device)
+        dist.destroy_process_group()
+        plot_run(self.output)
+        return RunResult(self.output, checkpoint, step, stop.signal)
+
+    def _checkpoint(self, loop: _Loop, step: int, *, must: bool) -> Path | None:
+        path = self.output / "checkpoints" / f"step-{step:06d}"
+        try:
+            with self.timer.phase("checkpoint"):
+                loop.save(path)
+        except OSError as error:
+            if must:
+                raise
+            # A full disk is no reason to lose the run: older checkpoints are untouched.
+            self.console.message(f"checkpoint of step {step} not written: {error}; going on")
+            log.warning("checkpoint of step %d not written: %s", step, error)
+            return None
+        return path
+
+
+class _Loop:
+    """One step: send, train, exchange, optimise, account."""
+
+    def __init__(self, core: _Core, store: CoreStore, trainer: Trainer) -> None:
+        self._config = core.config
+        self._timer = core.timer
+        self._device = core.device
+        self._store = store
+        self._trainer = trainer
+        self._side_files = core.plan.source.side_files
+        self._first = core.config.start_step
+        tokens = core.config.total_batch * core.config.sequence_length
+        self._num_tokens = (self._first - 1) * tokens
+        parameters = trainer.parameters.values()
+        # One copy of the gradient in the parameters' type: what a dense exchange sends at least.
+        dense = sum(p.numel() * p.element_size() for p in parameters)
+        self._dense_bytes = dense if core.config.replicas > 1 else 0
+        self._began = time.perf_counter()
+
+    def _publish(self, operation: messages.Operation) -> None:
+        self._store.publish(operation, self._device)
+
+    def step(self, step: int, batch: Batch) -> dict[str, object]:
+        trainer, timer = self._trainer, self._timer
+        with timer.phase("send"):
+            self._publish(
+                messages.Train(
+                    step=step,
+                    zero_optim=False,
+                    batch_id=((step - 1) * batch.rows, step * batch.rows - 1),
+                    batch_shape=(batch.rows, batch.input_ids.shape[1]),
+                    batch_has_labels=batch.labels is not None,
+                    batch_has_position_ids=batch.position_ids is not None,
+                    batch_sequence_lengths=batch.sequence_lengths,
+                )
+            )
+            batch = send_batch(batch, self._device)
+        with timer.phase("train"):
+            output = trainer.train(step, batch)
+        with timer.phase("loss"):
+            dist.all_reduce(output.loss)
+            left_out, refused = runtime.counts(output, trainer.topology, self._device)
+        # DisTrO's results land one step late: nothing is applied after the very first train.
+        if not self._config.distro or step > self._first:
+            with timer.phase("optimize"):
+                self._publish(messages.Optimize(step=step))
+                trainer.optimize(step)
+        self._num_tokens += batch.input_ids.numel()
+        world = self._config.world_size
+        loss = float(output.loss) / world / max(output.real_rows, 1e-9)
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": float(output.grad_norm),
+            "learning_rate": trainer.learning_rate(step),
+            "num_tokens": self._num_tokens,
+            "tokens_per_second": batch.input_ids.numel() / seconds,
+            "step_seconds": seconds,
+            "seconds": timer.take(),
+            "bytes_sent": trainer.bytes_sent,
+            "dense_bytes": self._dense_bytes,
+            "nonfinite_losses": left_out,
+            "refused_gradients": refused,
+            "memory": memory_bytes(self._device),
+            **({"optim_stats": trainer.stats} if trainer.stats else {}),
+        }
+
+    def save(self, path: Path) -> None:
+        self._publish(messages.Extract())
+        save_model(path, self._trainer.model, self._trainer.extract(), self._side_files)
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    return isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, ValueError)
+
+

@@ -1,0 +1,240 @@
+"""Documents of text files, JSON lines and Parquet files, read in pieces of bounded size."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_GLOBS = (
+    "*.txt", "*.text", "*.md", "*.markdown", "*.rst", "*.tex", "*.html", "*.py", "*.pyi",
+    "*.c", "*.h", "*.cc", "*.cpp", "*.hpp", "*.cu", "*.rs", "*.go", "*.java", "*.js", "*.ts",
+    "*.sh", "*.toml", "*.yaml", "*.yml",
+)  # fmt: skip
+DEFAULT_GLOBS = (*TEXT_GLOBS, *(f"*{s}" for s in JSON_LINES_SUFFIXES), "*.parquet")
+
+# A longer document is given out in pieces: a tokenizer needs 100 to 200 bytes of memory a token.
+PIECE_CHARACTERS = 1 << 18
+_HARD_LIMIT = 16
+# A line break between two visible characters. The pre-tokenizers of GPT-2 and its successors never
+# join what stands before it and what stands after it, so cutting here leaves the tokens unchanged.
+_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one."""
+
+    text: str
+    ends_document: bool
+    read_bytes: int
+    """Bytes of the input file that were read for it, for the progress bar."""
+
+
+def find_files(inputs: Sequence[str | Path], globs: Sequence[str] | None = None) -> list[Path]:
+    """Input files: those named, and below folders those that match a pattern.
+
+    Args:
+        inputs: files and folders. A file that is named is taken whatever it is called.
+        globs: patterns for the names of files in folders, all levels down; None for the usual
+            suffixes of text and source code, `.jsonl`, `.ndjson` and `.parquet`. Names that begin
+            with a dot are left out.
+
+    Returns:
+        The files in the order of `inputs`, those of a folder sorted by path.
+
+    Raises:
+        FileNotFoundError: if an input does not exist.
+        ValueError: if there are no inputs, or a folder holds no matching file.
+    """
+    if not inputs:
+        raise ValueError("no input to tokenize: name at least one file or folder")
+    patterns = DEFAULT_GLOBS if globs is None else tuple(globs)
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            found = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
+            found = {
+                p for p in found if not any(s.startswith(".") for s in p.relative_to(path).parts)
+            }
+            if not found:
+                raise ValueError(f"no file in {path} matches {' '.join(patterns)} (--glob)")
+            files += sorted(found)
+        else:
+            raise FileNotFoundError(f"no such file or directory: {path}")
+    return files
+
+
+def iter_pieces(
+    path: Path, *, text_key: str = "text", errors: Literal["strict", "skip"] = "strict"
+) -> Iterator[Piece]:
+    """Documents of one file, by its suffix: JSON lines, Parquet, else one document of UTF-8 text.
+
+    Line ends and a byte order mark are kept as they are. A document longer than `PIECE_CHARACTERS`
+    comes in several pieces, cut at line breaks.
+
+    Args:
+        path: the file.
+        text_key: key (JSON lines) or column (Parquet) of the text.
+        errors: what to do with text that is not UTF-8: raise, or leave the text file or the JSON
+            line out with a warning.
+
+    Raises:
+        ValueError: with the file and the line or row, for text that is not UTF-8 (`strict`), lines
+            that are not JSON objects, a missing key or column, or text that is not a string.
+    """
+    if errors not in ("strict", "skip"):
+        raise ValueError(f"errors (--errors) must be strict or skip, got {errors!r}")
+    if path.suffix in JSON_LINES_SUFFIXES:
+        return _json_lines(path, text_key, errors)
+    if path.suffix == ".parquet":
+        return _parquet(path, text_key)
+    return _text_file(path, errors)
+
+
+def iter_texts(
+    inputs: Sequence[str | Path],
+    *,
+    text_key: str = "text",
+    globs: Sequence[str] | None = None,
+    errors: Literal["strict", "skip"] = "strict",
+) -> Iterator[str]:
+    """The text of all inputs in pieces, as `train_tokenizer` takes it."""
+    for path in find_files(inputs, globs):
+        for piece in iter_pieces(path, text_key=text_key, errors=errors):
+            yield piece.text
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of a text; the last is never empty unless the text is."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = _cut_position(text, start)
+        if end is None:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _pieces(text: str, read_bytes: int) -> Iterator[Piece]:
+    """A whole document in pieces; the bytes read count with the last."""
+    *parts, last = _cut(text)
+    for part in parts:
+        yield Piece(part, ends_document=False, read_bytes=0)
+    yield Piece(last, ends_document=True, read_bytes=read_bytes)
+
+
+def _cut_position(text: str, start: int) -> int | None:
+    """Where to cut `text` after `start`: a safe place, at last any, None if there is none yet."""
+    safe = _SAFE_CUT.search(text, start + PIECE_CHARACTERS // 2)
+    if safe is not None and safe.end() - start <= _HARD_LIMIT * PIECE_CHARACTERS:
+        return safe.end()
+    if len(text) - start > _HARD_LIMIT * PIECE_CHARACTERS:
+        return start + _HARD_LIMIT * PIECE_CHARACTERS
+    return None
+
+
+def _text_file(path: Path, errors: str) -> Iterator[Piece]:
+    if errors == "skip" and not _is_utf8(path):
+        logger.warning("%s is left out: it is not UTF-8 text", path)
+        return
+    rest = ""
+    # newline="" keeps \r\n and \r as they are, so a piece has as many bytes as were read for it.
+    with path.open(encoding="utf-8", errors="strict", newline="") as file:
+        while read := _read_text(path, file):
+            *whole, rest = _cut(rest + read)
+            for text in whole:
+                yield Piece(text, ends_document=False, read_bytes=len(text.encode()))
+    if rest:
+        yield Piece(rest, ends_document=True, read_bytes=len(rest.encode()))
+
+
+def _read_text(path: Path, file: TextIO) -> str:
+    try:
+        return file.read(PIECE_CHARACTERS)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason}): convert it or leave such files out "
+            "(--errors skip)"
+        ) from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", errors="strict", newline="") as file:
+            while file.read(PIECE_CHARACTERS):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json_lines(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                text = record[text_key] if isinstance(record, dict) else None
+                if isinstance(text, str):
+                    text.encode("utf-8")  # JSON's \ud800 escapes can spell what UTF-8 cannot
+            except UnicodeError:
+                if errors == "skip":
+                    logger.warning("%s, line %d is left out: it is not UTF-8 text", path, number)
+                    continue
+                raise ValueError(
+                    f"{path}, line {number} is not UTF-8 text: convert it or leave such lines out "
+                    "(--errors skip)"
+                ) from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            except KeyError:
+                raise ValueError(
+                    f"{path}, line {number} has no key {text_key!r}, only {sorted(record)} "
+                    "(--text-key)"
+                ) from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object")
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{path}, line {number}: {text_key!r} is a {type(text).__name__}, expected text"
+                )
+            yield from _pieces(text, len(line))
+
+
+def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if text_key not in schema.names:
+                raise ValueError(
+                    f"{path} has no column {text_key!r}, only {schema.names} (--text-key)"
+                )
+            kind = schema.field(text_key).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise ValueError(f"{path}: column {text_key!r} is {kind}, expected text")
+            size, rows = path.stat().st_size, file.metadata.num_rows
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    if text is None:
+                        raise ValueError(f"{path}, row {row}: {text_key!r} has no value")
+                    row += 1
+                    # The file's size in equal parts, with no rounding left over at the end.
+                    yield from _pieces(text, size * row // rows - size * (row - 1) // rows)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None

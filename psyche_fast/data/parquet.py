@@ -1,0 +1,269 @@
+"""Preprocessed Parquet data, as Psyche's preprocessed data provider reads it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from psyche_fast.data.order import shuffled_order
+from psyche_fast.data.samples import Sample, check_range, check_token_ids
+
+_FIXED_COLUMNS = ("inputs", "labels", "position_ids")
+_COLUMNS = (*_FIXED_COLUMNS, "sequence_lengths")
+
+
+@dataclass(frozen=True, slots=True)
+class _RowGroup:
+    path: Path
+    index: int
+    """Number of the row group in its file."""
+    first_row: int
+    """Row of the file with which it begins."""
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """The columns of one row group."""
+
+    fixed: dict[str, np.ndarray]
+    """Column name -> integers `[rows, L]`."""
+    lengths: tuple[np.ndarray, np.ndarray] | None
+    """`sequence_lengths`: all values, and per row the offsets `[rows + 1]` into them."""
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [*self.fixed.values(), *(self.lengths or ())]
+        return sum(a.nbytes for a in arrays)
+
+
+def train_files(path: str | Path) -> list[Path]:
+    """Parquet files of the train split below `path`, sorted.
+
+    `path` may be one Parquet file. In a directory they are the files of every folder named `train`
+    or `train-*` (`path` itself included); where there is no such folder, those whose own names
+    begin with `train`.
+
+    Raises:
+        FileNotFoundError: if `path` does not exist.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path} (--data-path)")
+    if path.is_file():
+        return [path] if path.suffix == ".parquet" else []
+    found = sorted(p for p in path.rglob("*.parquet") if p.is_file())
+
+    def is_train(name: str) -> bool:
+        return name == "train" or name.startswith("train-")
+
+    in_folder = [p for p in found if is_train(p.absolute().parent.name)]
+    return in_folder or [p for p in found if p.name.startswith("train")]
+
+
+class ParquetDataset:
+    """Rows of Parquet files, one training sequence each.
+
+    Column `inputs` is required; `labels` and `position_ids` are optional and, like it, hold exactly
+    L integers a row; `sequence_lengths` (optional, any length) holds the lengths of the documents
+    packed into the row. Sample ids wrap around modulo the number of rows.
+
+    Row groups are decoded when first asked for and kept, up to `cache_bytes` altogether, the least
+    recently used dropped first. With a seed every batch touches many row groups, so data larger
+    than the cache is decoded over and over: write it with small row groups, or shuffled and train
+    without a seed.
+
+    Args:
+        path: a directory (see `train_files`) or one Parquet file (`--data-path`).
+        sequence_length: integers to a row, L (`--sequence-length`).
+        seed: 32-bit seed of the order, see `shuffled_order`; None keeps the order of the rows.
+        cache_bytes: how much decoded data is kept; the row group in use is kept in any case.
+
+    Raises:
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if there is no train split or no row in it, a file is no Parquet file, columns
+            are missing, of a wrong type or not the same in all files, or rows are not L long.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        sequence_length: int,
+        seed: int | None = None,
+        *,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        if sequence_length < 1:
+            raise ValueError(
+                f"the sequence length (--sequence-length) must be at least 1, got {sequence_length}"
+            )
+        self.path = Path(path)
+        self.sequence_length = sequence_length
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[int, _Decoded] = OrderedDict()
+        self._columns, self._groups = self._index_files()
+        # _ends[g] is the number of rows in the row groups up to and with group g.
+        self._ends = np.cumsum([group.rows for group in self._groups]).tolist()
+        self._decode(0)  # so that a wrong sequence length shows before training starts
+        self._order = None if seed is None else shuffled_order(len(self), seed)
+
+    def _index_files(self) -> tuple[list[str], list[_RowGroup]]:
+        paths = train_files(self.path)
+        if not paths:
+            raise ValueError(
+                f"no Parquet files of a train split in {self.path} (--data-path): "
+                "expected a folder train or train-*, or files whose names begin with train"
+            )
+        columns: list[str] | None = None
+        groups: list[_RowGroup] = []
+        for path in paths:
+            try:
+                metadata = pq.read_metadata(path)
+                schema = metadata.schema.to_arrow_schema()
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
+            found = self._check_schema(path, schema)
+            if columns is not None and found != columns:
+                raise ValueError(f"{path} has columns {found}, {paths[0]} has {columns}")
+            columns = found
+            row = 0
+            for index in range(metadata.num_row_groups):
+                rows = metadata.row_group(index).num_rows
+                if rows:
+                    groups.append(_RowGroup(path, index, row, rows))
+                row += rows
+        if not groups:
+            raise ValueError(f"no rows in the train split of {self.path} (--data-path)")
+        assert columns is not None
+        return columns, groups
+
+    @staticmethod
+    def _check_schema(path: Path, schema: pa.Schema) -> list[str]:
+        columns = [name for name in _COLUMNS if name in schema.names]
+        if "inputs" not in columns:
+            raise ValueError(f"{path} has no column 'inputs', only {schema.names}")
+        for name in columns:
+            kind = schema.field(name).type
+            is_list = (
+                pa.types.is_list(kind)
+                or pa.types.is_large_list(kind)
+                or pa.types.is_fixed_size_list(kind)
+            )
+            if not is_list or not pa.types.is_integer(kind.value_type):
+                raise ValueError(f"{path}: column '{name}' is {kind}, expected lists of integers")
+        return columns
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def get_samples(self, first: int, last: int) -> list[Sample]:
+        """Samples `first` to `last`, both included, in the (seeded) order, modulo the row count.
+
+        Raises:
+            ValueError: if the range is empty, or a row read is not L long.
+        """
+        check_range(first, last)
+        rows = [self._row(i % len(self)) for i in range(first, last + 1)]
+        samples: dict[int, Sample] = {}
+        # Row group by row group, so that each is decoded once whatever the cache holds.
+        for row in sorted(set(rows)):
+            samples[row] = self._sample(row)
+        return [samples[row] for row in rows]
+
+    def _row(self, sample_id: int) -> int:
+        return sample_id if self._order is None else int(self._order[sample_id])
+
+    def _sample(self, row: int) -> Sample:
+        which = bisect_right(self._ends, row)
+        decoded = self._decode(which)
+        at = row - (self._ends[which - 1] if which else 0)
+        tensors = {
+            name: torch.from_numpy(values[at].astype(np.int64))
+            for name, values in decoded.fixed.items()
+        }
+        lengths = None
+        if decoded.lengths is not None:
+            values, offsets = decoded.lengths
+            lengths = tuple(values[offsets[at] : offsets[at + 1]].tolist())
+        input_ids = tensors["inputs"]
+        labels = tensors.get("labels", input_ids)
+        return Sample(input_ids, labels, tensors.get("position_ids"), lengths)
+
+    def _decode(self, which: int) -> _Decoded:
+        if which in self._cache:
+            self._cache.move_to_end(which)
+            return self._cache[which]
+        group = self._groups[which]
+        try:
+            with pq.ParquetFile(group.path) as file:
+                table = file.read_row_group(group.index, columns=self._columns)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"cannot read {group.path}: {error}") from None
+        fixed = {
+            name: self._fixed_column(group, name, table.column(name))
+            for name in self._columns
+            if name in _FIXED_COLUMNS
+        }
+        lengths = None
+        if "sequence_lengths" in self._columns:
+            values, counts = _flatten(group, "sequence_lengths", table.column("sequence_lengths"))
+            lengths = (values, np.concatenate(([0], np.cumsum(counts))))
+        decoded = _Decoded(fixed, lengths)
+        self._cache[which] = decoded
+        while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return decoded
+
+    def _cached_bytes(self) -> int:
+        return sum(decoded.nbytes for decoded in self._cache.values())
+
+    def _fixed_column(self, group: _RowGroup, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        values, counts = _flatten(group, name, column)
+        wrong = np.flatnonzero(counts != self.sequence_length)
+        if wrong.size:
+            at = int(wrong[0])
+            raise ValueError(
+                f"{group.path}, row {group.first_row + at}, column '{name}': {counts[at]} "
+                f"integers, expected {self.sequence_length} (--sequence-length)"
+            )
+        return values.reshape(group.rows, self.sequence_length)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Look at the inputs of the first row group.
+
+        Raises:
+            ValueError: if a token id is not below `vocab_size`.
+        """
+        inputs = self._decode(0).fixed["inputs"]
+        check_token_ids(inputs, vocab_size, str(self._groups[0].path))
+
+
+def _flatten(group: _RowGroup, name: str, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """All integers of a list column, and per row how many of them are its own."""
+    values, counts = [], []
+    row = group.first_row
+    for chunk in column.chunks:
+        missing = chunk.is_null().to_numpy(zero_copy_only=False)
+        if missing.any():
+            raise ValueError(
+                f"{group.path}, row {row + int(missing.argmax())}, column '{name}': no value"
+            )
+        flat = chunk.flatten()
+        lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
+        if flat.null_count:
+            at = int(flat.is_null().to_numpy(zero_copy_only=False).argmax())
+            holder = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise ValueError(
+                f"{group.path}, row {row + holder}, column '{name}': a missing integer"
+            )
+        values.append(flat.to_numpy(zero_copy_only=False))
+        counts.append(lengths)
+        row += len(chunk)
+    return np.concatenate(values), np.concatenate(counts)

@@ -1,0 +1,101 @@
+"""What a data set yields: one `Sample` per sequence, collated into the `Batch` of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from psyche_fast.batch import Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One training sequence of L tokens."""
+
+    input_ids: torch.Tensor
+    """`int64 [L]` token ids."""
+
+    labels: torch.Tensor
+    """`int64 [L]`, aligned with `input_ids` (the model shifts); the same tensor object as
+    `input_ids` where the data has no labels of its own."""
+
+    position_ids: torch.Tensor | None = None
+    """`int64 [L]`, or None where the data has none."""
+
+    sequence_lengths: tuple[int, ...] | None = None
+    """Lengths of the documents packed into the sequence, or None where the data has none."""
+
+
+class Dataset(Protocol):
+    """What the prefetcher and the core need of a data set."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Number of sequences, at least 1."""
+        ...
+
+    def get_samples(self, first: int, last: int) -> list[Sample]:
+        """Samples `first` to `last`, both included."""
+        ...
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if a look at the data finds a token id that the model lacks."""
+        ...
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one data set.
+
+    Args:
+        samples: at least one; all of one length, and each optional field present in all or in none.
+
+    Raises:
+        ValueError: if there are no samples, their lengths differ, or an optional field is present
+            in some only: what an absent field means is the trainer's to decide, none is made up.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    lengths = {len(sample.input_ids) for sample in samples}
+    if len(lengths) > 1:
+        raise ValueError(f"samples of one batch must have one length, got {sorted(lengths)}")
+
+    def all_or_none(name: str, present: list[bool]) -> bool:
+        if any(present) and not all(present):
+            raise ValueError(
+                f"only {sum(present)} of {len(present)} samples of a batch have {name}"
+            )
+        return present[0]
+
+    labels = position_ids = sequence_lengths = None
+    if all_or_none("labels", [sample.labels is not sample.input_ids for sample in samples]):
+        labels = torch.stack([sample.labels for sample in samples])
+    positions = [sample.position_ids for sample in samples if sample.position_ids is not None]
+    if all_or_none("position_ids", [sample.position_ids is not None for sample in samples]):
+        position_ids = torch.stack(positions)
+    packed = [list(s.sequence_lengths) for s in samples if s.sequence_lengths is not None]
+    if all_or_none("sequence_lengths", [s.sequence_lengths is not None for s in samples]):
+        sequence_lengths = packed
+    input_ids = torch.stack([sample.input_ids for sample in samples])
+    return Batch(input_ids, labels, position_ids, sequence_lengths)
+
+
+def check_range(first: int, last: int) -> None:
+    """Raise ValueError unless `first` to `last` is a range of at least one sample id."""
+    if not 0 <= first <= last:
+        raise ValueError(f"sample ids must satisfy 0 <= first <= last, got {first} to {last}")
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise ValueError if `tokens` (any shape) holds an id outside `[0, vocab_size)`."""
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        outside = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"token id {outside} in {where} is outside the model's vocabulary of {vocab_size}: "
+            "the data belong to another tokenizer (--data-path, --model)"
+        )

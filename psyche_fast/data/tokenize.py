@@ -1,0 +1,244 @@
+"""Text to token files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self
+
+import numpy as np
+import transformers
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from psyche_fast.data.documents import find_files, iter_pieces
+from psyche_fast.data.local import token_files
+
+TOKENIZER_FOLDER = "tokenizer"
+# A batch is encoded in parallel; some 40 bytes of memory to a character while it is.
+_BATCH_CHARACTERS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeSummary:
+    """What `tokenize_files` has written."""
+
+    documents: int
+    tokens: int
+    """Tokens written, the one at the end of each document included."""
+    bytes: int
+    """UTF-8 bytes of the documents' text."""
+    files: tuple[Path, ...]
+    """The token files, in order."""
+    token_size: int
+    """Bytes to a token, 2 or 4."""
+    vocab_size: int
+    tokenizer: Path
+    """The folder in which the tokenizer was saved."""
+
+
+def token_size_for(vocab_size: int, token_size: int | None = None) -> int:
+    """Bytes to a token for a vocabulary: 2 where its ids fit, else 4.
+
+    Args:
+        vocab_size: highest token id plus one.
+        token_size: the user's choice (`--token-size`), or None.
+
+    Raises:
+        ValueError: if the choice is not 2 or 4, or too small for the vocabulary.
+    """
+    if token_size not in (None, 2, 4):
+        raise ValueError(f"the token size (--token-size) must be 2 or 4, got {token_size}")
+    needed = 2 if vocab_size <= 1 << 16 else 4
+    if token_size is not None and token_size < needed:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} does not fit in {token_size}-byte tokens (--token-size)"
+        )
+    return token_size or needed
+
+
+def tokenize_files(
+    inputs: Sequence[str | Path],
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    output_dir: str | Path,
+    *,
+    token_size: int | None = None,
+    text_key: str = "text",
+    globs: Sequence[str] | None = None,
+    errors: Literal["strict", "skip"] = "strict",
+    max_file_tokens: int = 1 << 29,
+    progress: bool = True,
+) -> TokenizeSummary:
+    """Write the documents of text files, JSON lines and Parquet files as token files.
+
+    Every document is encoded without the tokenizer's own special tokens (text that spells one is
+    plain text here) and followed by the end-of-text token; empty documents are left out. The
+    output is `tokens-00000.bin` and so on, raw little-endian uint16 or uint32, which `LocalDataset`
+    reads, and the tokenizer in the folder `tokenizer` beside them. It appears under these names
+    when all is written and synced; after an error the directory is as it was.
+
+    Args:
+        inputs: files and folders, see `find_files`.
+        tokenizer: the tokenizer, with an end-of-text token.
+        output_dir: made if need be; it must not hold token files or a tokenizer already.
+        token_size: 2 or 4 bytes; None takes 2 where the vocabulary fits.
+        text_key: key (JSON lines) or column (Parquet) of the text.
+        globs: patterns for files in folders, see `find_files`.
+        errors: `strict` raises at text that is not UTF-8, `skip` leaves the text file or JSON line
+            out with a warning.
+        max_file_tokens: a file is closed at the first document's end from this size on.
+        progress: show a progress bar (input bytes) on stderr.
+
+    Raises:
+        FileNotFoundError: if an input does not exist.
+        ValueError: for bad input (named with file and line), a tokenizer without end-of-text token,
+            an unfit token size, an output directory that is in use, or no document at all.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer (--tokenizer) has no end-of-text (eos) token")
+    if max_file_tokens < 1:
+        raise ValueError(f"max_file_tokens must be at least 1, got {max_file_tokens}")
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    token_size = token_size_for(vocab_size, token_size)
+    paths = find_files(inputs, globs)
+    output = _prepare_output(Path(output_dir))
+    encoder = _plain_encoder(tokenizer)
+    documents = text_bytes = 0
+
+    bar = tqdm(
+        total=sum(path.stat().st_size for path in paths),
+        desc="tokenizing",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, _Writer(output, token_size, tokenizer.eos_token_id, max_file_tokens) as writer:
+        batch: list[str] = []
+        ends: list[bool] = []
+        characters = read_bytes = 0
+
+        def flush() -> None:
+            for encoding, ends_document in zip(
+                encoder.encode_batch_fast(batch, add_special_tokens=False), ends, strict=True
+            ):
+                writer.add(encoding.ids, ends_document)
+            bar.update(read_bytes)
+
+        for path in paths:
+            for piece in iter_pieces(path, text_key=text_key, errors=errors):
+                read_bytes += piece.read_bytes
+                if not piece.text:
+                    continue
+                batch.append(piece.text)
+                ends.append(piece.ends_document)
+                documents += piece.ends_document
+                text_bytes += len(piece.text.encode())
+                characters += len(piece.text)
+                if characters >= _BATCH_CHARACTERS:
+                    flush()
+                    batch, ends, characters, read_bytes = [], [], 0, 0
+        flush()
+        if documents == 0:
+            raise ValueError(f"no text in {', '.join(map(str, inputs))}")
+        tokenizer.save_pretrained(writer.folder / TOKENIZER_FOLDER)
+        files = writer.publish()
+    return TokenizeSummary(
+        documents=documents,
+        tokens=writer.tokens,
+        bytes=text_bytes,
+        files=files,
+        token_size=token_size,
+        vocab_size=vocab_size,
+        tokenizer=output / TOKENIZER_FOLDER,
+    )
+
+
+def _prepare_output(output: Path) -> Path:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} (--output) is a file, expected a directory")
+    output.mkdir(parents=True, exist_ok=True)
+    if taken := [*token_files(output), *output.glob(TOKENIZER_FOLDER)]:
+        raise ValueError(
+            f"{output} (--output) already holds {taken[0].name}: choose a new directory"
+        )
+    return output
+
+
+def _plain_encoder(tokenizer: transformers.PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that takes text for text, whole: no special tokens, truncation or padding."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+class _Writer:
+    """Token files in a hidden folder of the output directory, moved out of it when complete."""
+
+    def __init__(self, output: Path, token_size: int, end_of_text: int, max_tokens: int) -> None:
+        self._output = output
+        self._dtype = np.dtype(f"<u{token_size}")
+        self._end_of_text = end_of_text
+        self._max_tokens = max_tokens
+        self._file: BinaryIO | None = None
+        self._in_file = 0
+        self._names: list[str] = []
+        self.folder = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=output))
+        self.tokens = 0
+
+    def add(self, ids: list[int], ends_document: bool) -> None:
+        """Append the tokens of a piece, and the end-of-text token if it ends its document."""
+        if self._file is None:
+            self._names.append(f"tokens-{len(self._names):05d}.bin")
+            self._file = (self.folder / self._names[-1]).open("wb")
+            self._in_file = 0
+        tokens = np.array([*ids, self._end_of_text] if ends_document else ids, dtype=self._dtype)
+        self._file.write(tokens.tobytes())
+        self._in_file += len(tokens)
+        self.tokens += len(tokens)
+        if ends_document and self._in_file >= self._max_tokens:
+            self._finish_file()
+
+    def _finish_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def publish(self) -> tuple[Path, ...]:
+        """Sync everything and move it into the output directory, the token files last."""
+        self._finish_file()
+        for path in self.folder.rglob("*"):
+            _sync(path)
+        for name in (TOKENIZER_FOLDER, *self._names):
+            os.rename(self.folder / name, self._output / name)
+        _sync(self._output)
+        return tuple(self._output / name for name in self._names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self.folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

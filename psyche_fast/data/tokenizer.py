@@ -1,0 +1,85 @@
+"""Training and loading of tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+_BYTES = 256
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    end_of_text: str = END_OF_TEXT,
+    min_frequency: int = 2,
+    model_max_length: int | None = None,
+    progress: bool = False,
+) -> transformers.PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (Radford et al. 2019, GPT-2).
+
+    All 256 bytes are tokens of their own and nothing is normalised, so every text comes back
+    exactly from its tokens. `end_of_text` has id 0 and is the beginning, end and padding token.
+
+    Args:
+        texts: text to learn from, in pieces of any size.
+        vocab_size: entries to learn, with the bytes and the end-of-text token among them. Little
+            text gives fewer; `len(tokenizer)` tells.
+        end_of_text: the text of the special token.
+        min_frequency: how often a pair must occur to be merged.
+        model_max_length: tokens the model takes, stored with the tokenizer; None for no limit.
+        progress: show the trainer's progress bar.
+
+    Raises:
+        ValueError: if `vocab_size` has no room for the bytes and the end-of-text token.
+    """
+    if vocab_size < _BYTES + 1:
+        raise ValueError(
+            f"the vocabulary size (--vocab-size) must be at least {_BYTES + 1} "
+            f"({_BYTES} bytes and {end_of_text}), got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[end_of_text],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=end_of_text,
+        eos_token=end_of_text,
+        pad_token=end_of_text,
+        clean_up_tokenization_spaces=False,
+        **limit,
+    )
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> transformers.PreTrainedTokenizerFast:
+    """Load the tokenizer of a model folder, a tokenizer folder or a Hugging Face hub id.
+
+    Raises:
+        ValueError: if there is none, or it has no fast (`tokenizers`) form or no end-of-text token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path_or_hub_id))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load a tokenizer from {path_or_hub_id}: {reason}") from error
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise ValueError(
+            f"the tokenizer of {path_or_hub_id} ({type(tokenizer).__name__}) has no fast form"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path_or_hub_id} has no end-of-text (eos) token")
+    return tokenizer

@@ -1,0 +1,16 @@
+"""DisTrO and DeMo: decoupled momentum with top-k DCT compression (DeMo, arXiv 2411.19870; DisTrO report, Nous)."""
+
+from psyche_fast.distro.codec import DistroResult, quantize_1bit, validate_results
+from psyche_fast.distro.demo import DeMo
+from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.optimizer import Distro
+
+__all__ = [
+    "DeMo",
+    "Distro",
+    "DistroResult",
+    "Layout",
+    "ParameterLayout",
+    "quantize_1bit",
+    "validate_results",
+]

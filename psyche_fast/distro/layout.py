@@ -1,0 +1,184 @@
+"""How parameters are cut into chunks, and chunks grouped into classes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from psyche_fast.distro.basis import dct_basis
+from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
+
+logger = logging.getLogger(__name__)
+
+# Elements of a chunk class that are worked on at once: bounds the workspace to a few hundred MB.
+MAX_SLICE_ELEMENTS = 1 << 25
+# A chunk this many times smaller than the dimensions would allow is reported: it compresses that much less.
+_DEGENERATE_FACTOR = 8
+
+
+def chunk_side(n: int, target: int) -> int:
+    """Side of a chunk along a dimension of size `n`: its largest divisor that is not over `target` (1 where n is 0)."""
+    if n == 0:
+        return 1
+    return next(side for side in range(min(n, target), 0, -1) if n % side == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterLayout:
+    """One parameter and how it is cut: `[N]` to `[N/w, w]`, `[..., R, C]` to `[..., R/h, C/w, h, w]`.
+
+    Attributes:
+        name: name for messages and saved state.
+        shape: shape of the parameter; a 0-d one is treated as `[1]`.
+        dtype: dtype of the parameter and of unquantised values.
+        device: device of the parameter.
+        h: rows of a chunk, 1 for a vector.
+        w: columns of a chunk.
+        k: coefficients kept of each chunk.
+        xshape: the encoded shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    h: int
+    w: int
+    k: int
+    xshape: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        compression_chunk: int,
+        compression_topk: int,
+    ) -> ParameterLayout:
+        """Cut a parameter of the given shape.
+
+        Raises:
+            ValueError: the dtype is not a floating-point one.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"parameter {name} must be floating point, got {dtype}")
+        sizes = tuple(shape) or (1,)
+        w = chunk_side(sizes[-1], compression_chunk)
+        if len(sizes) == 1:
+            h, xshape = 1, (sizes[0] // w, w)
+        else:
+            h = chunk_side(sizes[-2], compression_chunk)
+            xshape = (*sizes[:-2], sizes[-2] // h, sizes[-1] // w, h, w)
+        k = min(compression_topk, h * w)
+        return cls(name, tuple(shape), dtype, device, h, w, k, xshape)
+
+    @property
+    def totalk(self) -> int:
+        """Coefficients of a chunk."""
+        return self.h * self.w
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Numbers of chunks: the encoded shape without the chunk's own dimensions."""
+        return self.xshape[:-1] if len(self.shape) < 2 else self.xshape[:-2]
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return math.prod(self.lead)
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        """Shape of `sparse_idx`, in bytes (its dtype is uint8): wider indices are viewed as bytes."""
+        return (*self.lead, self.k * index_dtype(self.totalk).itemsize)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of `sparse_val`."""
+        return (*self.lead, self.k)
+
+
+class Layout:
+    """The layouts of an optimiser's parameters and the chunk classes they form.
+
+    Attributes:
+        parameters: one `ParameterLayout` per parameter, in the optimiser's order.
+        plans: one `ChunkPlan` per chunk shape, dtype and device.
+        state_dtypes: dtype of `delta`, one per plan.
+    """
+
+    def __init__(
+        self, parameters: Sequence[ParameterLayout], *, delta_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.parameters = tuple(parameters)
+        classes: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+        for position, p in enumerate(self.parameters):
+            classes.setdefault((p.h, p.w, p.dtype, p.device), []).append(position)
+        self.plans = tuple(self._plan(positions) for positions in classes.values())
+        self.state_dtypes = tuple(
+            torch.float64 if plan.dtype == torch.float64 else delta_dtype for plan in self.plans
+        )
+
+    def _plan(self, positions: Sequence[int]) -> ChunkPlan:
+        first = self.parameters[positions[0]]
+        members, start = [], 0
+        for position in positions:
+            p = self.parameters[position]
+            members.append(Member(position, p.lead, start, p.chunks))
+            start += p.chunks
+        compute = torch.float64 if first.dtype == torch.float64 else torch.float32
+        return ChunkPlan(
+            h=first.h,
+            w=first.w,
+            k=first.k,
+            dtype=first.dtype,
+            compute_dtype=compute,
+            device=first.device,
+            basis_h=dct_basis(first.h, compute, first.device),
+            basis_w=dct_basis(first.w, compute, first.device),
+            members=tuple(members),
+            slices=cut_slices(members, first.totalk, MAX_SLICE_ELEMENTS),
+        )
+
+    def zeros(self) -> list[torch.Tensor]:
+        """Fresh state, one chunk-major `[chunks, h, w]` buffer per plan."""
+        return [
+            torch.zeros(plan.chunks, plan.h, plan.w, dtype=dtype, device=plan.device)
+            for plan, dtype in zip(self.plans, self.state_dtypes, strict=True)
+        ]
+
+    def views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of chunk-major buffers, one per parameter in the encoded shape `xshape`."""
+        views: dict[int, torch.Tensor] = {}
+        for plan, buffer in zip(self.plans, buffers, strict=True):
+            for m in plan.members:
+                chunks = buffer[m.start : m.start + m.count]
+                views[m.position] = chunks.view(self.parameters[m.position].xshape)
+        return [views[i] for i in range(len(self.parameters))]
+
+
+def warn_of_tiny_chunks(parameters: Sequence[ParameterLayout], compression_chunk: int) -> None:
+    """Log one warning that names the parameters whose dimensions have no useful divisor, and what they will send."""
+    tiny = []
+    for p in parameters:
+        sizes = p.shape[-2:] if p.shape else (1,)
+        ideal = math.prod(min(n, compression_chunk) for n in sizes)
+        if p.totalk * _DEGENERATE_FACTOR <= ideal:
+            tiny.append(
+                f"{p.name} {list(p.shape)} (chunks of {p.h} x {p.w}, sends {p.k / p.totalk:.0%})"
+            )
+    if tiny:
+        logger.warning(
+            "DisTrO compresses %d parameter(s) badly: a dimension has no divisor near compression_chunk=%d, so their "
+            "chunks are tiny and a large share of their coefficients is sent with every result: %s",
+            len(tiny),
+            compression_chunk,
+            "; ".join(tiny),
+        )

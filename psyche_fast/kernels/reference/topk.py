@@ -1,0 +1,64 @@
+"""The k coefficients of largest magnitude of every chunk, ties to the lowest index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MAGNITUDE_BITS = 0x7FFFFFFF
+
+
+def largest(coefficients: Tensor, k: int) -> Tensor:
+    """Flat indices of the `k` entries of largest magnitude in every row; a pure function of the values.
+
+    `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's bits, which for
+    non-negative floats are ordered like their values, above the reversed index. To keep the keys few, only the `k`
+    runs of neighbouring coefficients with the largest maxima are looked into: an entry outside of them is preceded
+    by at least `k` others. NaN counts as larger than any number.
+
+    Args:
+        coefficients: `[n, totalk]`, contiguous, float32 or float64.
+        k: how many, `1 <= k <= totalk`.
+
+    Returns:
+        int64 `[n, k]`, ascending in each row.
+    """
+    n, totalk = coefficients.shape
+    if k == totalk:
+        return torch.arange(totalk, device=coefficients.device).expand(n, totalk)
+    if coefficients.dtype != torch.float32:
+        # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the lower index first.
+        order = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices
+        return order[:, :k].sort(dim=-1).values
+    magnitude = coefficients.view(torch.int32) & _MAGNITUDE_BITS
+    run = _run_length(totalk, k)
+    if run == 1:
+        return _by_key(magnitude, None, totalk, k).sort(dim=-1).values
+    runs = magnitude.view(n, totalk // run, run)
+    chosen = _by_key(runs.amax(dim=-1), None, totalk // run, k)
+    candidates = runs.gather(1, chosen.unsqueeze(-1).expand(n, k, run)).view(n, k * run)
+    within = torch.arange(run, device=coefficients.device)
+    index = (chosen.unsqueeze(-1) * run + within).view(n, k * run)
+    return _by_key(candidates, index, totalk, k).sort(dim=-1).values
+
+
+def _by_key(magnitude: Tensor, index: Tensor | None, limit: int, k: int) -> Tensor:
+    """Indices (below `limit`, default the column numbers) of each row's `k` largest, equal ones by lowest index."""
+    if index is None:
+        reverse = torch.arange(limit - 1, -1, -1, device=magnitude.device)
+    else:
+        reverse = (limit - 1) - index
+    keys = magnitude.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(reverse)
+    best = keys.topk(k, dim=-1, sorted=False).values
+    return (limit - 1) - best.bitwise_and_(0xFFFFFFFF)
+
+
+def _run_length(totalk: int, k: int) -> int:
+    """Length of the runs that are ranked by their maximum: near `sqrt(totalk / k)` both rankings are about as long."""
+    best, best_cost = 1, totalk
+    for run in range(2, 65):
+        if totalk % run == 0 and totalk // run >= k:
+            cost = totalk // run + k * run
+            if cost < best_cost:
+                best, best_cost = run, cost
+    return best

@@ -1,0 +1,284 @@
+"""A causal language model as training uses it, whatever it is and however it is split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from psyche_fast.batch import IGNORE, Batch
+from psyche_fast.models import huggingface, packing
+from psyche_fast.models.parallel import blocks
+
+
+class CausalLM:
+    """One rank's part of a model.
+
+    ``loss`` and ``forward`` take this rank's rows; under FSDP2 and tensor parallelism every rank of
+    the replica has to call them alike, and backward with them.
+
+    Attributes:
+        module: the module; its parameters are distributed tensors where it is split.
+        config: the configuration as plain data.
+        attn_implementation: what runs: ``eager``, ``sdpa`` or ``flash_attention_2`` (for models
+            that are not Transformers' what was asked for; it is theirs to honour).
+        device: where it is.
+        shard_mesh: the ranks of FSDP2, or None.
+        tensor_mesh: the ranks of tensor parallelism, or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        config: dict[str, Any],
+        device: torch.device,
+        attn_implementation: str,
+        class_name: str,
+        shard_mesh: DeviceMesh | None = None,
+        tensor_mesh: DeviceMesh | None = None,
+        fused_loss: bool = False,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.device = device
+        self.attn_implementation = attn_implementation
+        self.shard_mesh = shard_mesh
+        self.tensor_mesh = tensor_mesh
+        self._class_name = class_name
+        self._fused_loss = fused_loss
+        self._keeps_documents_apart: bool | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the rank of its replica that full tensors are gathered on."""
+        meshes = (mesh for mesh in (self.shard_mesh, self.tensor_mesh) if mesh is not None)
+        return all(mesh.get_local_rank() == 0 for mesh in meshes)
+
+    def train(self) -> None:
+        """Training mode: dropout and activation checkpointing on."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self.module.eval()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in name order, tied ones once, under the model's own names."""
+        return dict(sorted(self.module.named_parameters()))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Checks a batch and makes its documents explicit; see ``packing.prepare``.
+
+        ``loss`` and ``forward`` do it too; doing it to a whole batch before it is cut finds errors
+        before anything has changed. The first packed batch is preceded by two tiny forwards that
+        find out whether the architecture keeps documents apart, so all ranks have to take part.
+
+        Returns:
+            the batch on this model's device; its ``real_tokens()`` are those that ``loss`` counts.
+
+        Raises:
+            ValueError: malformed, or packed for a model whose documents would see one another.
+        """
+        batch = packing.prepare(batch.to(self.device))
+        if batch.position_ids is not None and self._keeps_documents_apart is None:
+            self._keeps_documents_apart = self._probe_documents()
+        if batch.position_ids is not None and not self._keeps_documents_apart:
+            raise ValueError(
+                f"{self._class_name} lets packed documents see one another; train it without "
+                "position_ids and sequence_lengths, one document a row"
+            )
+        return batch
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the labels that are not -100, shifted; labels default to inputs.
+
+        Returns:
+            fp32, 0-d; 0 with zero gradients where no label counts.
+
+        Raises:
+            ValueError: see ``prepare``.
+        """
+        batch = self.prepare(batch)
+        labels = batch.input_ids if batch.labels is None else batch.labels
+        if self._fused_loss and self.module.training:
+            count = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
+            output = self._call(batch, labels=labels, num_items_in_batch=count)
+            return output.loss.float()
+        return self._loss(self._call(batch, labels=labels), labels)
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        num_logits_to_keep: int | None = None,
+        loss_scale: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits and, where the batch has labels, the loss.
+
+        Args:
+            batch: ``B`` rows of ``L`` tokens.
+            num_logits_to_keep: only the last so many positions' logits; None or 0 for all.
+            loss_scale: the loss is divided by it; None or 0 for not at all.
+
+        Returns:
+            logits ``[B, L or fewer, V]``, and the loss as in ``loss`` or None.
+
+        Raises:
+            ValueError: see ``prepare``.
+        """
+        has_labels = batch.labels is not None
+        batch = self.prepare(batch)
+        labels = batch.labels if has_labels else None
+        output = self._call(batch, labels=labels)
+        logits = _field(output, "logits")
+        loss = None if labels is None else self._loss(output, labels)
+        if num_logits_to_keep:
+            logits = logits[:, -num_logits_to_keep:]
+        if loss is not None and loss_scale:
+            loss = loss / loss_scale
+        return logits, loss
+
+    def _call(self, batch: Batch, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        inputs, positions = batch.input_ids, batch.position_ids
+        if not isinstance(self.module, PreTrainedModel):
+            return self.module(inputs, labels=labels, position_ids=positions)
+        kwargs |= {"use_cache": False, "return_dict": True}
+        if "num_items_in_batch" in kwargs:
+            kwargs["labels"] = labels
+        if positions is None:
+            return self.module(input_ids=inputs, **kwargs)
+        if self.attn_implementation != "flash_attention_2":
+            # With a cache or an attention mask Transformers would not look for packed documents.
+            return self.module(input_ids=inputs, position_ids=positions, **kwargs)
+        # Flash attention takes packed documents as one long row with their boundaries. Labels go
+        # along: the first of each row is -100, so nothing is predicted from row to row.
+        if kwargs.get("labels") is not None:
+            kwargs["labels"] = kwargs["labels"].reshape(1, -1)
+        output = self.module(
+            input_ids=inputs.reshape(1, -1),
+            position_ids=positions.reshape(1, -1),
+            **packing.flash_arguments(positions),
+            **kwargs,
+        )
+        if output.logits is not None:
+            output.logits = output.logits.reshape(*inputs.shape, -1)
+        return output
+
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        logits = _field(output, "logits")
+        if not isinstance(self.module, PreTrainedModel):
+            if bool((labels[:, 1:] != IGNORE).any()):
+                return _field(output, "loss").float()
+            # Its mean over nothing may be NaN, yet backward has to run wherever it is collective.
+            return logits.float().sum() * 0.0
+        # Ours rather than the model's own, whose mean over no token at all is NaN. The labels are
+        # shifted rather than the logits, which would be copied.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        count = (targets != IGNORE).sum()
+        loss = total / count.clamp(min=1)
+        balance = getattr(output, "aux_loss", None)
+        if balance is not None:  # asked for by output_router_logits
+            loss = loss + self.module.config.router_aux_loss_coef * balance * (count > 0)
+        return loss
+
+    @torch.no_grad()
+    def _probe_documents(self) -> bool:
+        """Whether a document's logits stay the same when the document before it changes."""
+        was_training = self.module.training
+        self.module.eval()
+        ids = torch.arange(1, 13, device=self.device).reshape(3, 4)
+        ids = ids % self.config.get("vocab_size", 13)
+        positions = torch.arange(4, device=self.device).repeat(2)[None]
+        found = []
+        for first in ids[:2]:
+            row = torch.cat([first, ids[2]])[None]
+            output = self._call(Batch(row, position_ids=positions), labels=row)
+            found.append(_field(output, "logits")[0, 4:].float())
+        self.module.train(was_training)
+        one, two = found
+        # Expert models batch other tokens together when the first document changes, which rounds
+        # otherwise; anything beyond rounding is a leak.
+        epsilon = torch.finfo(next(self.module.parameters()).dtype).eps
+        return bool((one - two).abs().max() <= 16 * epsilon * one.abs().max())
+
+    @torch.no_grad()
+    def full_state_dict_iter(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Gathers the whole model, piece by piece, in the form of the checkpoint it came from.
+
+        Every rank of the replica has to go through all of it.
+
+        Yields:
+            checkpoint name, and on ``is_root`` the full tensor on the CPU, None elsewhere; tied
+            weights once. Never more than one transformer block is held at a time, and only one
+            tensor where the checkpoint's form is the model's own.
+        """
+        tensors = self.module.state_dict(keep_vars=True)
+        known: set[int] = set()
+        names = []
+        for name, tensor in tensors.items():
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                names.append(name)
+        for group in self._groups(names):
+            full = {name: self._full(tensors[name]) for name in group}
+            if isinstance(self.module, PreTrainedModel):
+                pairs = huggingface.revert(self.module, full)
+            else:
+                pairs = iter(full.items())
+            for name, tensor in pairs:
+                yield name, tensor if self.is_root else None
+
+    def _groups(self, names: list[str]) -> Iterator[list[str]]:
+        """What has to be converted together: the tensors of a block, where anything has."""
+        module = self.module
+        if not isinstance(module, PreTrainedModel) or not huggingface.needs_reverting(module):
+            yield from ([name] for name in names)
+            return
+        prefixes = [f"{name}." for name in blocks(module)]
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            key = next((prefix for prefix in prefixes if name.startswith(prefix)), name)
+            groups.setdefault(key, []).append(name)
+        yield from groups.values()
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not self.is_root:
+            # The others only need the names that conversion gives.
+            return torch.empty_like(full, device="meta")
+        own = not isinstance(tensor, DTensor) and full.device.type == "cpu"
+        return full.detach().clone() if own else full.detach().cpu()
+
+    def save_config(self, folder: Path) -> None:
+        """Writes ``config.json`` into ``folder``."""
+        if isinstance(self.module, PreTrainedModel):
+            huggingface.save_config(self.module, self._class_name, folder)
+        else:
+            (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+
+def _field(output: Any, name: str) -> Tensor:
+    if isinstance(output, tuple):
+        found = output[("loss", "logits").index(name)] if len(output) >= 2 else None
+    elif isinstance(output, Mapping):
+        found = output.get(name)
+    else:
+        found = getattr(output, name, None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the model's forward returned no {name}: wanted an object or dict with loss and "
+            "logits, or a tuple (loss, logits)"
+        )
+    return found

@@ -1,0 +1,228 @@
+"""Transformers' causal language models: built without weights, and their checkpoint formats."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from psyche_fast.models.building import parameters_on_meta
+from psyche_fast.models.source import check_huggingface_config
+from psyche_fast.models.weights import Conversion, LoadPlan
+
+
+def build(
+    config_dict: dict[str, Any],
+    param_dtype: torch.dtype,
+    attn_implementation: str,
+    sequence_length: int | None,
+) -> PreTrainedModel:
+    """Builds a model with parameters on the meta device and real buffers.
+
+    Args:
+        config_dict: ``config.json``.
+        param_dtype: type of the parameters; buffers such as the rotary frequencies keep fp32.
+        attn_implementation: ``eager``, ``sdpa`` or ``flash_attention_2``.
+        sequence_length: tokens per row; raises ``max_position_embeddings`` where that is less.
+
+    Raises:
+        ValueError: an unknown model, a malformed configuration, an attention implementation that
+            the model has not, or a sequence longer than its table of learned positions.
+    """
+    check_huggingface_config(config_dict)
+    try:
+        config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(copy.deepcopy(config_dict))
+    # Each architecture validates in its own way, and the classes of errors differ as much.
+    except Exception as error:
+        raise ValueError(f"--model: config.json: {' '.join(str(error).split())}") from error
+    model = _construct(config, param_dtype, attn_implementation)
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if sequence_length is None or limit is None or sequence_length <= limit:
+        return model
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    text.max_position_embeddings = sequence_length
+    model = _construct(config, param_dtype, attn_implementation)
+    tables = [name for name, param in model.named_parameters() if param.shape != shapes[name]]
+    if tables:
+        raise ValueError(
+            f"--sequence-length {sequence_length} is more than the {limit} positions that "
+            f"{', '.join(tables)} has learned"
+        )
+    return model
+
+
+def _construct(
+    config: PreTrainedConfig, param_dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    with parameters_on_meta():
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=param_dtype, attn_implementation=attn_implementation
+            )
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"--model: {config.model_type} cannot be built with --attn-implementation "
+                f"{attn_implementation}: {' '.join(str(error).split())}"
+            ) from error
+    model.tie_weights()
+    # Some architectures want parts in fp32 whatever the rest is (as from_pretrained has it).
+    kept = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(param_dtype)]
+    for name, param in model.named_parameters():
+        if any(pattern.search(name) for pattern in kept):
+            param.data = param.data.float()
+    return model
+
+
+def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
+    """Maps a checkpoint's names to the model's, as ``from_pretrained`` does.
+
+    Transformers keeps some weights in another form than checkpoints do (experts stacked into one
+    tensor, renamed or split projections) and knows how to convert them; so do we, by its rules.
+
+    Args:
+        model: built, not yet split over ranks.
+        names: the checkpoint's tensor names.
+    """
+    own = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+    direct: dict[str, str] = {}
+    groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
+    unexpected = []
+    for name in sorted(names, key=dot_natural_key):  # experts in the order of their numbers
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, own
+        )
+        if target not in own and name in own:
+            target, pattern = name, None
+        if target not in own:
+            unexpected.append(name)
+        elif pattern is None:
+            direct[target] = name
+        else:
+            group = groups.setdefault(target, (copy.deepcopy(by_pattern[pattern]), []))
+            group[1].append((name, pattern))
+    # What saving has to undo: only what this checkpoint needed.
+    model._weight_conversions = [t for t in transforms if t.was_used()]
+    return LoadPlan(
+        direct,
+        [_conversion(model, target, *group) for target, group in groups.items()],
+        [name for name in unexpected if not _ignorable(model, name)],
+        _optional(model),
+    )
+
+
+def _conversion(
+    model: PreTrainedModel,
+    target: str,
+    converter: WeightConverter,
+    sources: list[tuple[str, str]],
+) -> Conversion:
+    def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
+        for (name, pattern), tensor in zip(sources, tensors, strict=True):
+            converter.add_tensor(target, name, pattern, tensor)
+        try:
+            converted = converter.convert(target, model=model, config=model.config)
+        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"--model: {target} cannot be made of {sources[0][0]} and the tensors that belong "
+                f"with it: {' '.join(str(error).split())}"
+            ) from error
+        return {n: t[0] if isinstance(t, list) else t for n, t in converted.items()}
+
+    return Conversion([name for name, _ in sources], convert)
+
+
+def _ignorable(model: PreTrainedModel, name: str) -> bool:
+    """Whether a checkpoint may have it although the model has not: what is recomputed anyway."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+    leaves = {buffer.rpartition(".")[2] for buffer, _ in model.named_buffers()}
+    # Older checkpoints hold buffers, such as rotary frequencies, that are no longer saved.
+    return name.rpartition(".")[2] in leaves - {"weight", "bias"} or any(
+        re.search(pattern, name) for pattern in patterns
+    )
+
+
+def _optional(model: PreTrainedModel) -> frozenset[str]:
+    patterns = list(model._keys_to_ignore_on_load_missing or [])
+    buffers = {name for name, _ in model.named_buffers()}
+    return frozenset(n for n in buffers if any(re.search(pattern, n) for pattern in patterns))
+
+
+def needs_reverting(model: PreTrainedModel) -> bool:
+    """Whether the checkpoint's form of some tensors is made of several of the model's."""
+    return any(isinstance(t, WeightConverter) for t in model._weight_conversions or [])
+
+
+def revert(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors under the names and in the form of the checkpoint it came from."""
+    for name, tensor in revert_weight_conversion(model, tensors).items():
+        # Stacked experts come out as views of one tensor, which would be saved whole each.
+        whole = tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes
+        yield name, tensor if whole else tensor.clone()
+
+
+def save_config(model: PreTrainedModel, class_name: str, folder: Path) -> None:
+    """Writes ``config.json``.
+
+    Args:
+        model: the model.
+        class_name: its class, whose name FSDP2 has changed.
+        folder: where to.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [class_name]
+    config.save_pretrained(folder)
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recomputes each block's activations in backward.
+
+    Raises:
+        ValueError: the architecture does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:  # its name before transformers 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
+    """Replaces parts of the model by Liger-Kernel's Triton kernels.
+
+    Raises:
+        ValueError: not on CUDA, not installed, or the architecture has no such kernels.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"--liger needs a CUDA device, got {device.type}")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ValueError(
+            f"--liger needs the liger_kernel package: pip install 'psyche-fast[liger]' ({error})"
+        ) from error
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"--liger: Liger-Kernel has no kernels for {model.config.model_type}")
+    _apply_liger_kernel_to_instance(model=model)

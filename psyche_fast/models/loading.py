@@ -1,0 +1,136 @@
+"""From a source to a model on its ranks."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from psyche_fast.models import building, huggingface, parallel, registry, weights
+from psyche_fast.models.causal_lm import CausalLM
+from psyche_fast.models.source import ModelSource, read_config
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    architecture: str = "HfAuto",
+    device: torch.device,
+    param_dtype: torch.dtype = torch.bfloat16,
+    shard_mesh: DeviceMesh | None = None,
+    tensor_mesh: DeviceMesh | None = None,
+    attn_implementation: str = "sdpa",
+    sequence_length: int | None = None,
+    activation_checkpointing: bool = False,
+    liger: bool = False,
+) -> CausalLM:
+    """Loads this rank's part of a model; with meshes, all their ranks have to call it.
+
+    The module is built without weights, split, allocated on ``device``, and filled from the
+    checkpoint, each rank reading its own part.
+
+    Args:
+        source: files, or tensors from rank 0.
+        architecture: see ``registry.resolve``.
+        device: where the parameters go.
+        param_dtype: the parameters' type.
+        shard_mesh: ranks to shard over with FSDP2; None for one.
+        tensor_mesh: ranks to split each layer over; None for one. Where both are given they are
+            slices of one mesh.
+        attn_implementation: ``eager``, ``sdpa`` or ``flash_attention_2``.
+        sequence_length: tokens per row, which the model's positions have to cover.
+        activation_checkpointing: recompute activations in backward.
+        liger: use Liger-Kernel's kernels.
+
+    Raises:
+        ValueError: the model cannot be loaded as asked; what and why.
+    """
+    config = read_config(source)
+    builder = registry.resolve(architecture)
+    if builder is None:
+        module: nn.Module = huggingface.build(
+            config, param_dtype, attn_implementation, sequence_length
+        )
+    else:
+        module = _build_other(builder, architecture, config, param_dtype)
+    class_name = type(module).__name__
+    aliases = building.tied_names(module)
+    with weights.open_reader(source) as reader:
+        if isinstance(module, PreTrainedModel):
+            config = module.config.to_dict()
+            plan = huggingface.plan_load(module, list(reader.shapes))
+        else:
+            plan = weights.plan_by_name(module, reader.shapes)
+        if liger:
+            _apply_liger(module, device, tensor_mesh)
+        if activation_checkpointing:
+            _checkpoint_activations(module)
+        if tensor_mesh is not None:
+            parallel.tensor_parallel(module, tensor_mesh, getattr(module, "config", None), aliases)
+        if shard_mesh is not None:
+            parallel.shard(module, shard_mesh)
+        building.materialise(module, device, aliases)
+        weights.load_weights(module, reader, plan, aliases)
+    log.info("%s with %s attention on %s", class_name, attn_implementation, device)
+    return CausalLM(
+        module,
+        config=config,
+        device=device,
+        attn_implementation=attn_implementation,
+        class_name=class_name,
+        shard_mesh=shard_mesh,
+        tensor_mesh=tensor_mesh,
+        fused_loss=liger,
+    )
+
+
+def _build_other(
+    builder: registry.Builder, architecture: str, config: dict, param_dtype: torch.dtype
+) -> nn.Module:
+    with building.parameters_on_meta():
+        module = builder(config)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"--python-arch {architecture}: wanted an nn.Module, got {type(module).__name__}"
+        )
+    # Only the parameters: buffers keep the precision that they were computed in.
+    for param in module.parameters():
+        if param.is_floating_point():
+            param.data = param.data.to(param_dtype)
+    return module
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    if isinstance(module, PreTrainedModel):
+        huggingface.enable_activation_checkpointing(module)
+        return
+    found = parallel.blocks(module)
+    if not found:
+        raise ValueError(
+            f"activation checkpointing: {type(module).__name__} has no nn.ModuleList and no "
+            "fsdp_modules to find its blocks by"
+        )
+    for block in found.values():
+        forward = block.forward
+
+        # On the method rather than by a wrapper module, which would change the parameters' names.
+        def recomputed(*args: object, _forward: object = forward, **kwargs: object) -> object:
+            if not torch.is_grad_enabled():
+                return _forward(*args, **kwargs)  # type: ignore[operator]
+            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+        block.forward = recomputed  # type: ignore[method-assign]
+
+
+def _apply_liger(module: nn.Module, device: torch.device, tensor_mesh: DeviceMesh | None) -> None:
+    if not isinstance(module, PreTrainedModel):
+        raise ValueError(f"--liger: Liger-Kernel has no kernels for {type(module).__name__}")
+    if tensor_mesh is not None:
+        raise ValueError("--liger does not work with --tensor-parallelism; use one of them")
+    huggingface.apply_liger(module, device)

@@ -1,0 +1,1 @@
+"""What Psyche's core and its sidecars say to one another: messages, store keys, tensors."""

@@ -1,0 +1,217 @@
+"""The store that rank 0 hosts: the only file that knows its keys.
+
+Keys: ``architecture``; ``source`` with ``files``, or ``config``, ``tensor_names``,
+``tensor_shape_NAME`` and ``tensor_dtype_NAME``; ``dp``; ``tp``; ours ``replicas`` and
+``psyche_fast_settings`` (absent: Psyche's behaviour); ``"0"``, ``"1"``, ... one operation each,
+deleted once every rank has read it, so that their number does not grow with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from psyche_fast import strict
+from psyche_fast.models.source import FilesSource, ModelSource, TensorsSource
+from psyche_fast.protocol.messages import Operation, Settings, decode, encode
+from psyche_fast.protocol.tensors import receive_tensors, send_tensors
+
+_REPLICAS = "replicas"
+_SETTINGS = "psyche_fast_settings"
+_SLICE = timedelta(seconds=0.5)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the store's listening socket, bound to ``host`` alone (TCPStore would bind to all).
+
+    Raises:
+        ValueError: the port is in use or the address is not this machine's.
+    """
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, proto, _, address = infos[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(1024)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror}"
+        ) from error
+    return sock
+
+
+def barrier(device: torch.device) -> None:
+    """The one barrier of all ranks that follows each operation."""
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
+class CoreStore:
+    """Rank 0's side: hosts the store and publishes operations."""
+
+    def __init__(self, sock: socket.socket, world_size: int, timeout: timedelta) -> None:
+        """Takes over ``sock``, which ``listen`` opened."""
+        host, port = sock.getsockname()[:2]
+        self.store = dist.TCPStore(
+            host_name=host,
+            port=port,
+            world_size=world_size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            use_libuv=True,
+            master_listen_fd=sock.detach(),
+        )
+        self._number = 0
+
+    def publish_model(
+        self,
+        architecture: str,
+        source: ModelSource,
+        dp: int,
+        tp: int,
+        settings: Settings,
+        home: str,
+    ) -> None:
+        """Sets every key of the handshake but the tensors of a ``TensorsSource``.
+
+        Args:
+            architecture: ``HfAuto`` or another registered name.
+            source: the model's files, or its configuration and tensors.
+            dp: data parallelism.
+            tp: tensor parallelism.
+            settings: ours beyond Psyche's.
+            home: home directory, written ``~`` in paths so that other machines find their own.
+        """
+        # Ours go first: who has read ``tp`` may rely on them.
+        if settings.replicas is not None:
+            self.store.set(_REPLICAS, str(settings.replicas))
+        self.store.set(_SETTINGS, msgspec.json.encode(settings).decode())
+        self.store.set("dp", str(dp))
+        self.store.set("tp", str(tp))
+        self.store.set("architecture", architecture)
+        if isinstance(source, FilesSource):
+            files = [str(path) for path in source.files]
+            prefix = home.rstrip("/") + "/"
+            files = ["~/" + f[len(prefix) :] if f.startswith(prefix) else f for f in files]
+            self.store.set("source", "files")
+            self.store.set("files", json.dumps(files))
+        else:
+            self.store.set("config", source.config_json)
+            self.store.set("tensor_names", json.dumps(sorted(source.tensors)))
+            self.store.set("source", "config_and_tensors")
+
+    def send_model(self, source: ModelSource, device: torch.device) -> None:
+        """Sends a ``TensorsSource``'s tensors; the process group is there by now."""
+        if isinstance(source, TensorsSource):
+            send_tensors(self.store, source.tensors, device, lambda: barrier(device))
+
+    def publish(self, operation: Operation, device: torch.device) -> None:
+        """Sends one operation, meets all ranks in the barrier and removes its key."""
+        key = str(self._number)
+        self._number += 1
+        self.store.set(key, encode(operation))
+        barrier(device)
+        self.store.delete_key(key)
+
+
+class SidecarStore:
+    """A further rank's side. Waits in short slices, so that a signal or a lost store ends it."""
+
+    def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
+        """Connects to the store on rank 0.
+
+        Raises:
+            ValueError: nobody answers within ``timeout``.
+        """
+        try:
+            self.store = dist.TCPStore(
+                host_name=host,
+                port=port,
+                world_size=world_size,
+                is_master=False,
+                timeout=timeout,
+                use_libuv=True,
+            )
+        except dist.DistError as error:
+            raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
+        self._number = 0
+
+    def _get(self, key: str) -> str:
+        while True:
+            try:
+                self.store.wait([key], _SLICE)
+            except dist.DistStoreError:
+                continue
+            return str(self.store.get(key).decode())
+
+    def _optional(self, key: str) -> str | None:
+        return self._get(key) if self.store.check([key]) else None
+
+    def receive_model(self, device: torch.device) -> tuple[str, ModelSource]:
+        """Reads architecture and source; the process group is there by now.
+
+        Raises:
+            ValueError: an unknown source, or malformed keys.
+        """
+        architecture = self._get("architecture")
+        kind = self._get("source")
+        if kind == "files":
+            files = strict.convert(
+                strict.loads(self._get("files"), "store key 'files'"), list[str], "files"
+            )
+            return architecture, FilesSource.from_strings(files)
+        if kind != "config_and_tensors":
+            raise ValueError(
+                f"store key 'source': wanted 'files' or 'config_and_tensors', got {kind!r}"
+            )
+        meet: Callable[[], None] = lambda: barrier(device)  # noqa: E731 - one use, one line
+        meet()
+        config = self._get("config")
+        names = strict.convert(
+            strict.loads(self._get("tensor_names"), "store key 'tensor_names'"),
+            list[str],
+            "tensor_names",
+        )
+        return architecture, TensorsSource(config, receive_tensors(self._get, names, device, meet))
+
+    def receive_parallelism(self) -> tuple[int, int, Settings]:
+        """Reads ``dp``, ``tp`` and ours beyond them.
+
+        Raises:
+            ValueError: a value is not a positive number, or an unknown setting.
+        """
+        dp, tp = (_positive(key, self._get(key)) for key in ("dp", "tp"))
+        text = self._optional(_SETTINGS)
+        settings = Settings()
+        if text is not None:
+            settings = strict.convert(strict.loads(text, _SETTINGS), Settings, _SETTINGS)
+        replicas = self._optional(_REPLICAS)
+        if replicas is not None:
+            settings = msgspec.structs.replace(settings, replicas=_positive(_REPLICAS, replicas))
+        return dp, tp, settings
+
+    def receive(self, device: torch.device) -> Operation:
+        """Waits for the next operation and meets all ranks in the barrier.
+
+        Raises:
+            ValueError: the operation is not one of the protocol's.
+        """
+        number = self._number
+        text = self._get(str(number))
+        self._number += 1
+        # The barrier comes first: a malformed operation is refused by all ranks, not waited for.
+        barrier(device)
+        return decode(text, number)
+
+
+def _positive(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"store key {key!r}: wanted a positive number, got {text!r}")
+    return int(text)

@@ -1,0 +1,139 @@
+"""A sidecar: one rank after the first, driven by a core over the store (Psyche's protocol).
+
+``python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
+--world-size N --rank R [--device D]``
+
+Any core that speaks the protocol can drive it; nothing beyond the protocol is required.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from psyche_fast import lifecycle
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("psyche_fast.sidecar")
+
+TIMEOUT = "PSYCHE_FAST_TIMEOUT"
+"""Environment variable: seconds until a collective that a rank misses is an error."""
+DEFAULT_TIMEOUT = 600
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses Psyche's arguments of a sidecar (argparse: this has to start fast)."""
+    parser = argparse.ArgumentParser(prog="python -m psyche_fast.sidecar", description=__doc__)
+    parser.add_argument("--parent-pid", type=int, help="exit when this process is gone")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), required=True)
+    parser.add_argument("--init-method", required=True, help="tcp://HOST:PORT of rank 0's store")
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True, help="1 .. world size - 1")
+    parser.add_argument("--device", type=int, help="CUDA index; absent on CPU")
+    args = parser.parse_args(argv)
+    if not 1 <= args.rank < args.world_size:
+        parser.error(f"--rank must be in 1 .. {args.world_size - 1}, got {args.rank}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a sidecar until ``exit``; status 0 then, 1 after an error that was said."""
+    args = parse(argv)
+    lifecycle.quiet_torch()
+    # SIGTERM and Ctrl-C act at once, inside a collective too: there is nothing here to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if args.parent_pid is not None:
+        lifecycle.die_with_parent(args.parent_pid)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format=f"%(asctime)s rank {args.rank} %(levelname)s %(message)s",
+    )
+    try:
+        serve(args)
+    except Exception as error:  # the last resort: nobody else would say it
+        if not isinstance(error, ValueError):
+            log.info("where it happened:", exc_info=True)
+        log.error("%s", explain(error))
+        sys.stderr.flush()
+        # No clean-up of the process group: it would wait for ranks that are gone.
+        os._exit(1)
+
+
+def explain(error: Exception) -> str:
+    """One line for a user."""
+    import torch
+    import torch.distributed as dist
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of memory: {str(error).splitlines()[0]} Lower --micro-batch or "
+            "--sequence-length, or use --activation-checkpointing or more --data-parallelism."
+        )
+    if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+        return f"lost another rank: {str(error).splitlines()[0]}"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Connects, loads the model and serves operations until ``exit``.
+
+    Raises:
+        ValueError: what rank 0 sent is not the protocol's.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from psyche_fast import runtime
+    from psyche_fast.protocol.store import SidecarStore
+
+    address = urlsplit(args.init_method)
+    if address.scheme != "tcp" or not address.hostname or not address.port:
+        raise ValueError(f"--init-method: wanted tcp://HOST:PORT, got {args.init_method!r}")
+    device = choose_device(args.backend, args.device, args.rank)
+    timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
+    store = SidecarStore(address.hostname, address.port, args.world_size, timeout)
+    runtime.join(args.backend, store.store, args.world_size, args.rank, device, timeout)
+    torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
+
+    architecture, source = store.receive_model(device)
+    dp, tp, settings = store.receive_parallelism()
+    model, topology = runtime.load(architecture, source, dp, tp, settings, device)
+    log.info("loaded %s on %s", architecture, device)
+    runtime.serve_operations(store, model, topology, settings, device)
+    dist.destroy_process_group()
+
+
+def choose_device(backend: str, index: int | None, rank: int) -> torch.device:
+    """The device of a sidecar.
+
+    Raises:
+        ValueError: nccl without a GPU, or a GPU that is not there.
+    """
+    import torch
+
+    if backend == "gloo" and index is None:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"--backend {backend}: no CUDA device on this machine")
+    if index is None:
+        index = rank % count
+    if index >= count:
+        raise ValueError(f"--device {index}: this machine has {count} CUDA devices")
+    return torch.device("cuda", index)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Strict decoding of what users and peers send: JSON text and plain objects into typed values.
+
+``json.loads`` alone takes NaN, Infinity and duplicate keys, and building a dataclass from a dict
+takes wrong types. Here each of these is one clear ValueError that names the place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def loads(text: str | bytes, what: str) -> Any:
+    """Parses standard JSON.
+
+    Args:
+        text: the JSON text.
+        what: how to call it in an error, for example ``"operation 12"``.
+
+    Raises:
+        ValueError: not JSON, a duplicate key, or one of NaN and Infinity.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+
+
+def convert(obj: Any, kind: type[T], what: str) -> T:
+    """Converts a plain object to ``kind`` without coercion beyond int to float.
+
+    Raises:
+        ValueError: an unknown or missing field, or a value of the wrong type, named with its path.
+    """
+    _refuse_non_finite(obj, what)
+    try:
+        return msgspec.convert(obj, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _refuse_non_finite(obj: Any, what: str) -> None:
+    # 1e999 parses to inf without passing by ``parse_constant``
+    if isinstance(obj, float) and not math.isfinite(obj):
+        raise ValueError(f"{what}: {obj} is not a finite number")
+    if isinstance(obj, dict):
+        for key, value in obj.items():
+            _refuse_non_finite(value, f"{what}.{key}")
+    elif isinstance(obj, list | tuple):
+        for value in obj:
+            _refuse_non_finite(value, what)

@@ -1,0 +1,132 @@
+"""Model checkpoints as Hugging Face folders, written whole or not at all.
+
+``model.safetensors``, or numbered shards and their index, beside ``config.json``, generation
+config and tokenizer: what ``AutoModelForCausalLM.from_pretrained`` loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from psyche_fast.models import CausalLM
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at ``path`` complete and on disk, or not at all.
+
+    Yields a temporary folder beside it. On success its files are synced and it takes the name; an
+    older folder of that name is there until then. On an error the temporary one is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+                _sync(file)
+        _sync(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor | None]], max_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes safetensors in shards of at most ``max_bytes`` (one tensor at least), holding one.
+
+    Args:
+        folder: where to.
+        tensors: names and full CPU tensors, one at a time.
+        max_bytes: bytes per shard.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    shards: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal part, held
+        save_file(part, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(part))
+        part, held = {}, 0
+
+    for name, tensor in tensors:
+        assert tensor is not None, "the first rank of a replica gets the tensors"
+        if part and held + tensor.nbytes > max_bytes:
+            flush()
+        part[name] = tensor.contiguous()
+        held += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for at, names in enumerate(shards):
+        # The number of shards stands in each name, so it is known only now.
+        file = f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{at}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def save_model(
+    path: Path,
+    model: CausalLM,
+    tensors: Iterator[tuple[str, Tensor | None]],
+    side_files: Iterable[Path],
+) -> None:
+    """Writes a checkpoint folder; the rank that calls it gets the tensors.
+
+    Args:
+        path: the folder; replaced where it exists.
+        model: for its configuration.
+        tensors: ``Trainer.extract()``; consumed even where writing fails, since the other ranks
+            take part in each of its gathers.
+        side_files: tokenizer and other files to go beside.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing is left behind, and a
+            folder that was there stays.
+    """
+    try:
+        with atomic_folder(path) as folder:
+            write_tensors(folder, tensors)
+            model.save_config(folder)
+            for file in side_files:
+                if not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+    finally:
+        for _ in tensors:
+            pass

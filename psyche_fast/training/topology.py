@@ -1,0 +1,92 @@
+"""Who this rank is: which replica, which shard, which slice of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Sets the timeout of every process group made from now on.
+
+    Groups of a device mesh and of ``new_group`` ignore ``init_process_group``'s own, so the
+    module's default is what counts, and it has to change before the groups are made.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A rank's place: ``rank = (replica * dp + shard) * tp + slice``.
+
+    Attributes:
+        replicas: copies of the model (groups of ``dp * tp`` ranks).
+        replica: this rank's copy.
+        dp: ranks that shard one copy with FSDP2.
+        tp: ranks that share each layer.
+        shard: this rank's index of ``dp``.
+        shard_mesh: mesh of the ``dp`` ranks; None where dp = 1.
+        tensor_mesh: mesh of the ``tp`` ranks; None where tp = 1.
+        peers: group of the ranks with the same place in the other replicas; None for one replica.
+        copy: group of all ranks of this replica; None where it is one rank.
+    """
+
+    replicas: int = 1
+    replica: int = 0
+    dp: int = 1
+    tp: int = 1
+    shard: int = 0
+    shard_mesh: DeviceMesh | None = None
+    tensor_mesh: DeviceMesh | None = None
+    peers: dist.ProcessGroup | None = None
+    copy: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def build(dp: int, tp: int, device: torch.device) -> Topology:
+        """Makes the groups; every rank of the default process group takes part.
+
+        Raises:
+            ValueError: the world does not divide into groups of ``dp * tp``.
+        """
+        if not dist.is_initialized():
+            if dp * tp != 1:
+                raise ValueError(f"dp {dp} x tp {tp} needs a process group of several ranks")
+            return Topology()
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % (dp * tp):
+            raise ValueError(f"world size {world} is not a multiple of dp {dp} x tp {tp}")
+        replicas = world // (dp * tp)
+        if world == 1:
+            return Topology()
+        mesh = init_device_mesh(
+            device.type, (replicas, dp, tp), mesh_dim_names=("replicate", "shard", "tensor")
+        )
+        copy = None
+        if dp * tp > 1:
+            for replica in range(replicas):
+                ranks = range(replica * dp * tp, (replica + 1) * dp * tp)
+                group = dist.new_group(list(ranks))
+                if rank in ranks:
+                    copy = group
+        if dp > 1 and tp > 1:
+            inner = mesh["shard", "tensor"]
+            shard_mesh, tensor_mesh = inner["shard"], inner["tensor"]
+        else:
+            shard_mesh, tensor_mesh = mesh["shard"], mesh["tensor"]
+        return Topology(
+            replicas=replicas,
+            replica=rank // (dp * tp),
+            dp=dp,
+            tp=tp,
+            shard=rank // tp % dp,
+            shard_mesh=shard_mesh if dp > 1 else None,
+            tensor_mesh=tensor_mesh if tp > 1 else None,
+            peers=mesh.get_group("replicate") if replicas > 1 else None,
+            copy=copy,
+        )

@@ -1,0 +1,165 @@
+"""What a person sees: plain lines in a file, a live line on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from psyche_fast.metrics import Console
+from psyche_fast.metrics.formatting import format_bytes, format_count, format_duration
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+LINE = {
+    "step": 12,
+    "loss": 3.2144,
+    "grad_norm": 0.534,
+    "learning_rate": 4e-4,
+    "tokens_per_second": 12345.6,
+    "num_tokens": 4096,
+    "seconds": {"data": 0.1},
+}
+
+
+def run(steps, *, stream=None, **options):
+    stream = io.StringIO() if stream is None else stream
+    clock = Clock()
+    with Console(stream=stream, clock=clock, **options) as console:
+        for step in steps:
+            clock.now += 2.0
+            console.step({**LINE, "step": step})
+    return stream.getvalue()
+
+
+def test_a_plain_line_has_the_metrics_and_the_time_left():
+    text = run([12], total_steps=100, start_step=12)
+    assert text == (
+        "step  12/100 | loss 3.214 | grad_norm 0.53 | lr 4.0e-04 | 12.3k tok/s | eta 00:02:56\n"
+    )
+
+
+def test_absent_metrics_are_left_out_and_non_finite_ones_read_nan():
+    stream = io.StringIO()
+    Console(9, stream=stream, clock=Clock()).step({"step": 1, "loss": None, "grad_norm": 1.0})
+    assert stream.getvalue() == "step 1/9 | loss nan | grad_norm 1.00 | eta 00:00:00\n"
+
+
+@pytest.mark.parametrize(
+    ("every", "shown"),
+    [(1, [3, 4, 5, 6, 7, 8, 9]), (3, [3, 6, 9]), (4, [3, 4, 8, 9]), (0, [3, 9])],
+)
+def test_every_thins_out_plain_lines_but_never_the_first_and_the_last(every, shown):
+    text = run(range(3, 10), total_steps=9, start_step=3, every=every)
+    assert [int(line.split()[1].split("/")[0]) for line in text.splitlines()] == shown
+
+
+def test_a_slow_first_step_is_forgotten_at_the_second():
+    stream, clock = io.StringIO(), Clock()
+    console = Console(11, stream=stream, clock=clock)
+    for seconds, step in ((100.0, 1), (3.0, 2)):
+        clock.now += seconds
+        console.step({"step": step})
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("eta 00:16:40")  # 10 steps of 100 s, which is all it knows
+    assert second.endswith("eta 00:00:27")  # 9 steps of 3 s
+
+
+def test_messages_are_lines_of_their_own_in_plain_output():
+    stream = io.StringIO()
+    with Console(2, stream=stream, clock=Clock()) as console:
+        console.step({"step": 1})
+        console.message("checkpoint written")
+        console.step({"step": 2})
+    assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1/2",
+        "checkpoint written",
+        "step 2/2",
+    ]
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn():
+    text = run(range(1, 4), total_steps=40, stream=Terminal())
+    last = text.split("\r")[-1]
+    assert "step 3/40" in last
+    assert "loss 3.214 | 12.3k tok/s | 00:01:14 left" in last
+    assert text.count("\n") == 1  # when it is closed
+
+
+def test_a_resumed_run_starts_its_bar_where_it_is():
+    text = run([31], total_steps=40, start_step=31, stream=Terminal())
+    assert "step 30/40" in text.split("\r")[1]
+    assert "step 31/40" in text.split("\r")[-1]
+
+
+def test_a_message_does_not_break_the_live_line():
+    stream = Terminal()
+    with Console(10, stream=stream, clock=Clock()) as console:
+        console.step({"step": 1, "loss": 2.0})
+        console.message("checkpoint written")
+    text = stream.getvalue()
+    before, after = text.split("checkpoint written\n")
+    # The line is blanked before the message and drawn again after it.
+    assert before.split("\r")[-2].strip() == ""
+    assert before.endswith("\r")
+    assert "step 1/10" in after
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="every: wanted 0 or more steps, got -1"):
+        Console(10, every=-1)
+    with pytest.raises(ValueError, match="start_step: wanted 1 or more, got 0"):
+        Console(10, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (7.4, "7"),
+        (999.4, "999"),
+        (999.6, "1.00k"),
+        (9994, "9.99k"),
+        (9996, "10.0k"),
+        (12345.6, "12.3k"),
+        (99_960, "100k"),
+        (999_600, "1.00M"),
+        (2.5e12, "2.50T"),
+        (7e15, "7000T"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_counts_have_three_digits(value, text):
+    assert format_count(value) == text
+
+
+def test_bytes_are_decimal():
+    texts = [format_bytes(value) for value in (0, 999, 1500, 24_700_000)]
+    assert texts == ["0 B", "999 B", "1.50 kB", "24.7 MB"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "00:00:00"),
+        (59.6, "00:01:00"),
+        (3 * 3600 + 25, "03:00:25"),
+        (86_400 + 5, "1d 00:00:05"),
+        (float("inf"), "--:--:--"),
+        (-1, "--:--:--"),
+    ],
+)
+def test_durations_are_clock_times(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,0 +1,171 @@
+"""Trackers get each step's numbers; the packages themselves are optional."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from psyche_fast.metrics import TRACKERS, make_tracker
+
+CONFIG = {"learning_rate": 4e-4, "distro": {"compression_topk": 4}}
+LINE = {
+    "step": 7,
+    "loss": 2.5,
+    "grad_norm": None,
+    "learning_rate": 4e-4,
+    "tokens_per_second": math.inf,
+    "seconds": {"data": 0.25, "train": 1.0},
+    "bytes_sent": 1234,
+    "note": "text",
+}
+# null, non-finite values and text cannot be drawn; the step is the axis.
+SCALARS = {
+    "loss": 2.5,
+    "learning_rate": 4e-4,
+    "seconds/data": 0.25,
+    "seconds/train": 1.0,
+    "bytes_sent": 1234.0,
+}
+
+
+class FakeRun:
+    def __init__(self):
+        self.calls = []
+
+    def log(self, data, step=None):
+        self.calls.append(("log", data, step))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_none_needs_nothing_and_records_nothing(tmp_path):
+    tracker = make_tracker("none", tmp_path, CONFIG)
+    tracker.log(7, LINE)
+    tracker.finish()
+    assert os.listdir(tmp_path) == []
+
+
+def test_wandb_gets_the_scalars_by_step(tmp_path, monkeypatch):
+    run, started = FakeRun(), {}
+
+    # The arguments of wandb 0.31 that are used here; another name would be a TypeError.
+    def init(project=None, dir=None, name=None, config=None):
+        started.update(project=project, dir=dir, name=name, config=config)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run_dir = tmp_path / "first"
+    tracker = make_tracker("wandb", run_dir, CONFIG)
+    tracker.log(7, LINE)
+    tracker.finish()
+    assert started == {
+        "project": "psyche-fast",
+        "dir": str(run_dir),
+        "name": "first",
+        "config": CONFIG,
+    }
+    assert run.calls == [("log", SCALARS, 7), ("finish",)]
+
+
+def test_trackio_gets_the_scalars_by_step(tmp_path, monkeypatch):
+    run, started = FakeRun(), {}
+
+    def init(project, name=None, config=None):  # as in trackio 0.43
+        started.update(project=project, name=name, config=config)
+        return run
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    tracker = make_tracker("trackio", tmp_path / "second", CONFIG)
+    tracker.log(7, LINE)
+    tracker.finish()
+    assert started == {"project": "psyche-fast", "name": "second", "config": CONFIG}
+    assert run.calls == [("log", SCALARS, 7), ("finish",)]
+
+
+def test_tensorboard_gets_each_scalar_by_step(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:  # as in torch.utils.tensorboard
+        def __init__(self, log_dir=None):
+            calls.append(("open", log_dir))
+
+        def add_text(self, tag, text_string, global_step=None):
+            calls.append(("text", tag, text_string))
+
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            calls.append((tag, scalar_value, global_step))
+
+        def close(self):
+            calls.append(("close",))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    tracker = make_tracker("tensorboard", tmp_path, CONFIG)
+    tracker.log(7, LINE)
+    tracker.finish()
+    opened, (kind, tag, text), *scalars, closed = calls
+    assert opened == ("open", str(tmp_path / "tensorboard"))
+    assert (kind, tag) == ("text", "config")
+    assert '"compression_topk": 4' in text
+    assert scalars == [(name, value, 7) for name, value in SCALARS.items()]
+    assert closed == ("close",)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_a_missing_package_is_a_value_error_that_says_what_to_install(tmp_path, monkeypatch, name):
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
+    with pytest.raises(ValueError, match=rf"{name} .*pip install 'psyche-fast\[trackers\]'"):
+        make_tracker(name, tmp_path, CONFIG)
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="wanted one of none, wandb, trackio, tensorboard, got"):
+        make_tracker("mlflow", tmp_path, CONFIG)
+
+
+def test_importing_the_metrics_imports_no_torch_matplotlib_or_tracker():
+    heavy = ["torch", "matplotlib", "tensorboard", "trackio", "wandb", "numpy"]
+    script = f"import psyche_fast.metrics, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TRACKERS if name != "none"])
+def test_the_real_package_where_it_is_installed(tmp_path, name):
+    pytest.importorskip(name, reason=f"{name} is an extra")
+    script = (
+        "import sys\n"
+        "from psyche_fast.metrics import make_tracker\n"
+        f"tracker = make_tracker({name!r}, sys.argv[1], {CONFIG!r})\n"
+        "for step in (1, 2): tracker.log(step, {'step': step, 'loss': 2.5 / step})\n"
+        "tracker.finish()\n"
+    )
+    # Nothing leaves this machine: wandb keeps its files, trackio its database, under the test's.
+    environment = dict(
+        os.environ, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"), HOME=str(tmp_path)
+    )
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(run_dir)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    where = tmp_path / "trackio" if name == "trackio" else run_dir
+    written = [path for path in where.rglob("*") if path.is_file() and path.stat().st_size > 0]
+    assert written, done.stderr

@@ -1,0 +1,168 @@
+"""metrics.jsonl: strict, append-only, and still readable after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from psyche_fast.metrics import MetricsWriter, read_metrics
+
+
+def write_steps(path, steps, **options):
+    with MetricsWriter(path, **options) as writer:
+        for step in steps:
+            writer.write({"step": step, "loss": 10.0 - step})
+
+
+def steps_of(path):
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_values_come_back_and_non_finite_numbers_are_null(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(
+            {
+                "step": 1,
+                "loss": math.nan,
+                "grad_norm": -math.inf,
+                "learning_rate": 4e-4,
+                "num_tokens": np.int64(2**40),
+                "tokens_per_second": np.float32(1.5),
+                "seconds": {"data": 0.25, "exchange": math.inf},
+                "losses": [1.0, math.nan],
+                "note": "é",
+                "last": False,
+                "eval": None,
+            }
+        )
+    assert read_metrics(path) == [
+        {
+            "step": 1,
+            "loss": None,
+            "grad_norm": None,
+            "learning_rate": 4e-4,
+            "num_tokens": 2**40,
+            "tokens_per_second": 1.5,
+            "seconds": {"data": 0.25, "exchange": None},
+            "losses": [1.0, None],
+            "note": "é",
+            "last": False,
+            "eval": None,
+        }
+    ]
+    assert "NaN" not in path.read_text(encoding="utf-8")
+    assert read_metrics(path.parent) == read_metrics(path)  # a run directory is read as well
+
+
+def test_lines_are_on_disk_before_the_writer_is_closed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    script = (
+        "import os, signal, sys\n"
+        "from psyche_fast.metrics.writer import MetricsWriter\n"
+        "writer = MetricsWriter(sys.argv[1])\n"
+        "for step in range(1, 4): writer.write({'step': step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert steps_of(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 20])
+def test_a_torn_last_line_is_left_out_and_not_built_upon(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1, "note": "whole"})
+        writer.write({"step": 2, "note": "a tail with an é in it: é"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    # A cut of one byte takes only the newline: the object is whole and is kept.
+    expected = [1, 2] if cut == 1 else [1]
+    assert steps_of(path) == expected
+    write_steps(path, [3])
+    assert steps_of(path) == [*expected, 3]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_line_torn_inside_a_character_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + '{"step": 2, "note": "é'.encode()[:-1])
+    assert steps_of(path) == [1]
+
+
+@pytest.mark.parametrize("text", ['{"step": 1}\n{"st\n{"step": 3}\n', '{"step": 1}\n[2]\n'])
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+        read_metrics(path)
+
+
+def test_bare_nan_is_not_accepted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n')
+    with pytest.raises(ValueError, match="line 1: NaN is not JSON"):
+        read_metrics(path)
+
+
+def test_a_run_that_starts_again_replaces_later_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2, 3, 4, 5])
+    write_steps(path, [4, 5, 6], drop_from_step=4)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+    write_steps(path, [1], drop_from_step=1)
+    assert steps_of(path) == [1]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]  # no temporary file is left
+
+
+def test_opening_again_without_dropping_appends_in_place(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2])
+    inode = path.stat().st_ino
+    write_steps(path, [3], drop_from_step=3)
+    assert steps_of(path) == [1, 2, 3]
+    assert path.stat().st_ino == inode
+
+
+def test_dropping_refuses_a_file_without_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match="record 1 has no whole-number step"):
+        MetricsWriter(path, drop_from_step=1)
+    assert path.read_text() == '{"epoch": 1}\n'
+
+
+def test_what_json_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        with pytest.raises(TypeError, match=r"record\.memory\.cuda: .* got Tensor"):
+            writer.write({"step": 1, "memory": {"cuda": torch.tensor(1)}})
+        with pytest.raises(ValueError, match="metric step: wanted a whole number, got None"):
+            writer.write({"loss": 1.0})
+        with pytest.raises(ValueError, match="got True"):
+            writer.write({"step": True})
+    assert path.read_text() == ""
+    with pytest.raises(ValueError, match="closed"):
+        writer.write({"step": 1})
+
+
+def test_each_line_is_one_json_object(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1, "note": "two\nlines\u2028here"})
+    [line] = path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["note"] == "two\nlines\u2028here"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="metrics"):
+        read_metrics(tmp_path)
