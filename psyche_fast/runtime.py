@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from psyche_fast.models import CausalLM, choose_attention, load_model
-from psyche_fast.models.source import ModelSource
+from psyche_fast.models.source import ModelSource, read_config
 from psyche_fast.protocol import messages
 from psyche_fast.protocol.messages import Hyperparameters, Settings
 from psyche_fast.protocol.store import SidecarStore
@@ -69,7 +69,9 @@ def load(
         param_dtype=_DTYPES[settings.param_dtype],
         shard_mesh=topology.shard_mesh,
         tensor_mesh=topology.tensor_mesh,
-        attn_implementation=choose_attention(settings.attn_implementation, device.type),
+        attn_implementation=choose_attention(
+            settings.attn_implementation, device.type, read_config(source).get("model_type")
+        ),
         sequence_length=settings.sequence_length,
         activation_checkpointing=settings.activation_checkpointing,
         liger=settings.liger,

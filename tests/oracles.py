@@ -1,7 +1,9 @@
-"""DeMo and DisTrO in float64, written as plainly as possible: numpy, explicit loops over chunks, nothing shared.
+"""DeMo and DisTrO in float64, as plain as possible: numpy and loops over chunks.
 
-Sources: DeMo (arXiv 2411.19870, algorithm 1 and the reference `demo.py`), and the order of operations of Psyche's train
-loop. Parameters are numpy arrays; a result is, per parameter, a list over chunks of `(indices, values)`.
+Sources: DeMo (arXiv 2411.19870, algorithm 1 and the reference `demo.py`), and the order of
+    operations of Psyche's train
+loop. Parameters are numpy arrays; a result is, per parameter, a list over chunks of `(indices,
+values)`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def dct_basis(n):
 
 
 def chunk_windows(shape, target):
-    """Index expressions of all chunks of an array of the given shape, in the order in which they are sent."""
+    """Index expressions of all chunks of an array, in the order in which they are sent."""
     if len(shape) == 1:
         w = chunk_side(shape[0], target)
         return [(slice(x * w, (x + 1) * w),) for x in range(shape[0] // w)]
@@ -54,7 +56,7 @@ def decode_chunk(c):
 
 
 def top_k(coefficients, k):
-    """Indices and values of the k of largest magnitude; of equal ones those with the lowest index."""
+    """Indices and values of the k of largest magnitude; equal ones by lowest index."""
     flat = coefficients.reshape(-1)
     order = sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))
     kept = sorted(order[: min(k, flat.size)])
@@ -67,7 +69,7 @@ def compress(delta, target, k):
 
 
 def decode_mean(shape, target, results):
-    """Decoded mean of several results: every coefficient is the mean over the entries that name it."""
+    """Decoded results, every coefficient being the mean over the entries that name it."""
     out = np.zeros(shape if shape else (1,))
     for number, window in enumerate(chunk_windows(out.shape, target)):
         named = {}
@@ -111,8 +113,9 @@ class DeMoPeer:
 class DistroPeer:
     """One peer of DisTrO, in the order of the train loop.
 
-    `doubtful[name]` marks elements in which an update was zero but for rounding, so that its sign is a matter of the
-    order of additions: signs of coefficients (a, b) and (b, a) of a square chunk cancel on its diagonal, for instance.
+    `doubtful[name]` marks elements in which an update was zero but for rounding, so that its sign
+    is a matter of the order of additions: signs of coefficients (a, b) and (b, a) of a square chunk
+    cancel on its diagonal, for instance.
     """
 
     def __init__(self, parameters, *, decay, topk, chunk, weight_decay=0.0):

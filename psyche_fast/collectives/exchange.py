@@ -52,8 +52,17 @@ def start(tensors: Sequence[Tensor], peers: dist.ProcessGroup | None) -> Pending
         return Pending(0, own, None, None, None)
     sent = torch.cat([part for tensor in own for part in _pack(tensor)])
     received = sent.new_empty(dist.get_world_size(peers), sent.numel())
-    work = dist.all_gather_into_tensor(received.view(-1), sent, group=peers, async_op=True)
+    work = all_gather_flat(received.view(-1), sent, peers, async_op=True)
     return Pending(sent.numel(), own, sent, received, work)
+
+
+def all_gather_flat(
+    received: Tensor, sent: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
+    """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
+    # torch 2.13 renamed it and warns of the old name; 2.11 has only that.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(received, sent, group=group, async_op=async_op)
 
 
 def _pack(tensor: Tensor) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.collectives.exchange import all_gather_flat
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd, so invertible modulo 2^64: a change of one word always changes the hash.
 _MULTIPLIER = -7046029254386353131
@@ -54,7 +56,7 @@ def check_identical(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, ste
         return
     own = torch.stack([hash_bits(t) for t in tensors.values()])
     hashes = own.new_empty(dist.get_world_size(peers), own.numel())
-    dist.all_gather_into_tensor(hashes.view(-1), own, group=peers)
+    all_gather_flat(hashes.view(-1), own, peers)
     differ = hashes.ne(hashes[0]).any(dim=0).tolist()
     names = [name for name, bad in zip(tensors, differ, strict=True) if bad]
     if names:

@@ -10,7 +10,7 @@ from psyche_fast.config import RunConfig
 from psyche_fast.data import Dataset, open_dataset
 from psyche_fast.devices import Devices, choose_devices, cores
 from psyche_fast.metrics.formatting import format_count
-from psyche_fast.models import choose_attention
+from psyche_fast.models import choose_attention, registry
 from psyche_fast.models.source import FilesSource, check_model, resolve_model
 from psyche_fast.protocol.messages import Settings
 
@@ -45,9 +45,12 @@ def make_plan(config: RunConfig) -> Plan:
     if config.output is not None:
         _check_output(Path(config.output), config.start_step)
     devices = choose_devices(config.device, config.ranks_here)
-    attention = choose_attention(config.attn_implementation, devices.devices[0].type)
+    registry.resolve(config.python_arch)
     source = resolve_model(config.model)
     model = check_model(source, config.python_arch)
+    attention = choose_attention(
+        config.attn_implementation, devices.devices[0].type, model.model_type
+    )
     dataset = open_dataset(
         config.data_path,
         token_size=config.token_size,

@@ -1,4 +1,7 @@
-"""DisTrO and DeMo: decoupled momentum with top-k DCT compression (DeMo, arXiv 2411.19870; DisTrO report, Nous)."""
+"""DisTrO and DeMo: decoupled momentum, compressed to its largest DCT coefficients.
+
+Sources: DeMo, arXiv 2411.19870; the DisTrO preliminary report.
+"""
 
 from psyche_fast.distro.codec import DistroResult, quantize_1bit, validate_results
 from psyche_fast.distro.demo import DeMo

@@ -13,8 +13,9 @@ from torch import Tensor
 def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`F[j, b] = s_b cos(pi (2j + 1) b / 2n)` with `s_0 = sqrt(1/n)`, otherwise `sqrt(2/n)`.
 
-    Computed in float64 with the angle brought into the first quadrant by integer arithmetic, so that entries that
-    vanish are exactly zero and entries of equal magnitude are equal: patterns that cancel then cancel exactly.
+    Computed in float64 with the angle brought into the first quadrant by integer arithmetic, so
+    that entries that vanish are exactly zero and entries of equal magnitude are equal: patterns
+    that cancel then cancel exactly.
 
     Args:
         n: side of the chunk, at least 1.

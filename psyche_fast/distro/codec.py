@@ -17,9 +17,11 @@ class DistroResult:
     """One parameter's compressed update, laid out as Psyche's `DistroResult`.
 
     Attributes:
-        sparse_idx: uint8. Flat indices within each chunk, `[..., k]` for up to 256 coefficients per chunk; wider
-            indices (uint16 up to 65536, uint32 above) are viewed as bytes, `[..., 2k]` or `[..., 4k]`.
-        sparse_val: `[..., k]` in the parameter's dtype, or bool after `quantize_1bit` (True = negative).
+        sparse_idx: uint8. Flat indices within each chunk, `[..., k]` for up to 256 coefficients per
+            chunk; wider indices (uint16 up to 65536, uint32 above) are viewed as bytes, `[..., 2k]`
+            or `[..., 4k]`.
+        sparse_val: `[..., k]` in the parameter's dtype, or bool after `quantize_1bit` (True =
+            negative).
         xshape: encoded shape, `[..., R/h, C/w, h, w]`, or `[N/w, w]` for a vector.
         totalk: coefficients per chunk, `h * w` or `w`.
     """
@@ -70,10 +72,10 @@ def validate_results(results: Sequence[Sequence[DistroResult]], layout: Layout) 
 def collect(
     results: Sequence[Sequence[DistroResult]], layout: Layout, *, sender: str = "peer"
 ) -> list[Entries]:
-    """Check results as `validate_results` does and put them together, one `Entries` per chunk class.
+    """Check results as `validate_results` does and join them, one `Entries` per chunk class.
 
-    Results may live on any device. The values of all are checked with one wait for the device, before anything is
-    made of them.
+    Results may live on any device. The values of all are checked with one wait for the device,
+    before anything is made of them.
 
     Args:
         results: one list per peer, at least one peer.
@@ -97,7 +99,8 @@ def collect(
 def _check_form(results: Sequence[DistroResult], layout: Layout, who: str) -> None:
     if len(results) != len(layout.parameters):
         raise ValueError(
-            f"{who} sent {len(results)} results, expected one for each of {len(layout.parameters)} parameters"
+            f"{who} sent {len(results)} results, expected one for each of "
+            f"{len(layout.parameters)} parameters"
         )
     for r, p in zip(results, layout.parameters, strict=True):
         expected = (
@@ -151,19 +154,16 @@ def _faulty(indices: Tensor, values: Tensor, totalk: int) -> Tensor:
     return bad
 
 
-def _name_faulty(
-    results: Sequence[Sequence[DistroResult]], layout: Layout, sender: str
-) -> None:
+def _name_faulty(results: Sequence[Sequence[DistroResult]], layout: Layout, sender: str) -> None:
     """Find the first faulty result and raise."""
     for peer, own in enumerate(results):
         for plan in layout.plans:
             for m in plan.members:
                 r = own[m.position]
-                indices = r.sparse_idx.reshape(m.count, -1).clone().view(plan.index_dtype)
+                indices = r.sparse_idx.reshape(-1).clone().view(plan.index_dtype)
                 where = f"{sender} {peer}, parameter {layout.parameters[m.position].name}"
                 if bool((indices.to(torch.int64) >= plan.totalk).any()):
                     raise ValueError(f"{where}: an index is not below totalk {plan.totalk}")
                 if r.sparse_val.dtype != torch.bool and not bool(r.sparse_val.isfinite().all()):
                     raise ValueError(f"{where}: a value is not finite")
     raise AssertionError("a faulty result was flagged but none was found")
-

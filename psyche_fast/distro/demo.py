@@ -1,4 +1,4 @@
-"""`DeMo`: decoupled momentum as a `torch.optim.Optimizer` (DeMo, arXiv 2411.19870; reference: bloc97/DeMo)."""
+"""`DeMo`: decoupled momentum as a `torch.optim.Optimizer` (DeMo, arXiv 2411.19870)."""
 
 from __future__ import annotations
 
@@ -30,21 +30,25 @@ class DeMo(torch.optim.Optimizer):
         delta -= decode(own)
         theta -= lr * sign(decode(mean over the peers of own))
 
-    The peers are the ranks of `process_group`; one all-gather per step carries everything. Gradients must not be
-    averaged between them by other means (run DDP under `no_sync`), and `.grad` is left as it is. A parameter without
-    gradient takes part with a gradient of zero, so that all ranks stay in step.
+    The peers are the ranks of `process_group`; one all-gather per step carries everything.
+    Gradients must not be averaged between them by other means (run DDP under `no_sync`), and
+    `.grad` is left as it is. A parameter without gradient takes part with a gradient of zero, so
+    that all ranks stay in step.
 
-    `state[p]["delta"]` is float32 (float64 for float64 parameters), in the encoded shape `[..., R/h, C/w, h, w]`
-    (`[N/w, w]` for a vector); `state_dict` round-trips bit for bit.
+    `state[p]["delta"]` is float32 (float64 for float64 parameters), in the encoded shape `[...,
+    R/h, C/w, h, w]` (`[N/w, w]` for a vector); `state_dict` round-trips bit for bit.
 
     Args:
-        params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name, tensor) pairs.
+        params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
+            tensor) pairs.
         lr: learning rate.
         compression_decay: decay of delta per step, `0 <= beta < 1`.
         compression_topk: coefficients sent per chunk.
-        compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not larger.
+        compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not
+            larger.
         weight_decay: decoupled weight decay.
-        process_group: the peers; the default group where None. Without torch.distributed there is one peer.
+        process_group: the peers; the default group where None. Without torch.distributed there is
+            one peer.
         backend: "auto" or "torch".
 
     Attributes:
@@ -137,17 +141,19 @@ class DeMo(torch.optim.Optimizer):
         """Take up what `state_dict` returned.
 
         Raises:
-            ValueError: a delta is missing or cut otherwise, naming the parameter; nothing has been changed then.
+            ValueError: a delta is missing or cut otherwise, naming the parameter; nothing has been
+                changed then.
         """
         saved = self._saved_deltas(state_dict)
         super().load_state_dict(state_dict)
-        # torch has converted the state to each parameter's dtype, which would round delta: put the saved one in.
+        # torch has converted the state to each parameter's dtype, which would round delta: put the
+        # saved one in.
         for p, delta in saved.items():
             self.state[p]["delta"] = delta.detach().to(p.device, copy=True)
         self._plan = _Plan(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the plan and the group, neither of which can be copied to another process."""
+        """Everything but the plan and the process group, which cannot be copied."""
         kept = {name: getattr(self, name) for name in _HYPERPARAMETERS[:-1]}
         traffic = {"data_transmit": self.data_transmit, "data_receive": self.data_receive}
         return {**super().__getstate__(), **kept, **traffic, "backend": self.backend}
@@ -188,14 +194,16 @@ class DeMo(torch.optim.Optimizer):
                 layout = _layout_of(self, p, _name(group, i, key))
                 entry = state_dict["state"].get(key, {})
                 if "delta" not in entry:
-                    raise ValueError(f"delta of parameter {layout.name} is missing from the saved state")
+                    raise ValueError(
+                        f"delta of parameter {layout.name} is missing from the saved state"
+                    )
                 check_delta_shape(layout, entry["delta"])
                 saved[p] = entry["delta"]
         return saved
 
 
 class _Plan:
-    """What `step` needs, worked out once for a set of parameters, with `state[p]["delta"]` as views of its buffers."""
+    """What `step` needs, worked out once; makes each `state[p]["delta"]` a view of its buffers."""
 
     def __init__(self, optimizer: DeMo) -> None:
         layouts = []
@@ -222,7 +230,9 @@ def _name(group: dict[str, Any], i: int, position: int) -> str:
 
 def _layout_of(optimizer: DeMo, parameter: Tensor, name: str) -> ParameterLayout:
     if isinstance(parameter, DTensor):
-        raise ValueError(f"parameter {name} is sharded (a DTensor), which DeMo does not take; use Distro")
+        raise ValueError(
+            f"parameter {name} is sharded (a DTensor), which DeMo does not take; use Distro"
+        )
     return ParameterLayout.of(
         name,
         parameter.shape,

@@ -1,4 +1,4 @@
-"""`Distro`: the DisTrO optimiser in the order of Psyche's train loop, results applied one step late."""
+"""`Distro`: DisTrO in the order of Psyche's train loop, results applied one step late."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) 
 
 
 class Distro:
-    """DisTrO with delayed application (DisTrO preliminary report; the order is that of Psyche's train loop).
+    """DisTrO with delayed application, in the order of Psyche's train loop.
 
     One step, with `lr` the learning rate of this step and `prev_lr` that of the one before::
 
@@ -42,20 +42,24 @@ class Distro:
         own = distro.generate(prev_own, prev_lr, lr)
         distro.apply(all_peers_previous_results, lr)
 
-    Between the return of `generate` or `apply` and the next `error_correction` the parameters are the plain ones. The
-    look-ahead is undone exactly, from a master copy that is allocated by the first `error_correction`. The state,
-    `delta`, is the momentum that has not been sent yet, float32 unless told otherwise (float64 for float64 parameters).
-    Arithmetic is done in float32 and rounded once to the parameter's dtype.
+    Between the return of `generate` or `apply` and the next `error_correction` the parameters are
+    the plain ones. The look-ahead is undone exactly, from a master copy that is allocated by the
+    first `error_correction`. The state, `delta`, is the momentum that has not been sent yet,
+    float32 unless told otherwise (float64 for float64 parameters). Arithmetic is done in float32
+    and rounded once to the parameter's dtype.
 
-    DTensor parameters are taken: state and results then cover the whole parameter on every rank of its mesh, and
-    `generate` is a collective over it.
+    DTensor parameters are taken: state and results then cover the whole parameter on every rank of
+    its mesh, and `generate` is a collective over it.
 
     Args:
-        named_parameters: (name, tensor) pairs or a dict. Those that require gradients are taken, sorted by name.
+        named_parameters: (name, tensor) pairs or a dict. Those that require gradients are taken,
+            sorted by name.
         compression_decay: decay of delta per step, `0 <= beta < 1`.
-        compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not larger.
+        compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not
+            larger.
         compression_topk: coefficients sent per chunk.
-        weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay` in `generate`.
+        weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
+            in `generate`.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
         backend: "auto" or "torch".
 
@@ -80,11 +84,15 @@ class Distro:
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
         if delta_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"delta_dtype must be torch.float32 or torch.bfloat16, got {delta_dtype}")
+            raise ValueError(
+                f"delta_dtype must be torch.float32 or torch.bfloat16, got {delta_dtype}"
+            )
         self.backend = kernels.resolve_backend(backend)
         self.compression_decay = compression_decay
         self.weight_decay = weight_decay
-        pairs = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+        pairs = (
+            named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+        )
         taken = sorted(((n, p) for n, p in pairs if p.requires_grad), key=lambda pair: pair[0])
         if not taken:
             raise ValueError("named_parameters holds no parameter that requires gradients")
@@ -112,19 +120,20 @@ class Distro:
 
     @property
     def looking_ahead(self) -> bool:
-        """Whether the parameters hold the look-ahead: `error_correction` has run and nothing has undone it."""
+        """Whether the parameters hold the look-ahead, which nothing has undone yet."""
         return self._looking_ahead
 
     @torch.no_grad()
     def error_correction(self, prev_lr: float) -> None:
-        """Keep the plain parameters aside and take the look-ahead step `parameters -= prev_lr * sign(delta)`.
+        """Keep the plain parameters aside, then `parameters -= prev_lr * sign(delta)`.
 
         Raises:
             RuntimeError: the parameters already hold the look-ahead.
         """
         if self._looking_ahead:
             raise RuntimeError(
-                "error_correction was called twice without generate or undo_error_correction in between"
+                "error_correction was called twice without generate or undo_error_correction "
+                "in between"
             )
         local = [local_tensor(p) for p in self._parameters]
         if not self._master:
@@ -137,7 +146,7 @@ class Distro:
 
     @torch.no_grad()
     def undo_error_correction(self) -> None:
-        """Put the plain parameters back, bit for bit; nothing happens where there is no look-ahead to undo."""
+        """Put the plain parameters back bit for bit, if they hold the look-ahead."""
         if self._looking_ahead:
             torch._foreach_copy_([local_tensor(p) for p in self._parameters], self._master)
             self._looking_ahead = False
@@ -154,20 +163,22 @@ class Distro:
         """Undo the look-ahead, decay the weights, take up the gradients and compress.
 
         Args:
-            prev_self_results: own results of the previous step with their unquantised values, which are taken out of
-                delta; None or empty where there are none. Several (a list of lists) count with their mean.
-            prev_lr: learning rate of the look-ahead. Part of Psyche's call; the undo reads the master copy instead
-                and so needs no rate. Without a look-ahead outstanding nothing is undone.
+            prev_self_results: own results of the previous step with their unquantised values, which
+                are taken out of delta; None or empty where there are none. Several (a list of
+                lists) count with their mean.
+            prev_lr: learning rate of the look-ahead. Part of Psyche's call; the undo reads the
+                master copy instead and so needs no rate. Without a look-ahead outstanding nothing
+                is undone.
             lr: learning rate of this step.
-            grad_scale: factor on the gradients (clipping), a number or a 0-d tensor on the parameters' device, which
-                is not waited for. A gradient of None is zero.
+            grad_scale: factor on the gradients (clipping), a number or a 0-d tensor on the
+                parameters' device, which is not waited for. A gradient of None is zero.
 
         Returns:
             One result per parameter in name order, values in the parameter's dtype.
 
         Raises:
-            ValueError: `prev_self_results` are quantised, do not fit the parameters or are not finite. Nothing has
-                been changed then.
+            ValueError: `prev_self_results` are quantised, do not fit the parameters or are not
+                finite. Nothing has been changed then.
         """
         previous = self._previous(prev_self_results)
         self.undo_error_correction()
@@ -195,14 +206,17 @@ class Distro:
     def apply(self, results: Sequence[Sequence[DistroResult]], lr: float) -> None:
         """`parameters -= lr * sign(decode(mean of the peers' results))`.
 
-        The outcome is a function of the results and their order alone: peers that apply the same ones stay identical.
+        The outcome is a function of the results and their order alone: peers that apply the same
+        ones stay identical.
 
         Args:
-            results: one list per peer, in an order that all peers share; quantised (bool) or not. Empty: no change.
+            results: one list per peer, in an order that all peers share; quantised (bool) or not.
+                Empty: no change.
             lr: learning rate.
 
         Raises:
-            ValueError: a result does not fit, naming the peer's number and the parameter. Nothing has been changed.
+            ValueError: a result does not fit, naming the peer's number and the parameter. Nothing
+                has been changed.
             RuntimeError: the parameters hold the look-ahead.
         """
         if self._looking_ahead:
@@ -222,7 +236,8 @@ class Distro:
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state on the CPU: `{"delta": {name: tensor in the encoded shape}}`.
 
-        The encoded shape is `[..., R/h, C/w, h, w]`, `[N/w, w]` for a vector. Parameters are not part of it.
+        The encoded shape is `[..., R/h, C/w, h, w]`, `[N/w, w]` for a vector. Parameters are not
+        part of it.
         """
         deltas = zip(self.names, self.layout.views(self._delta), strict=True)
         return {"delta": {name: delta.to("cpu", copy=True) for name, delta in deltas}}
@@ -231,7 +246,8 @@ class Distro:
         """Take up what `state_dict` returned; deltas of another dtype are converted.
 
         Raises:
-            ValueError: a parameter is missing, unknown or cut otherwise; nothing has been changed then.
+            ValueError: a parameter is missing, unknown or cut otherwise; nothing has been changed
+                then.
         """
         if "delta" not in state_dict:
             raise ValueError(f"a Distro state has the key delta, got {sorted(state_dict)}")
@@ -256,7 +272,8 @@ class Distro:
             for result, name in zip(own, self.names, strict=False):
                 if result.sparse_val.dtype == torch.bool:
                     raise ValueError(
-                        f"own result, parameter {name}: generate wants the unquantised values, got torch.bool"
+                        f"own result, parameter {name}: generate wants the unquantised values, "
+                        "got torch.bool"
                     )
         return collect(lists, self.layout, sender="own result")
 
@@ -279,6 +296,7 @@ def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:
     """
     if tuple(delta.shape) != parameter.xshape:
         raise ValueError(
-            f"delta of parameter {parameter.name} is cut as {list(delta.shape)} in the saved state, but as "
+            f"delta of parameter {parameter.name} is cut as {list(delta.shape)} "
+            "in the saved state, but as "
             f"{list(parameter.xshape)} here (its shape or compression_chunk differs)"
         )

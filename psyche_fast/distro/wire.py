@@ -11,11 +11,13 @@ from torch import Tensor
 from psyche_fast.distro.layout import Layout
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
-_ALIGNMENT = 8  # bytes; every dtype that is read back from the buffer starts at a multiple of its size
+_ALIGNMENT = (
+    8  # bytes; every dtype that is read back from the buffer starts at a multiple of its size
+)
 
 
 class PackedEntries:
-    """Places of all chunk classes' indices and values in a flat uint8 buffer, the same on every rank.
+    """Places of all chunk classes' entries in a flat uint8 buffer, the same on every rank.
 
     Attributes:
         nbytes: size of the buffer.
@@ -29,7 +31,10 @@ class PackedEntries:
         for plan in layout.plans:
             entries = plan.chunks * plan.k
             self._spans.append(
-                (self._place(entries * plan.index_dtype.itemsize), self._place(entries * plan.dtype.itemsize))
+                (
+                    self._place(entries * plan.index_dtype.itemsize),
+                    self._place(entries * plan.dtype.itemsize),
+                )
             )
         # Peers' buffers lie behind each other: all of them must start aligned.
         self.nbytes += -self.nbytes % _ALIGNMENT
@@ -41,7 +46,7 @@ class PackedEntries:
         return start, self.nbytes
 
     def pack(self, entries: Sequence[Entries]) -> Tensor:
-        """One rank's entries, one per chunk class, as `[nbytes]` uint8 on the first class's device."""
+        """One rank's entries as `[nbytes]` uint8 on the first class's device."""
         buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=self._plans[0].device)
         for e, (indices, values) in zip(entries, self._spans, strict=True):
             buffer[slice(*indices)].copy_(e.indices.view(-1).view(torch.uint8))
@@ -68,7 +73,9 @@ class PackedEntries:
         return self.unpack(buffers.view(peers, self.nbytes))
 
     @staticmethod
-    def _read(plan: ChunkPlan, buffers: Tensor, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def _read(
+        plan: ChunkPlan, buffers: Tensor, span: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         peers = buffers.shape[0]
         data = buffers[:, slice(*span)].to(plan.device).contiguous().view(dtype)
         by_chunk = data.view(peers, plan.chunks, plan.k).transpose(0, 1)

@@ -1,7 +1,8 @@
 """The DisTrO step as a few coarse operations, each over one whole chunk class (`ChunkPlan`).
 
-Every operation dispatches by backend to a module of the same name; `"torch"` is the plain PyTorch implementation
-in `kernels/reference/`. A backend that cannot run is refused with an error; nothing falls back silently.
+Every operation dispatches by backend to a module of the same name; `"torch"` is the plain PyTorch
+implementation in `kernels/reference/`. A backend that cannot run is refused with an error; nothing
+falls back silently.
 
 Operations work in place on the tensors that they are given and never wait for the device.
 """
@@ -46,7 +47,9 @@ def encode(
     previous: Entries | None = None,
     backend: str = "torch",
 ) -> Entries:
-    """`delta = decay * (delta - decode(previous)) + lr * gradient_scale * gradient`, transformed, k largest taken.
+    """Update delta, transform it and take the k largest coefficients of every chunk.
+
+    `delta = decay * (delta - decode(previous)) + lr * gradient_scale * gradient`.
 
     Args:
         plan: the chunk class.
@@ -59,8 +62,8 @@ def encode(
         backend: resolved backend name.
 
     Returns:
-        `plan.k` entries per chunk in ascending order of index, values in `plan.dtype`. Of coefficients with equal
-        magnitude the one with the lower index is kept.
+        `plan.k` entries per chunk in ascending order of index, values in `plan.dtype`. Of
+        coefficients with equal magnitude the one with the lower index is kept.
     """
     return _BACKENDS[backend].encode(  # type: ignore[no-any-return]
         plan, delta, gradients, learning_rates, decay, gradient_scale, previous
@@ -76,13 +79,14 @@ def subtract(
     learning_rates: Sequence[float] | None = None,
     backend: str = "torch",
 ) -> None:
-    """`delta -= decode(entries)`; with `parameters` also `parameter -= lr * sign(decode(entries))` from one decode.
+    """`delta -= decode(entries)`; with `parameters` also their sign update, from one decode.
 
     Args:
         plan: the chunk class.
         delta: state `[chunks, h, w]`, updated in place.
         entries: what has been sent.
-        parameters: one tensor per member, updated in place (a group of one peer: the mean is the own result).
+        parameters: one tensor per member, updated in place (a group of one peer: the mean is the
+            own result).
         learning_rates: one per member; with `parameters`.
         backend: resolved backend name.
     """
@@ -97,7 +101,9 @@ def apply(
     *,
     backend: str = "torch",
 ) -> None:
-    """`parameter -= lr * sign(decode(entries))`, each coefficient the mean over the entries that name it.
+    """`parameter -= lr * sign(decode(entries))`.
+
+    Each coefficient is the mean over the entries that name it.
 
     Args:
         plan: the chunk class.

@@ -1,9 +1,10 @@
 """What a kernel is told about the chunks it works on.
 
-All chunks of one shape, dtype and device, whichever parameters they come from, form one *chunk class*. A `ChunkPlan`
-describes a class once, when an optimiser is built; every operation takes the plan and handles the whole class.
-State (`delta`) lives in *chunk-major* order, `[chunks, h, w]`, so that the transform and the selection are contiguous
-over the class and only the gradient and the parameter are read through a strided view.
+All chunks of one shape, dtype and device, whichever parameters they come from, form one *chunk
+class*. A `ChunkPlan` describes a class once, when an optimiser is built; every operation takes the
+plan and handles the whole class. State (`delta`) lives in *chunk-major* order, `[chunks, h, w]`, so
+that the transform and the selection are contiguous over the class and only the gradient and the
+parameter are read through a strided view.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Member:
 class Piece:
     """A contiguous run of chunks `[start, stop)` of the class inside one parameter.
 
-    `index` selects the run from the parameter's chunk view `[*lead, h, w]`; `lead` is its shape without `h, w`.
+    `index` selects the run from the parameter's chunk view `[*lead, h, w]`; `lead` is its shape
+    without `h, w`.
     """
 
     slot: int
@@ -63,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Chunks `[start, stop)` handled together, to bound the workspace, and the pieces they consist of."""
+    """Chunks `[start, stop)` handled together, to bound the workspace, and their pieces."""
 
     start: int
     stop: int
@@ -72,7 +74,9 @@ class Slice:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ChunkPlan:
-    """One chunk class: all `h x w` chunks of the parameters of one dtype on one device (vectors have `h = 1`).
+    """One chunk class: the `h x w` chunks of all parameters of one dtype on one device.
+
+    Vectors have `h = 1`.
 
     Attributes:
         h: rows of a chunk.
@@ -83,7 +87,8 @@ class ChunkPlan:
         device: where parameters, state and basis live.
         basis_h: DCT-II basis `[h, h]` in `compute_dtype`.
         basis_w: DCT-II basis `[w, w]` in `compute_dtype`.
-        members: the parameters, in the optimiser's order. Operations take their tensors in this order.
+        members: the parameters, in the optimiser's order. Operations take their tensors in this
+            order.
         slices: the class cut in runs of bounded size.
     """
 
@@ -121,7 +126,8 @@ class Entries:
     Attributes:
         indices: `[chunks, m]`, flat index within the chunk, in the class's unsigned index dtype.
         values: `[chunks, m]`, floating point, or bool (True = -1, False = +1).
-        unique: no index occurs twice in a chunk. Otherwise a coefficient is the mean over the entries that name it.
+        unique: no index occurs twice in a chunk. Otherwise a coefficient is the mean over the
+            entries that name it.
     """
 
     indices: Tensor
@@ -130,7 +136,7 @@ class Entries:
 
 
 def chunk_view(tensor: Tensor, h: int, w: int) -> Tensor:
-    """View a parameter-shaped tensor as chunks `[..., R/h, C/w, h, w]` (`[N/w, 1, w]` for a vector); never copies."""
+    """View a parameter as chunks `[..., R/h, C/w, h, w]`, a vector as `[N/w, 1, w]`."""
     if tensor.dim() < 2:
         flat = tensor.view(1) if tensor.dim() == 0 else tensor
         return flat.unflatten(0, (flat.shape[0] // w, 1, w))
@@ -140,7 +146,7 @@ def chunk_view(tensor: Tensor, h: int, w: int) -> Tensor:
 
 
 def cut_slices(members: Sequence[Member], chunk_size: int, max_elements: int) -> tuple[Slice, ...]:
-    """Cut a class into slices of at most `max_elements` elements (at least one chunk each), in chunk order."""
+    """Cut a class, in order, into slices of at most `max_elements` or one chunk."""
     limit = max(1, max_elements // chunk_size)
     slices: list[Slice] = []
     pieces: list[Piece] = []
@@ -162,7 +168,7 @@ def cut_slices(members: Sequence[Member], chunk_size: int, max_elements: int) ->
 def _runs(
     lead: tuple[int, ...], limit: int
 ) -> Iterator[tuple[tuple[int | slice, ...], tuple[int, ...]]]:
-    """Contiguous runs of at most `limit` chunks of a parameter: the index that selects each, and its shape."""
+    """Index and shape of contiguous runs of at most `limit` chunks of a parameter."""
     if math.prod(lead) <= limit:
         yield (), lead
         return

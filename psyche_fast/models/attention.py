@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
@@ -16,7 +17,7 @@ def choose_attention(requested: str, device_type: str, model_type: str | None = 
             flash kernels too).
         device_type: ``cpu`` or ``cuda``.
         model_type: Transformers' name of the architecture; where it is given, ``auto`` passes over
-            what that architecture has not (Gemma 2 and GPT-Neo, for two, are eager only).
+            what that architecture has not (GPT-J, for one, has no sdpa).
 
     Returns:
         ``eager``, ``sdpa`` or ``flash_attention_2``.
@@ -55,7 +56,7 @@ def _supported(model_type: str | None) -> tuple[bool, bool]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     except KeyError:  # not one of Transformers': it is the model's own affair
         return True, True
     return bool(model._supports_flash_attn), bool(model._supports_sdpa)

@@ -27,7 +27,7 @@ def parameters_on_meta() -> Iterator[None]:
             meta.__dict__.update(param.__dict__)
             module._parameters[name] = meta
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

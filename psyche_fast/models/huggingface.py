@@ -121,7 +121,8 @@ def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
             group = groups.setdefault(target, (copy.deepcopy(by_pattern[pattern]), []))
             group[1].append((name, pattern))
     # What saving has to undo: only what this checkpoint needed.
-    model._weight_conversions = [t for t in transforms if t.was_used()]
+    used: Any = [t for t in transforms if t.was_used()]
+    model._weight_conversions = used
     return LoadPlan(
         direct,
         [_conversion(model, target, *group) for target, group in groups.items()],
@@ -133,7 +134,7 @@ def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
 def _conversion(
     model: PreTrainedModel,
     target: str,
-    converter: WeightConverter,
+    converter: Any,
     sources: list[tuple[str, str]],
 ) -> Conversion:
     def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -169,7 +170,8 @@ def _optional(model: PreTrainedModel) -> frozenset[str]:
 
 def needs_reverting(model: PreTrainedModel) -> bool:
     """Whether the checkpoint's form of some tensors is made of several of the model's."""
-    return any(isinstance(t, WeightConverter) for t in model._weight_conversions or [])
+    used: Any = model._weight_conversions
+    return any(isinstance(t, WeightConverter) for t in used)
 
 
 def revert(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ def load_model(
 
 
 def _build_other(
-    builder: registry.Builder, architecture: str, config: dict, param_dtype: torch.dtype
+    builder: registry.Builder, architecture: str, config: dict[str, Any], param_dtype: torch.dtype
 ) -> nn.Module:
     with building.parameters_on_meta():
         module = builder(config)
@@ -120,9 +121,9 @@ def _checkpoint_activations(module: nn.Module) -> None:
         forward = block.forward
 
         # On the method rather than by a wrapper module, which would change the parameters' names.
-        def recomputed(*args: object, _forward: object = forward, **kwargs: object) -> object:
+        def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
-                return _forward(*args, **kwargs)  # type: ignore[operator]
+                return _forward(*args, **kwargs)
             return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
 
         block.forward = recomputed  # type: ignore[method-assign]

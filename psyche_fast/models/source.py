@@ -185,7 +185,8 @@ def tensor_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
     for path in weight_files(source):
         try:
             with safe_open(path, framework="np") as file:
-                own = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                names = file.keys()  # it cannot be iterated itself
+                own = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"--model: {path} is no complete safetensors file: {error}") from error
         twice = sorted(shapes.keys() & own.keys())

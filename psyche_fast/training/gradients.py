@@ -79,10 +79,12 @@ def global_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
         key: tuple[dist.ProcessGroup, ...] = ()
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
+            # Not ``is_shard``: the strided shards of FSDP2 over tensor parallelism answer no.
+            assert not any(placement.is_partial() for placement in tensor.placements)
             key = tuple(
                 mesh.get_group(dim)
                 for dim, placement in enumerate(tensor.placements)
-                if placement.is_shard()
+                if not placement.is_replicate()
             )
         if local(tensor).numel():
             groups.setdefault(key, []).append(local(tensor))

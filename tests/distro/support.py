@@ -1,4 +1,4 @@
-"""What the tests of this folder share: shapes, gradients, comparison with the oracles, worker processes."""
+"""What these tests share: shapes, gradients, comparison with oracles, worker processes."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def assert_parameters(parameters, expected, *, atol=1e-10, doubtful=None):
 
 
 def decoded_delta(encoded, shape):
-    """A delta in the encoded shape back in the parameter's: `[..., R/h, C/w, h, w]` -> `[..., R, C]`."""
+    """A delta in the encoded shape brought back to the parameter's."""
     if len(shape) < 2:
         return encoded.reshape(shape)
     return encoded.transpose(-3, -2).reshape(shape)
 
 
 def run_processes(worker, count, *arguments):
-    """Run `worker(rank, count, *arguments)` in `count` gloo processes; returns what each put into `results[rank]`."""
+    """What `worker(rank, count, *arguments)` returned in each of `count` gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_entry, args=(count, folder, worker, arguments), nprocs=count, join=True)
         return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(count)]

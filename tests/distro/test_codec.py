@@ -36,7 +36,9 @@ def test_chunk_side(target):
 
 
 # Sizes that are ranked by runs and sizes that are not; 4096 is the usual chunk.
-@pytest.mark.parametrize(("totalk", "k"), [(1, 1), (12, 5), (13, 13), (61, 3), (160, 8), (4096, 8), (4096, 64)])
+@pytest.mark.parametrize(
+    ("totalk", "k"), [(1, 1), (12, 5), (13, 13), (61, 3), (160, 8), (4096, 8), (4096, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_largest_is_exact_whatever_the_ties(totalk, k, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +94,7 @@ def test_slices_cover_every_chunk_once(limit):
 def test_slices_change_nothing(monkeypatch):
     outcome = []
     for limit in (1 << 25, 200):
-        monkeypatch.setattr("psyche_fast.distro.layout.MAX_SLICE_ELEMENTS", limit)
+        monkeypatch.setattr("psyche_fast.distro.layout.MAX_SLICE_ELEMENTS_CPU", limit)
         distro, parameters, results = make(torch.float32)
         distro.error_correction(0.1)
         again = distro.generate(results, 0.1, 0.1)
@@ -112,9 +114,7 @@ SHAPES = {"a": (16, 24), "b": (40, 40), "e": (0, 5), "v": (40,)}
 
 def make(dtype=torch.float32, chunk=20):
     parameters = to_parameters(random_arrays(0, SHAPES), dtype)
-    distro = Distro(
-        parameters, compression_decay=0.9, compression_chunk=chunk, compression_topk=3
-    )
+    distro = Distro(parameters, compression_decay=0.9, compression_chunk=chunk, compression_topk=3)
     set_gradients(parameters, random_arrays(1, SHAPES))
     return distro, parameters, distro.generate(None, 0.1, 0.1)
 
@@ -173,12 +173,21 @@ def out_of_range(result):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda r: spoilt(r, xshape=(4, 1, 20, 20)), r"xshape is \(4, 1, 20, 20\), expected \(2, 2"),
+        (
+            lambda r: spoilt(r, xshape=(4, 1, 20, 20)),
+            r"xshape is \(4, 1, 20, 20\), expected \(2, 2",
+        ),
         (lambda r: spoilt(r, totalk=401), "totalk is 401, expected 400"),
-        (lambda r: spoilt(r, sparse_idx=r.sparse_idx.to(torch.int16)), "dtype of sparse_idx is torch.int16"),
+        (
+            lambda r: spoilt(r, sparse_idx=r.sparse_idx.to(torch.int16)),
+            "dtype of sparse_idx is torch.int16",
+        ),
         (lambda r: spoilt(r, sparse_idx=r.sparse_idx[..., :3]), "shape of sparse_idx"),
         (lambda r: spoilt(r, sparse_val=r.sparse_val[..., :2]), "shape of sparse_val"),
-        (lambda r: spoilt(r, sparse_val=r.sparse_val.double()), "dtype of sparse_val is torch.float64"),
+        (
+            lambda r: spoilt(r, sparse_val=r.sparse_val.double()),
+            "dtype of sparse_val is torch.float64",
+        ),
         (out_of_range, "an index is not below totalk 400"),
         (lambda r: with_value(r, float("nan")), "a value is not finite"),
         (lambda r: with_value(r, float("inf")), "a value is not finite"),
@@ -226,7 +235,9 @@ def test_bytes_at_any_alignment_and_mixed_peers():
         update = oracles.decode_mean(SHAPES[name], 20, [oracles.signs_only(plain), plain])
         expected = before[name].numpy() - 0.1 * np.sign(update)
         sure = np.abs(update) > 1e-6
-        np.testing.assert_allclose(parameters[name].detach().numpy()[sure], expected[sure], atol=1e-6)
+        np.testing.assert_allclose(
+            parameters[name].detach().numpy()[sure], expected[sure], atol=1e-6
+        )
         assert sure.sum() > 0.9 * sure.size or not sure.size
 
 

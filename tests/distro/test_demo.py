@@ -132,9 +132,7 @@ def test_state_round_trips_bit_for_bit(copier, dtype):
         for name, p in parameters.items():
             assert torch.equal(p, twins[name]), name
             assert other.state[twins[name]]["delta"].dtype == torch.float32
-            assert torch.equal(
-                optimizer.state[p]["delta"], other.state[twins[name]]["delta"]
-            ), name
+            assert torch.equal(optimizer.state[p]["delta"], other.state[twins[name]]["delta"]), name
 
 
 def test_state_of_another_layout_is_refused():
@@ -158,7 +156,10 @@ def test_parameters_can_be_added():
     own = oracles.compress(0.9 * kept[0, 0].double().numpy(), 8, 3)
     sent = torch.tensor(oracles.decode_mean((8, 8), 8, [own]))
     torch.testing.assert_close(
-        optimizer.state[first]["delta"][0, 0].double(), 0.9 * kept[0, 0].double() - sent, atol=1e-5, rtol=0
+        optimizer.state[first]["delta"][0, 0].double(),
+        0.9 * kept[0, 0].double() - sent,
+        atol=1e-5,
+        rtol=0,
     )
 
 

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from psyche_fast.distro import DeMo, Distro
 from tests.distro.support import random_arrays, run_processes, to_parameters
 
-# Even and uneven shards along both dimensions, one rank left with nothing, a replicated one, a plain one.
+# Even and uneven shards along both dimensions, one rank left with nothing, a replicated one, a
+# plain one.
 PLACEMENTS = {
     "columns": ((16, 24), Shard(1)),
     "nothing": ((1, 8), Shard(0)),
@@ -59,7 +60,7 @@ def _worker(rank, count, dtype):
         return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
 
     plain = to_parameters(random_arrays(0, SHAPES), dtype)
-    parameters = {n: place(n, p.detach()).requires_grad_() for n, p in plain.items()}
+    parameters = {n: place(n, p.detach().clone()).requires_grad_() for n, p in plain.items()}
 
     def gradient(step, name):
         return torch.tensor(random_arrays(50 + step, SHAPES)[name]).to(dtype)

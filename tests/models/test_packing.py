@@ -45,7 +45,8 @@ def test_positions_alone_say_where_documents_start() -> None:
 @pytest.mark.parametrize("lengths", [[[12], []], [[0, 0], [0]], [[12], [12]]])
 def test_rows_of_one_document_stay_on_the_fast_path(lengths: list[list[int]]) -> None:
     batch = prepare(Batch(IDS, sequence_lengths=lengths))
-    assert batch.position_ids is None and batch.labels is None
+    assert batch.position_ids is None
+    assert batch.labels is None
     batch = prepare(Batch(IDS, position_ids=torch.arange(12).expand(2, -1)))
     assert batch.position_ids is None
 
@@ -118,10 +119,10 @@ def test_packed_logits_and_losses_are_those_of_separate_documents(
             torch.testing.assert_close(logits[row : row + 1, end : end + n], alone)
             # In float64, by the definition: each token from the ones before it.
             shifted = alone[0, :-1].double().log_softmax(-1)
-            total -= float(shifted.gather(1, ids[0, 1:, None]).sum())
+            total -= shifted.gather(1, ids[0, 1:, None]).sum().item()
             count += n - 1
             end += n
-    assert float(model.loss(packed)) == pytest.approx(total / count, abs=1e-6)
+    assert model.loss(packed).item() == pytest.approx(total / count, abs=1e-6)
 
 
 def test_documents_without_boundaries_do_see_one_another(save_model) -> None:

@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch, on any device: grouped, batched, no loop over parameters in the transforms."""
+"""The operations in plain PyTorch, on any device: transforms are batched over the class."""
 
 from psyche_fast.kernels.reference.apply import apply, lookahead
 from psyche_fast.kernels.reference.decode import subtract

@@ -11,7 +11,8 @@ from psyche_fast.kernels.plan import ChunkPlan, Entries
 from psyche_fast.kernels.reference.transform import ieee_matmul, inverse
 from psyche_fast.kernels.reference.update import signed_step
 
-# Up to this many entries per chunk they are merged pairwise, m * m comparisons, rather than in a dense chunk.
+# Up to this many entries per chunk they are merged pairwise, m * m comparisons, rather than in a
+# dense chunk.
 _PAIRWISE_LIMIT = 16
 
 
@@ -38,7 +39,7 @@ def subtract(
 def subtract_slice(
     plan: ChunkPlan, target: Tensor, entries: Entries, start: int, stop: int, factor: float
 ) -> None:
-    """`target = factor * (target - decode(entries[start:stop]))` in place, `target` `[stop - start, h, w]`."""
+    """`target = factor * (target - decoded)` in place, `target` being `[stop - start, h, w]`."""
     if _low_rank(plan, entries) and target.dtype == plan.compute_dtype:
         left, right = _factors(plan, entries, start, stop)
         target.baddbmm_(left, right, beta=factor, alpha=-factor)
@@ -49,8 +50,8 @@ def subtract_slice(
 def decode(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
     """Chunks `[start, stop)` of the class, `[stop - start, h, w]` in the compute dtype.
 
-    Each coefficient is the mean over the entries that name it, zero where there are none. The order of the additions
-    depends on nothing but the order of the entries.
+    Each coefficient is the mean over the entries that name it, zero where there are none. The order
+    of the additions depends on nothing but the order of the entries.
     """
     if _low_rank(plan, entries):
         return torch.bmm(*_factors(plan, entries, start, stop))
@@ -63,13 +64,13 @@ def decode(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
 
 
 def _low_rank(plan: ChunkPlan, entries: Entries) -> bool:
-    """Whether a chunk's few entries are cheaper as a sum of outer products than as a dense matrix."""
+    """Whether a chunk's entries are so few that a sum of outer products is cheaper."""
     m = entries.indices.shape[1]
     return plan.h > 1 and m <= plan.h // 2 and (entries.unique or m <= _PAIRWISE_LIMIT)
 
 
 def _factors(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """`U [n, h, m]` and `V [n, m, w]` with `U V = F_h C F_w^T` for the coefficients `C` that the entries name."""
+    """`U [n, h, m]` and `V [n, m, w]` with `U V = F_h C F_w^T`, `C` being the entries."""
     index, value = _widen(plan, entries, start, stop)
     if not entries.unique:
         value = _shares(index, value)
@@ -91,7 +92,7 @@ def _widen(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[Te
 
 
 def _shares(index: Tensor, value: Tensor) -> Tensor:
-    """Each entry's share of its coefficient's mean, so that the shares of a coefficient sum up to the mean.
+    """Each entry's share of its coefficient's mean: the shares add up to the mean.
 
     The mean is taken first: entries that cancel contribute exactly nothing.
     """
@@ -101,13 +102,14 @@ def _shares(index: Tensor, value: Tensor) -> Tensor:
 
 
 def _mean_in(dense: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Mean of all entries with the same index, for every entry; `dense` (zeros) is scratch and comes back changed."""
+    """For every entry the mean of those with its index; `dense` (zeros) is scratch."""
     multiplicity = dense.scatter_add_(1, index, torch.ones_like(value)).gather(1, index)
     dense.scatter_(1, index, 0.0)
     if dense.device.type == "cpu":
         dense.scatter_add_(1, index, value)  # row by row, in the order of the entries
     else:
-        # scatter_add_ uses atomics on accelerators, in any order; index_put_ with accumulate sorts instead.
+        # scatter_add_ uses atomics on accelerators, in any order; index_put_ with accumulate sorts
+        # instead.
         rows = torch.arange(dense.shape[0], device=dense.device).unsqueeze(1).expand_as(index)
         dense.index_put_((rows, index), value, accumulate=True)
     return dense.gather(1, index).div_(multiplicity)

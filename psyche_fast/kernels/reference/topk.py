@@ -9,12 +9,13 @@ _MAGNITUDE_BITS = 0x7FFFFFFF
 
 
 def largest(coefficients: Tensor, k: int) -> Tensor:
-    """Flat indices of the `k` entries of largest magnitude in every row; a pure function of the values.
+    """Flat indices of the `k` entries of largest magnitude in every row.
 
-    `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's bits, which for
-    non-negative floats are ordered like their values, above the reversed index. To keep the keys few, only the `k`
-    runs of neighbouring coefficients with the largest maxima are looked into: an entry outside of them is preceded
-    by at least `k` others. NaN counts as larger than any number.
+    `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's
+    bits, which for non-negative floats are ordered like their values, above the reversed index. To
+    keep the keys few, only the `k` runs of neighbouring coefficients with the largest maxima are
+    looked into: an entry outside of them is preceded by at least `k` others. NaN counts as larger
+    than any number.
 
     Args:
         coefficients: `[n, totalk]`, contiguous, float32 or float64.
@@ -27,7 +28,8 @@ def largest(coefficients: Tensor, k: int) -> Tensor:
     if k == totalk:
         return torch.arange(totalk, device=coefficients.device).expand(n, totalk)
     if coefficients.dtype != torch.float32:
-        # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the lower index first.
+        # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the
+        # lower index first.
         order = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices
         return order[:, :k].sort(dim=-1).values
     magnitude = coefficients.view(torch.int32) & _MAGNITUDE_BITS
@@ -43,7 +45,7 @@ def largest(coefficients: Tensor, k: int) -> Tensor:
 
 
 def _by_key(magnitude: Tensor, index: Tensor | None, limit: int, k: int) -> Tensor:
-    """Indices (below `limit`, default the column numbers) of each row's `k` largest, equal ones by lowest index."""
+    """Indices, all below `limit`, of each row's `k` largest; None: the column numbers."""
     if index is None:
         reverse = torch.arange(limit - 1, -1, -1, device=magnitude.device)
     else:
@@ -54,7 +56,7 @@ def _by_key(magnitude: Tensor, index: Tensor | None, limit: int, k: int) -> Tens
 
 
 def _run_length(totalk: int, k: int) -> int:
-    """Length of the runs that are ranked by their maximum: near `sqrt(totalk / k)` both rankings are about as long."""
+    """Length of the runs that keeps both rankings short, near `sqrt(totalk / k)`."""
     best, best_cost = 1, totalk
     for run in range(2, 65):
         if totalk % run == 0 and totalk // run >= k:

@@ -13,8 +13,11 @@ from psyche_fast.kernels.plan import ChunkPlan
 
 @contextmanager
 def ieee_matmul() -> Iterator[None]:
-    """Full float32 products whatever the process has set: tf32 or bf16 would change which coefficients are kept."""
-    knobs = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """Full float32 products, whatever the process has set.
+
+    Products in tf32 or bf16 would change which coefficients are kept.
+    """
+    knobs = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     saved = [knob.fp32_precision for knob in knobs]
     try:
         for knob in knobs:

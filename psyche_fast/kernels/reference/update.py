@@ -18,8 +18,9 @@ def signed_step(
 ) -> None:
     """`parameter -= lr * direction` for the chunks of one slice.
 
-    `direction` is `[part.stop - part.start, h, w]` in the compute dtype. That it is wider than a half-precision
-    parameter matters: the subtraction is then done in the wider dtype and rounded once, learning rate included.
+    `direction` is `[part.stop - part.start, h, w]` in the compute dtype. That it is wider than a
+    half-precision parameter matters: the subtraction is then done in the wider dtype and rounded
+    once, learning rate included.
     """
     for piece in part.pieces:
         view = chunk_view(parameters[piece.slot], plan.h, plan.w)[piece.index]

@@ -1,0 +1,186 @@
+"""The command line: what is wrong is said in one line, before anything is spawned or written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from psyche_fast import cli
+from psyche_fast.config import RunConfig
+from tests.tiny import save_llama, save_tokens
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_llama(folder / "model")
+    save_tokens(folder / "data")
+    (folder / "empty").mkdir()
+    (folder / "long").mkdir()
+    np.full(10_000, 200, dtype=np.uint16).tofile(folder / "long" / "tokens.bin")
+    (folder / "bad.toml").write_text("total_bach = 3\n")
+    (folder / "types.toml").write_text('total_batch = "3"\n')
+    (folder / "good.toml").write_text("total-batch = 6\nlearning_rate = 0.5\n")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = 0
+    try:
+        cli.main(list(arguments))
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def train(place: Path, *arguments: str) -> list[str]:
+    return [
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
+        "--sequence-length", "32", "--device", "cpu", *arguments,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "{place}/nowhere"], "--model: there is no folder"),
+        (["--model", "{place}/empty"], "config.json"),
+        (["--data-path", "{place}/nowhere"], "--data-path"),
+        (["--data-path", "{place}/empty"], "--data-path"),
+        (["--data-path", "{place}/long"], "200"),
+        (["--token-size", "3"], "--token-size must be 2 or 4, got 3"),
+        (["--token-size", "4"], "--token-size"),
+        (["--sequence-length", "30000"], "--sequence-length"),
+        (["--attn-implementation", "magic"], "'magic' is not one of 'auto'"),
+        (["--attn-implementation", "flash_attention_2"], "flash_attention_2"),
+        (["--param-dtype", "float16"], "'float16' is not one of"),
+        (["--device", "tpu"], "wanted auto, cpu, cuda, cuda:N or cuda:X,Y, got 'tpu'"),
+        (["--device", "cuda:0,1"], "no CUDA device"),
+        (["--python-arch", "Torchtitan"], "Torchtitan"),
+        (["--replicas", "2"], "--replicas 2 needs --distro"),
+        (["--replicas", "0"], "--replicas must be at least 1"),
+        (["--distro-quantization"], "needs --distro"),
+        (["--local-ranks", "3"], "--local-ranks 3 is more than the run's 1 ranks"),
+        (["--start-step", "9", "--total-steps", "8"], "--start-step 9 is after --total-steps 8"),
+        (["--beta1", "1.5"], r"--beta1 must be in [0, 1)"),
+        (["--micro-batch", "many"], "'many' is not a valid integer"),
+        (["--config", "{place}/bad.toml"], "no key 'total_bach'; did you mean 'total_batch'?"),
+        (["--config", "{place}/types.toml"], "total_batch: Expected `int`, got `str`"),
+        (["--config", "{place}/nowhere.toml"], "No such file"),
+        (["--host", "192.0.2.1"], "cannot listen"),
+        (["--no-such-flag"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(place=place) for a in arguments]
+    if "--host" not in filled:
+        filled.append("--dry-run")
+    status, _, err = run(capsys, *train(place, *filled))
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert status == 2
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in err
+
+
+def test_dry_run_prints_the_resolved_configuration(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(
+        capsys,
+        *train(place, "--config", str(place / "good.toml"), "--learning-rate", "0.25", "--dry-run"),
+    )
+    assert status == 0, err
+    assert "total_batch = 6" in out
+    assert "learning_rate = 0.25" in out, "a flag goes over the file"
+    assert "624 sequences" in err or "sequences of 32 tokens" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_seeds_command_line_is_understood(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train(place, "--total-batch", "2", "--micro-batch", "1", "--python", "--dry-run")
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert "total_batch = 2" in out
+
+
+def test_defaults_are_those_of_psyches_train_example() -> None:
+    config = RunConfig()
+    expected = {
+        "sequence_length": 2048, "token_size": 2, "micro_batch": 8, "total_batch": 256,
+        "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "learning_rate": 4e-4,
+        "warmup_steps": 500, "total_steps": 25000, "max_grad_norm": 1.0, "compression_chunk": 64,
+        "compression_topk": 4, "compression_decay": 0.999, "attn_implementation": "auto",
+        "start_step": 1, "python_arch": "HfAuto", "device": "auto",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_help_is_instant() -> None:
+    command = [sys.executable, "-m", "psyche_fast", "train", "--help"]
+    subprocess.run(command, capture_output=True, check=True)  # bytecode and disk cache
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
+    assert "--compression-topk" in result.stdout
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    program = (
+        "import sys; from psyche_fast import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_output_that_holds_a_run_is_kept(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    status, _, err = run(capsys, *train(place, "--output", str(tmp_path), "--dry-run"))
+    assert status == 2
+    assert "already holds a run" in err
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_tokenize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        (tmp_path / "in" / f"{n}.txt").write_text(f"document {n} " * 50)
+    status, out, err = run(
+        capsys, "tokenize", str(tmp_path / "in"), "--output", str(tmp_path / "out"),
+        "--vocab-size", "300",
+    )  # fmt: skip
+    assert status == 0, err
+    assert out.startswith("3 documents")
+    assert (tmp_path / "out" / "tokens-00000.bin").stat().st_size > 0
+
+
+def test_sidecar_launcher_refuses_ranks_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, _, err = run(
+        capsys, "sidecar", "--main-host", "127.0.0.1", "--world-size", "2", "--start-rank", "1",
+        "--num-local-ranks", "2", "--backend", "gloo",
+    )  # fmt: skip
+    assert status == 2
+    assert "ranks 1 .. 2 do not fit --world-size 2" in err

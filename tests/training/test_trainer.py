@@ -1,0 +1,192 @@
+"""The trainer alone, on tiny models: what reaches the gradients and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from psyche_fast import config
+from psyche_fast.batch import Batch
+from psyche_fast.models import load_model
+from psyche_fast.models.source import resolve_model
+from psyche_fast.schedules import Constant
+from psyche_fast.training.topology import Topology
+from psyche_fast.training.trainer import Trainer
+from tests.groups import run_ranks
+from tests.tiny import random_tokens, save_llama
+
+DISTRO = config.Distro(
+    clip_grad_norm=1.0, weight_decay=0.1, compression_decay=0.9, compression_topk=4,
+    compression_chunk=16, quantize_1bit=True,
+)  # fmt: skip
+ADAMW = config.AdamW(betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, clip_grad_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+def trainer(
+    folder: Path,
+    optimizer: config.OptimizerConfig,
+    *,
+    micro: int = 2,
+    topology: Topology | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> Trainer:
+    model = load_model(
+        resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype
+    )
+    schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
+    return Trainer(
+        model, topology or Topology(), schedule, optimizer, micro_batch_size=micro, **options
+    )  # type: ignore[arg-type]
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def grads(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+def test_every_real_token_weighs_the_same(folder: Path, rows: int) -> None:
+    ids, labels = random_tokens(rows, 10), random_tokens(rows, 10, seed=1)
+    labels[0, 3:] = -100
+    labels[2] = -100
+    tested = trainer(folder, config.Dummy(), micro=2)
+    output = tested.train(1, Batch(ids, labels))
+    model = reference(folder)
+    loss = model(ids, labels=labels).loss
+    loss.backward()
+    assert float(output.loss) / output.real_rows == pytest.approx(float(loss), abs=1e-6)
+    assert output.real_rows == pytest.approx((rows - 1) / rows)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_nonfinite_micro_batch_never_reaches_the_gradients(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = trainer(folder, config.Dummy(), micro=2)
+    ids = random_tokens(6, 10)
+    plain = type(tested.model).loss
+    calls = []
+
+    def poisoned(self: object, batch: Batch) -> torch.Tensor:
+        calls.append(batch.rows)
+        loss = plain(self, batch)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) == 2 else loss
+
+    monkeypatch.setattr(type(tested.model), "loss", poisoned)
+    output = tested.train(1, Batch(ids))
+    assert calls == [2, 2, 2]
+    assert output.nonfinite_losses == 1
+    assert not output.refused
+    model = reference(folder)
+    kept = torch.cat([ids[:2], ids[4:]])
+    loss = model(kept, labels=kept).loss * 4 / 6
+    loss.backward()
+    assert float(output.loss) == pytest.approx(float(loss), abs=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", [DISTRO, ADAMW])
+def test_a_gradient_that_is_not_finite_is_refused(
+    folder: Path, optimizer: config.OptimizerConfig
+) -> None:
+    tested = trainer(folder, optimizer, exchanges=True)
+    ids = random_tokens(2, 10)
+    tested.train(1, Batch(ids))
+    name, parameter = next(iter(tested.parameters.items()))
+    hook = parameter.register_hook(lambda g: g * float("inf"))
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    output = tested.train(2, Batch(ids))
+    hook.remove()
+    assert output.refused
+    tested.optimize(2)
+    after = tested.train(3, Batch(ids))
+    assert all(p.isfinite().all() for p in tested.parameters.values())
+    assert torch.isfinite(after.loss).all()
+    if optimizer is ADAMW:
+        assert all(torch.equal(before[n], p) for n, p in tested.parameters.items()), name
+
+
+def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
+    tested = trainer(folder, DISTRO, exchanges=True)
+    ids = random_tokens(4, 10)
+    for step in (1, 2, 3):
+        tested.train(step, Batch(ids))
+        if step > 1:
+            tested.optimize(step)
+        model = reference(folder)
+        model.load_state_dict({n: t for n, t in tested.extract() if t is not None})
+        logits, loss = tested.forward(Batch(ids, labels=ids), num_logits_to_keep=2, loss_scale=2.0)
+        expected = model(ids, labels=ids)
+        torch.testing.assert_close(logits, expected.logits[:, -2:], rtol=1e-5, atol=1e-6)
+        assert loss is not None
+        assert float(loss) == pytest.approx(float(expected.loss) / 2, abs=1e-5)
+
+
+def test_truncate_bf16(folder: Path) -> None:
+    tested = trainer(folder, config.Dummy())
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    tested.truncate_bf16()
+    for name, parameter in tested.parameters.items():
+        assert torch.equal(parameter, before[name].bfloat16().float())
+        assert not torch.equal(parameter, before[name]) or before[name].unique().numel() == 1
+
+
+def test_fp32_accumulation_is_nearer_to_fp32(folder: Path) -> None:
+    ids = random_tokens(16, 12)
+    exact = trainer(folder, config.Dummy(), micro=16)
+    exact.train(1, Batch(ids))
+    errors = {}
+    for fp32 in (False, True):
+        tested = trainer(
+            folder, config.Dummy(), micro=1, dtype=torch.bfloat16, grad_accum_in_fp32=fp32
+        )
+        tested.train(1, Batch(ids))
+        errors[fp32] = sum(
+            float((g.float() - grads(exact)[n]).norm()) for n, g in grads(tested).items()
+        )
+    assert errors[True] < errors[False]
+
+
+def test_optimize_before_there_is_a_result(folder: Path) -> None:
+    tested = trainer(folder, DISTRO, exchanges=True)
+    tested.train(1, Batch(random_tokens(2, 8)))
+    with pytest.raises(ValueError, match="applied after the next"):
+        tested.optimize(1)
+
+
+def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+    losses = []
+    for step in range(1, 7):
+        output = tested.train(step, Batch(random_tokens(rows, 10, seed=step)))
+        dist.all_reduce(output.loss)
+        losses.append(float(output.loss) / 2)
+        if step > 1:
+            tested.optimize(step)
+    return losses, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+@pytest.mark.parametrize("rows", [4, 5, 1])
+def test_replicas_stay_bit_identical(folder: Path, rows: int) -> None:
+    (losses, one), (_, other) = run_ranks(_replicas, 2, folder, rows)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    untrained = reference(folder).state_dict()
+    assert any(not torch.equal(one[n], untrained[n]) for n in one)
+    model = reference(folder)
+    first = random_tokens(rows, 10, seed=1)
+    assert losses[0] == pytest.approx(float(model(first, labels=first).loss), abs=1e-5)
