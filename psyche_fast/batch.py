@@ -88,7 +88,7 @@ class Batch:
         return [self.slice(at, min(at + step, self.rows)) for at in range(0, self.rows, step)]
 
     def real_tokens(self) -> Tensor:
-        """Predicted tokens that count, per row: ``[B]`` int64 (a row's first is never predicted)."""
+        """Predicted tokens that count, per row: ``[B]`` int64 (never a row's first)."""
         if self.labels is None:
             rows, length = self.input_ids.shape
             return torch.full((rows,), length - 1, device=self.input_ids.device)

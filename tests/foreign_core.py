@@ -87,9 +87,7 @@ class ForeignCore:
     def hyperparameters(self, optimizer: Any, *, lr: float = 0.01, micro: int = 2) -> None:
         self.operation(
             operation="hyperparameters",
-            lr_scheduler={
-                "Constant": {"base_lr": lr, "warmup_init_lr": 0.0, "warmup_steps": 0}
-            },
+            lr_scheduler={"Constant": {"base_lr": lr, "warmup_init_lr": 0.0, "warmup_steps": 0}},
             optimizer=optimizer,
             micro_batch_size=micro,
             grad_accum_in_fp32=False,

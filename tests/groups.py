@@ -15,7 +15,12 @@ import torch.distributed as dist
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, world: int, file: str, args: tuple[Any, ...], queue: Any
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    file: str,
+    args: tuple[Any, ...],
+    queue: Any,
 ) -> None:
     torch.set_num_threads(1)
     try:

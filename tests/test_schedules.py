@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from psyche_fast import LearningRateSchedule
 from psyche_fast.schedules import warmup_factor
 

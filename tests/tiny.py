@@ -42,7 +42,9 @@ def save_tokens(folder: Path, tokens: int = 20_000, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     ids = np.zeros(tokens, dtype=np.uint16)
     for at in range(1, tokens):
-        ids[at] = rng.integers(VOCABULARY) if rng.random() < 0.1 else (ids[at - 1] * 7 + 3) % VOCABULARY
+        ids[at] = (
+            rng.integers(VOCABULARY) if rng.random() < 0.1 else (ids[at - 1] * 7 + 3) % VOCABULARY
+        )
     ids.tofile(folder / "tokens.bin")
     return folder
 

@@ -44,13 +44,14 @@ def start(tensors: Sequence[Tensor], peers: dist.ProcessGroup | None) -> Pending
     """Begins an exchange.
 
     Args:
-        tensors: of the same shapes and types on every peer, on one device; bools travel as bits.
+        tensors: of the same shapes and types on every peer; they travel on the first one's
+            device, bools as bits.
         peers: the group to exchange with; None where there is nobody (nothing is sent).
     """
     own = list(tensors)
     if peers is None or not own:
         return Pending(0, own, None, None, None)
-    sent = torch.cat([part for tensor in own for part in _pack(tensor)])
+    sent = torch.cat([part for tensor in own for part in _pack(tensor.to(own[0].device))])
     received = sent.new_empty(dist.get_world_size(peers), sent.numel())
     work = all_gather_flat(received.view(-1), sent, peers, async_op=True)
     return Pending(sent.numel(), own, sent, received, work)

@@ -61,7 +61,7 @@ def sample(checkpoint: Path, prompt: str, tokens: int = 60) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(0)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    output = model.generate(
+    output = model.generate(  # type: ignore[misc]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,

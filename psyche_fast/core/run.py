@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from psyche_fast import lifecycle, runtime
-from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig, optimizer_to_json
 from psyche_fast.core.launcher import SidecarFailed, Sidecars, local_ranks
+from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.signals import StopRequest, stop_on_signal
 from psyche_fast.data import BatchPrefetcher
@@ -26,15 +24,12 @@ from psyche_fast.metrics import (
     MetricsWriter,
     PhaseTimer,
     make_tracker,
-    memory_bytes,
     plot_run,
 )
 from psyche_fast.protocol import messages
 from psyche_fast.protocol.store import CoreStore, listen
-from psyche_fast.protocol.tensors import send_batch
 from psyche_fast.sidecar import TIMEOUT, explain
-from psyche_fast.training.checkpoint import atomic_folder, save_model
-from psyche_fast.training.trainer import Trainer
+from psyche_fast.training.checkpoint import atomic_folder
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -148,9 +143,7 @@ class _Core:
             plan.settings,
             str(Path.home()),
         )
-        runtime.join(
-            plan.devices.backend, store.store, config.world_size, 0, device, self.timeout
-        )
+        runtime.join(plan.devices.backend, store.store, config.world_size, 0, device, self.timeout)
         torch.manual_seed(1337)  # as the sidecars do
         model, topology = runtime.load(
             config.python_arch,
@@ -169,7 +162,10 @@ class _Core:
         store.publish(operation, device)
         trainer = runtime.build_trainer(model, topology, operation, plan.settings)
         log.info("training begins")
-        loop = _Loop(self, store, trainer)
+        loop = StepLoop(
+            config, store, trainer, device=device, timer=self.timer,
+            side_files=plan.source.side_files,
+        )  # fmt: skip
         checkpoint = None
         with (
             MetricsWriter(
@@ -204,7 +200,7 @@ class _Core:
         plot_run(self.output)
         return RunResult(self.output, checkpoint, step, stop.signal)
 
-    def _checkpoint(self, loop: _Loop, step: int, *, must: bool) -> Path | None:
+    def _checkpoint(self, loop: StepLoop, step: int, *, must: bool) -> Path | None:
         path = self.output / "checkpoints" / f"step-{step:06d}"
         try:
             with self.timer.phase("checkpoint"):
@@ -219,81 +215,5 @@ class _Core:
         return path
 
 
-class _Loop:
-    """One step: send, train, exchange, optimise, account."""
-
-    def __init__(self, core: _Core, store: CoreStore, trainer: Trainer) -> None:
-        self._config = core.config
-        self._timer = core.timer
-        self._device = core.device
-        self._store = store
-        self._trainer = trainer
-        self._side_files = core.plan.source.side_files
-        self._first = core.config.start_step
-        tokens = core.config.total_batch * core.config.sequence_length
-        self._num_tokens = (self._first - 1) * tokens
-        parameters = trainer.parameters.values()
-        # One copy of the gradient in the parameters' type: what a dense exchange sends at least.
-        dense = sum(p.numel() * p.element_size() for p in parameters)
-        self._dense_bytes = dense if core.config.replicas > 1 else 0
-        self._began = time.perf_counter()
-
-    def _publish(self, operation: messages.Operation) -> None:
-        self._store.publish(operation, self._device)
-
-    def step(self, step: int, batch: Batch) -> dict[str, object]:
-        trainer, timer = self._trainer, self._timer
-        with timer.phase("send"):
-            self._publish(
-                messages.Train(
-                    step=step,
-                    zero_optim=False,
-                    batch_id=((step - 1) * batch.rows, step * batch.rows - 1),
-                    batch_shape=(batch.rows, batch.input_ids.shape[1]),
-                    batch_has_labels=batch.labels is not None,
-                    batch_has_position_ids=batch.position_ids is not None,
-                    batch_sequence_lengths=batch.sequence_lengths,
-                )
-            )
-            batch = send_batch(batch, self._device)
-        with timer.phase("train"):
-            output = trainer.train(step, batch)
-        with timer.phase("loss"):
-            dist.all_reduce(output.loss)
-            left_out, refused = runtime.counts(output, trainer.topology, self._device)
-        # DisTrO's results land one step late: nothing is applied after the very first train.
-        if not self._config.distro or step > self._first:
-            with timer.phase("optimize"):
-                self._publish(messages.Optimize(step=step))
-                trainer.optimize(step)
-        self._num_tokens += batch.input_ids.numel()
-        world = self._config.world_size
-        loss = float(output.loss) / world / max(output.real_rows, 1e-9)
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
-        return {
-            "step": step,
-            "loss": loss,
-            "grad_norm": float(output.grad_norm),
-            "learning_rate": trainer.learning_rate(step),
-            "num_tokens": self._num_tokens,
-            "tokens_per_second": batch.input_ids.numel() / seconds,
-            "step_seconds": seconds,
-            "seconds": timer.take(),
-            "bytes_sent": trainer.bytes_sent,
-            "dense_bytes": self._dense_bytes,
-            "nonfinite_losses": left_out,
-            "refused_gradients": refused,
-            "memory": memory_bytes(self._device),
-            **({"optim_stats": trainer.stats} if trainer.stats else {}),
-        }
-
-    def save(self, path: Path) -> None:
-        self._publish(messages.Extract())
-        save_model(path, self._trainer.model, self._trainer.extract(), self._side_files)
-
-
 def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, ValueError)
-
-

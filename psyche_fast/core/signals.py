@@ -19,7 +19,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(message: Callable[[str], None], kill: Callable[[], None]) -> Iterator[StopRequest]:
+def stop_on_signal(
+    message: Callable[[str], None], kill: Callable[[], None]
+) -> Iterator[StopRequest]:
     """Watches for SIGINT and SIGTERM while the run lasts.
 
     A Python handler waits for the C++ call in hand, a collective for instance; the wake-up

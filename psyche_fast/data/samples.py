@@ -97,5 +97,5 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
         outside = lowest if lowest < 0 else highest
         raise ValueError(
             f"token id {outside} in {where} is outside the model's vocabulary of {vocab_size}: "
-            "the data belong to another tokenizer or token size (--data-path, --model, --token-size)"
+            "the data belong to another tokenizer (--data-path, --model) or --token-size"
         )

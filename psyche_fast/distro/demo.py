@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
+from psyche_fast.collectives import exchange
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.optimizer import check_compression, check_delta_shape
-from psyche_fast.distro.wire import PackedEntries
 from psyche_fast.kernels.plan import Entries
 
 _HYPERPARAMETERS = ("compression_decay", "compression_topk", "compression_chunk", "process_group")
@@ -111,9 +111,9 @@ class DeMo(torch.optim.Optimizer):
                 torch._foreach_mul_(taken, 1.0 - group["lr"] * group["weight_decay"])
         peers = self._peers()
         own = [self._encode(plan, i, rates) for i in range(len(plan.layout.plans))]
-        self.data_transmit = plan.packed.data_bytes
-        self.data_receive = peers * plan.packed.data_bytes
-        gathered = plan.packed.all_gather(own, self.process_group, peers) if peers > 1 else own
+        self.data_transmit = sum(e.indices.nbytes + e.values.nbytes for e in own)
+        self.data_receive = peers * self.data_transmit
+        gathered = self._gather(plan, own) if peers > 1 else own
         for i, chunks in enumerate(plan.layout.plans):
             parameters = [plan.parameters[m.position] for m in chunks.members]
             lrs = [rates[m.position] for m in chunks.members]
@@ -180,6 +180,18 @@ class DeMo(torch.optim.Optimizer):
             backend=self.backend,
         )
 
+    def _gather(self, plan: _Plan, own: list[Entries]) -> list[Entries]:
+        """All peers' entries side by side, in rank order, one `Entries` per chunk class."""
+        tensors = [t for e in own for t in (e.indices, e.values)]
+        peers = exchange.start(tensors, self.process_group or dist.group.WORLD).wait()
+        return [
+            Entries(
+                torch.cat([peer[2 * i] for peer in peers], dim=1).to(chunks.device),
+                torch.cat([peer[2 * i + 1] for peer in peers], dim=1).to(chunks.device),
+            )
+            for i, chunks in enumerate(plan.layout.plans)
+        ]
+
     def _saved_deltas(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The saved delta of every parameter here, checked."""
         saved: dict[Tensor, Tensor] = {}
@@ -215,7 +227,6 @@ class _Plan:
                     layouts.append(_layout_of(optimizer, p, name))
                     self.parameters.append(p)
         self.layout = Layout(layouts)
-        self.packed = PackedEntries(self.layout)
         self.deltas = self.layout.zeros()
         for p, delta in zip(self.parameters, self.layout.views(self.deltas), strict=True):
             if "delta" in optimizer.state[p]:

@@ -233,13 +233,17 @@ class Distro:
         for delta in self._delta:
             delta.zero_()
 
+    def deltas(self) -> dict[str, Tensor]:
+        """The momentum by parameter name, in the encoded shape; views, not copies."""
+        return dict(zip(self.names, self.layout.views(self._delta), strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state on the CPU: `{"delta": {name: tensor in the encoded shape}}`.
 
         The encoded shape is `[..., R/h, C/w, h, w]`, `[N/w, w]` for a vector. Parameters are not
         part of it.
         """
-        deltas = zip(self.names, self.layout.views(self._delta), strict=True)
+        deltas = self.deltas().items()
         return {"delta": {name: delta.to("cpu", copy=True) for name, delta in deltas}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -171,4 +171,3 @@ def receive_results(
         for peer, result in enumerate(results):
             result.append(DistroResult(idx[peer], val[peer], tuple(xshape), totalk))
     return results
-

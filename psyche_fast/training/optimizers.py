@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,8 +22,8 @@ from psyche_fast.training.gradients import gradients, local, scale_
 Results = list[list[DistroResult]]
 
 
-class Optimizer(ABC):
-    """One rank's optimiser over named parameters."""
+class Optimizer:
+    """One rank's optimiser over named parameters. This one is Psyche's ``Dummy``: no change."""
 
     bytes_sent: int = 0
     """Bytes of this rank's contribution to the last exchange."""
@@ -32,7 +31,6 @@ class Optimizer(ABC):
     def before_forward(self, prev_lr: float) -> None:
         """Brings the parameters to where the gradient is wanted."""
 
-    @abstractmethod
     def after_backward(
         self, results: Results, prev_lr: float, lr: float, factor: Tensor | float
     ) -> list[DistroResult]:
@@ -47,8 +45,8 @@ class Optimizer(ABC):
         Returns:
             This step's result, where the optimiser has one.
         """
+        return []
 
-    @abstractmethod
     def step(self, results: Results | None, lr: float) -> None:
         """Changes the parameters.
 
@@ -64,19 +62,6 @@ class Optimizer(ABC):
     def momentum(self) -> Mapping[str, Tensor]:
         """The momentum by parameter name, for statistics."""
         return {}
-
-
-class NoOptimizer(Optimizer):
-    """Psyche's ``Dummy``."""
-
-    def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor | float
-    ) -> list[DistroResult]:
-        """Nothing."""
-        return []
-
-    def step(self, results: Results | None, lr: float) -> None:
-        """Nothing."""
 
 
 class AdamWOptimizer(Optimizer):
@@ -213,7 +198,7 @@ def make_optimizer(
         return DistroOptimizer(parameters, settings, peers, exchanges)
     if isinstance(settings, config.AdamW):
         return AdamWOptimizer(parameters, settings)
-    return NoOptimizer()
+    return Optimizer()
 
 
 def drop_gradients(parameters: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+
 from psyche_fast.collectives import exchange
 from psyche_fast.collectives.identical import ReplicasDiffer, check_identical, hash_bits
 from tests.groups import run_ranks
@@ -86,6 +87,4 @@ def _check(rank: int) -> str:
 
 def test_replicas_that_differ_are_found_on_every_rank() -> None:
     for message in run_ranks(_check, 2):
-        assert message == (
-            "step 4: replicas are no longer bit-identical in 1 of 3 parameters: b"
-        )
+        assert message == ("step 4: replicas are no longer bit-identical in 1 of 3 parameters: b")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import transformers
+
 from tests.processes import is_there
 from tests.tiny import save_llama, save_tokens
 
@@ -74,9 +75,9 @@ def test_adamw_equals_a_plain_loop(place: Path, single: list[dict[str, Any]]) ->
     expected, norms = [], []
     for step in range(1, 7):
         # a cosine from 0.01 to a tenth of it over 6 steps
-        optimizer.param_groups[0]["lr"] = 0.001 + 0.009 * 0.5 * (
-            1 + torch.cos(torch.tensor(torch.pi * step / 6))
-        ).item()
+        optimizer.param_groups[0]["lr"] = (
+            0.001 + 0.009 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 6))).item()
+        )
         rows = tokens[(step - 1) * 7 * 32 : step * 7 * 32].view(7, 32)
         loss = model(rows, labels=rows).loss
         loss.backward()
@@ -124,16 +125,14 @@ def test_distro_replicas(place: Path, tmp_path: Path, split: tuple[str, str]) ->
 
 
 def test_distro_is_the_same_however_a_replica_is_split(place: Path, tmp_path: Path) -> None:
-    runs = [
-        train(place, tmp_path / n, *DISTRO, "--data-parallelism", n) for n in ("1", "2")
-    ]
+    runs = [train(place, tmp_path / n, *DISTRO, "--data-parallelism", n) for n in ("1", "2")]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-3)
 
 
 def test_checkpoints_and_save_path(place: Path, tmp_path: Path) -> None:
     train(
         place, tmp_path / "run", "--checkpoint-every", "4", "--save-path", str(tmp_path / "final"),
-        "--optim-stats", "--grad-accum-in-fp32", "--param-dtype", "bfloat16",
+        "--optim-stats", "--grad-accum-in-fp32", *DISTRO, "--param-dtype", "bfloat16",
         "--activation-checkpointing",
     )  # fmt: skip
     names = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
@@ -154,7 +153,7 @@ def test_start_step_goes_on_where_the_data_and_the_schedule_are(
     assert part[0]["loss"] != whole[0]["loss"], "other data than step 1's"
 
 
-OWN_MODEL = '''
+OWN_MODEL = """
 import torch
 
 class Bigram(torch.nn.Module):
@@ -173,7 +172,7 @@ class Bigram(torch.nn.Module):
 
 def build(config):
     return Bigram(config)
-'''
+"""
 
 
 def test_any_python_model(place: Path, tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ import psutil
 import pytest
 import torch
 import transformers
+
 from tests.foreign_core import ForeignCore, in_process
 from tests.processes import is_there
 from tests.tiny import batch_loss, random_tokens, save_llama
 
-ADAMW = {
-    "AdamW": {"betas": [0.9, 0.95], "weight_decay": 0.1, "eps": 1e-8, "clip_grad_norm": 0.5}
-}
+ADAMW = {"AdamW": {"betas": [0.9, 0.95], "weight_decay": 0.1, "eps": 1e-8, "clip_grad_norm": 0.5}}
 DISTRO = {
     "Distro": {
         "clip_grad_norm": 0.5, "weight_decay": None, "compression_decay": 0.9,
@@ -112,7 +111,9 @@ def test_distro_with_results_from_rank_0(tmp_path: Path) -> None:
     assert losses[7] < losses[0] - 0.3, "the results reach the model"
 
 
-def _every_operation(folder: Path, log: Path) -> tuple[dict[str, float], dict[str, float], list[int]]:
+def _every_operation(
+    folder: Path, log: Path
+) -> tuple[dict[str, float], dict[str, float], list[int]]:
     core = ForeignCore(2, log)
     core.join()
     config = (folder / "config.json").read_text()

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+
 from psyche_fast import config
 from psyche_fast.protocol import messages
 

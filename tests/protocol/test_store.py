@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from psyche_fast.models.source import FilesSource
 from psyche_fast.protocol.messages import Settings
 from psyche_fast.protocol.store import CoreStore, SidecarStore, listen

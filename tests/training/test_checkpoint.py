@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.training.checkpoint import atomic_folder, save_model, write_tensors
 from tests.tiny import save_llama
-from torch import Tensor
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,7 +56,6 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) 
             seen.append(name)
             yield name, tensor
 
-
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -69,7 +69,11 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) 
 
 
 def test_a_kill_during_a_save_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as folder:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
+    def killed() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
 from psyche_fast.training.gradients import (
     Fp32Accumulator,
     clip_factor,
@@ -12,8 +15,6 @@ from psyche_fast.training.gradients import (
     scale_,
 )
 from tests.groups import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
 def test_fp32_accumulation_keeps_what_bf16_loses() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+
 from psyche_fast import config
 from psyche_fast.batch import Batch
 from psyche_fast.models import load_model
@@ -39,9 +40,7 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> Trainer:
-    model = load_model(
-        resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype
-    )
+    model = load_model(resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype)
     schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
     return Trainer(
         model, topology or Topology(), schedule, optimizer, micro_batch_size=micro, **options
