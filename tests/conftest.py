@@ -9,6 +9,9 @@ import pytest
 # No test may reach a model hub, and a test's forked children must not warn about tokenizers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ranks that disagree about a collective's shape or type fail at once instead of reading each
+# other's bytes. Has to be set before torch is imported.
+os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

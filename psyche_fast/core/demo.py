@@ -21,9 +21,9 @@ from psyche_fast.data import find_files, iter_texts, tokenize_files, train_token
 from psyche_fast.metrics import read_metrics
 from psyche_fast.metrics.formatting import format_bytes
 
-STEPS = 400
+STEPS = 1200
 SEQUENCE_LENGTH = 128
-VOCABULARY = 2048
+VOCABULARY = 1024
 PROMPTS = ("def ", "class ", "import ")
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
 
@@ -36,14 +36,14 @@ def standard_library() -> list[Path]:
 
 
 def make_model(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-    """Writes a freshly initialised Llama of about 3 million parameters and its tokenizer."""
+    """Writes a freshly initialised Llama of just under a million parameters and its tokenizer."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=SEQUENCE_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -85,6 +85,7 @@ def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, devic
     Raises:
         ValueError: the output folder is in use.
     """
+    transformers.utils.logging.disable_progress_bar()
     output = output or Path(datetime.now().strftime("runs/demo-%Y%m%d-%H%M%S"))
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty; name another folder")
@@ -105,16 +106,16 @@ def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, devic
             model=str(output / "model"),
             data_path=str(output / "data"),
             sequence_length=SEQUENCE_LENGTH,
-            micro_batch=16,
-            total_batch=16 * replicas,
-            learning_rate=2e-3,
+            micro_batch=8,
+            total_batch=8 * replicas,
+            learning_rate=1e-3,
             warmup_steps=min(20, steps // 4),
             total_steps=steps,
             weight_decay=0.0,
             distro=True,
             distro_quantization=True,
-            compression_topk=8,
-            compression_decay=0.995,
+            compression_topk=32,
+            compression_decay=0.95,
             replicas=replicas,
             param_dtype="float32",
             device=device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from psyche_fast import lifecycle, runtime
+from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.config import RunConfig, optimizer_to_json
 from psyche_fast.core.launcher import SidecarFailed, Sidecars, local_ranks
 from psyche_fast.core.loop import StepLoop
@@ -113,15 +115,16 @@ class _Core:
             if missing:
                 self.console.message(
                     f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
-                    f"--main-host {host} --port {port} --world-size {config.world_size} "
-                    f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
+                    f"--main-host {_reachable(host)} --port {port} "
+                    f"--world-size {config.world_size} --start-rank {config.ranks_here} "
+                    f"--num-local-ranks {missing} "
                     f"--backend {plan.devices.backend}"
                 )
             store = CoreStore(sock, config.world_size, self.timeout)
             try:
                 result = self._train(store, stop)
                 sidecars.join(_EXIT_SECONDS)
-            except SidecarFailed:
+            except (SidecarFailed, ReplicasDiffer):
                 raise
             except Exception as error:
                 message = sidecars.failure(_DEATH_SECONDS if _lost_a_rank(error) else 0.2)
@@ -167,6 +170,7 @@ class _Core:
             side_files=plan.source.side_files,
         )  # fmt: skip
         checkpoint = None
+        stop.has_work = True
         with (
             MetricsWriter(
                 self.output / "metrics.jsonl", drop_from_step=config.start_step
@@ -213,6 +217,11 @@ class _Core:
             log.warning("checkpoint of step %d not written: %s", step, error)
             return None
         return path
+
+
+def _reachable(host: str) -> str:
+    """What other machines call this one."""
+    return platform.node() if host in ("0.0.0.0", "::") else host
 
 
 def _lost_a_rank(error: Exception) -> bool:

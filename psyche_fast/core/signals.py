@@ -16,6 +16,8 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing is wanted yet."""
         self.signal: int | None = None
+        self.has_work = False
+        """Whether there is something to save; until then one signal ends the run at once."""
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def stop_on_signal(
             number = data[0]
             if number not in handled:
                 continue
-            if request.signal is None:
+            if request.signal is None and request.has_work:
                 request.signal = number
                 message(
                     f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; "
@@ -54,7 +56,7 @@ def stop_on_signal(
                 )
                 continue
             kill()
-            sys.stderr.write("psyche-fast: stopped at once, no checkpoint\n")
+            sys.stderr.write("psyche-fast: stopped at once, without a checkpoint\n")
             sys.stderr.flush()
             os._exit(128 + number)
 

@@ -11,6 +11,7 @@ import transformers
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
+from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.schedules import Constant
@@ -178,6 +179,27 @@ def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str
         if step > 1:
             tested.optimize(step)
     return losses, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def _diverging(rank: int, folder: Path) -> str:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=2)
+    for step in (1, 2, 3, 4):
+        tested.train(step, Batch(random_tokens(2, 10, seed=step)))
+        if step == 3 and rank == 1:  # as a flipped bit of memory would
+            tested.parameters["model.norm.weight"].data.view(torch.int32)[5] ^= 1
+        try:
+            if step > 1:
+                tested.optimize(step)
+        except ReplicasDiffer as error:
+            return f"{step}: {error}"
+    return "not found"
+
+
+def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
+    for said in run_ranks(_diverging, 2, folder):
+        assert said.startswith("4: step 4: replicas are no longer bit-identical")
+        assert "model.norm.weight" in said
 
 
 @pytest.mark.parametrize("rows", [4, 5, 1])
