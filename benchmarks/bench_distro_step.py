@@ -16,9 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +26,7 @@ import torch
 if __name__ == "__main__":  # run as a script from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import environment, percentiles
 from psyche_fast.distro import DeMo
 
 CHUNK = 64
@@ -153,46 +151,15 @@ def check(shapes: list[tuple[int, ...]], topk: int, steps: int = 3) -> float:
 
 
 def interleave(both: dict[str, DeMo | PlainDeMo], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of each, taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in both}
+    """Milliseconds per step of each, taking turns."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in both}
     for i in range(rounds + 3):
         for name, optimizer in both.items():
             start = time.perf_counter()
             optimizer.step()
             if i >= 3:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {f"p{p}_ms": 1e3 * ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 50, 80)}
-
-
-def environment() -> dict[str, object]:
-    """Where a figure comes from: hardware, versions, commit."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return milliseconds
 
 
 @pytest.mark.parametrize("topk", TOPKS)
@@ -229,12 +196,12 @@ def main() -> None:
     print(f"{'k':>4} {'optimiser':>12} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9}")
     for topk in TOPKS:
         disagreement = check(shapes, topk)
-        seconds = interleave(build(shapes, topk), arguments.rounds)
+        milliseconds = interleave(build(shapes, topk), arguments.rounds)
         case = {"topk": topk, "disagreement": disagreement}
-        for name, values in seconds.items():
+        for name, values in milliseconds.items():
             case[name] = percentiles(values)
             print(f"{topk:>4} {name:>12} " + " ".join(f"{v:9.2f}" for v in case[name].values()))
-        case["ratio"] = case["plain"]["p50_ms"] / case["psyche_fast"]["p50_ms"]
+        case["ratio"] = case["plain"]["p50"] / case["psyche_fast"]["p50"]
         print(f"{topk:>4} {'ratio':>12} {case['ratio']:19.2f}")
         report["cases"].append(case)
     if arguments.out:
