@@ -118,9 +118,7 @@ def _turns(
     ):
 
         def our_step(step: int) -> float:
-            with timer.phase("data"):
-                _, batch = next(batches)
-            metrics = loop.step(step, batch)
+            metrics = loop.step(step, batches)
             writer.write(metrics)
             return float(metrics["loss"])  # type: ignore[arg-type]
 

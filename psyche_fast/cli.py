@@ -154,7 +154,8 @@ def tokenize(
 @cli.command()
 @click.option("--main-host", envvar="PSYCHE_MAIN_HOST", required=True, show_envvar=True,
               help="address of the core")  # fmt: skip
-@click.option("--port", default=34567, show_default=True, help="port of the core")
+@click.option("--port", type=click.IntRange(1, 65535), default=34567, show_default=True,
+              help="port of the core")  # fmt: skip
 @click.option("--world-size", type=int, envvar="PSYCHE_WORLD_SIZE", required=True,
               show_envvar=True, help="all ranks of the run")  # fmt: skip
 @click.option("--start-rank", type=int, envvar="PSYCHE_START_RANK", required=True,

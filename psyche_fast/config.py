@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,9 @@ class RunConfig:
     timeout: int = _option(600, "seconds until a collective that a rank misses is an error")
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(name)} must be a finite number, got {value}")
         for name in ("sequence_length", "micro_batch", "total_batch", "total_steps", "replicas",
                      "tensor_parallelism", "data_parallelism", "start_step", "timeout",
                      "compression_chunk", "compression_topk"):  # fmt: skip
@@ -248,5 +252,7 @@ def read_toml(path: str) -> dict[str, Any]:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--config {path}: there is no key {key!r}{hint}")
+        if name in values:
+            raise ValueError(f"--config {path}: key {name!r} appears twice, as {key!r} too")
         values[name] = strict.convert(value, hints[name], f"--config {path}: {key}")
     return values

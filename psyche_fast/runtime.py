@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ from psyche_fast.protocol import messages
 from psyche_fast.protocol.messages import Hyperparameters, Settings
 from psyche_fast.protocol.store import SidecarStore
 from psyche_fast.protocol.tensors import receive_batch, receive_results
+from psyche_fast.training import evaluation
 from psyche_fast.training.topology import Topology, set_timeout
 from psyche_fast.training.trainer import Trainer, TrainOutput
 
@@ -49,6 +51,8 @@ def load(
     Raises:
         ValueError: the model cannot be loaded, or the world does not fit ``dp`` and ``tp``.
     """
+    if settings.timeout is not None:
+        set_timeout(timedelta(seconds=settings.timeout))
     if settings.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(settings.threads)
@@ -96,16 +100,29 @@ def build_trainer(
     )
 
 
-def counts(output: TrainOutput, topology: Topology, device: torch.device) -> tuple[int, int]:
-    """Adds up over the replicas what was left out; ours only, beyond the protocol's one float.
+@dataclass(frozen=True)
+class Counts:
+    """What the ranks add up after a step, beyond the protocol's one float; ours only.
 
-    Returns:
-        micro-batches left out for a loss, and gradients refused, because they were not finite.
+    Attributes:
+        nonfinite_losses: micro-batches left out because their loss was not finite.
+        refused_gradients: replicas whose gradient was refused because it was not finite.
+        kept: the weight of the losses that were kept: the loss's own sum is to be divided by it.
     """
-    both = torch.tensor([output.nonfinite_losses, int(output.refused)], device=device)
-    dist.all_reduce(both)
-    left_out, refused = (both // (topology.dp * topology.tp)).tolist()
-    return left_out, refused
+
+    nonfinite_losses: int
+    refused_gradients: int
+    kept: float
+
+
+def counts(output: TrainOutput, topology: Topology) -> Counts:
+    """Adds up over all ranks."""
+    own = [float(output.nonfinite_losses), float(output.refused)]
+    total = torch.cat([output.kept.new_tensor(own), output.kept])
+    dist.all_reduce(total)
+    left_out, refused, kept = total.tolist()
+    ranks = topology.dp * topology.tp
+    return Counts(round(left_out / ranks), round(refused / ranks), kept)
 
 
 def serve_operations(
@@ -118,52 +135,58 @@ def serve_operations(
     """Carries out what rank 0 asks for, until ``exit``.
 
     Raises:
-        ValueError: an operation is not the protocol's, or comes before ``hyperparameters``.
+        ValueError: an operation is not the protocol's, or wants a trainer before there is one.
     """
     trainer: Trainer | None = None
     while True:
         operation = store.receive(device)
-        if isinstance(operation, messages.Exit):
-            return
-        if isinstance(operation, Hyperparameters):
-            trainer = build_trainer(model, topology, operation, settings)
-        elif trainer is None:
-            raise ValueError(f"operation {operation.name!r} came before 'hyperparameters'")
-        else:
-            _serve(operation, trainer, settings, device)
+        match operation:
+            case messages.Exit():
+                return
+            case messages.Hyperparameters():
+                trainer = build_trainer(model, topology, operation, settings)
+            case messages.Forward():
+                evaluation.forward(
+                    model,
+                    topology,
+                    receive_batch(operation, device),
+                    num_logits_to_keep=operation.num_logits_to_keep,
+                    loss_scale=operation.loss_scale,
+                )
+            case messages.Extract():
+                if trainer is not None and settings.check_every:
+                    trainer.check_replicas()
+                for _ in model.full_state_dict_iter():
+                    pass  # the other ranks' part of each gather
+            case messages.TruncateBf16():
+                evaluation.truncate_bf16(model)
+            case messages.Train() | messages.Optimize():
+                if trainer is None:
+                    raise ValueError(f"operation {operation.name!r} came before 'hyperparameters'")
+                _train(operation, trainer, settings, device)
+            case _:
+                raise AssertionError(f"no handler for {operation.name}")
 
 
-def _serve(
-    operation: messages.Operation, trainer: Trainer, settings: Settings, device: torch.device
+def _train(
+    operation: messages.Train | messages.Optimize,
+    trainer: Trainer,
+    settings: Settings,
+    device: torch.device,
 ) -> None:
-    match operation:
-        case messages.Train():
-            results = receive_results(operation.results_len, operation.results_metadata, device)
-            output = trainer.train(
-                operation.step,
-                receive_batch(operation, device),
-                zero_optim=operation.zero_optim,
-                warmup_lr_between=operation.warmup_lr_between,
-                results=results,
-            )
-            dist.all_reduce(output.loss)
-            if settings.replicas is not None:
-                counts(output, trainer.topology, device)
-        case messages.Optimize():
-            results = receive_results(operation.results_len, operation.results_metadata, device)
-            trainer.optimize(
-                operation.step, warmup_lr_between=operation.warmup_lr_between, results=results
-            )
-        case messages.Forward():
-            trainer.forward(
-                receive_batch(operation, device),
-                num_logits_to_keep=operation.num_logits_to_keep,
-                loss_scale=operation.loss_scale,
-            )
-        case messages.Extract():
-            for _ in trainer.extract():
-                pass  # the other ranks' part of each gather
-        case messages.TruncateBf16():
-            trainer.truncate_bf16()
-        case _:
-            raise AssertionError(f"no handler for {operation.name}")
+    results = receive_results(operation.results_len, operation.results_metadata, device)
+    if isinstance(operation, messages.Optimize):
+        trainer.optimize(
+            operation.step, warmup_lr_between=operation.warmup_lr_between, results=results
+        )
+        return
+    output = trainer.train(
+        operation.step,
+        receive_batch(operation, device),
+        zero_optim=operation.zero_optim,
+        warmup_lr_between=operation.warmup_lr_between,
+        results=results,
+    )
+    dist.all_reduce(output.loss)
+    if settings.replicas is not None:
+        counts(output, trainer.topology)

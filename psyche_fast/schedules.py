@@ -123,7 +123,8 @@ class WarmupStableDecay(LearningRateSchedule, frozen=True, forbid_unknown_fields
             )
         step -= self.cosine_decay_steps
         if step < self.linear_decay_steps:
-            start = self.cosine_decay_final_lr if self.cosine_decay_steps else self.base_lr
+            # From here even where there was no cosine phase: Psyche's rule, and rank 0's.
+            start = self.cosine_decay_final_lr
             return start + (self.linear_decay_final_lr - start) * step / self.linear_decay_steps
         return self.linear_decay_final_lr
 

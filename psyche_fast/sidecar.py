@@ -77,8 +77,11 @@ def explain(error: Exception) -> str:
             f"out of memory: {str(error).splitlines()[0]} Lower --micro-batch or "
             "--sequence-length, or use --activation-checkpointing or more --data-parallelism."
         )
-    if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
-        return f"lost another rank: {str(error).splitlines()[0]}"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "timeout caused" in text or "timed out" in text.lower():
+        return f"another rank did not answer within --timeout ({TIMEOUT} of a sidecar): {text}"
+    if isinstance(error, dist.DistError) or "Connection closed by peer" in text:
+        return f"lost another rank: {text}"
     if isinstance(error, ValueError):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -115,8 +115,9 @@ class ForeignCore:
 
     @staticmethod
     def metadata(results: list[list[Any]]) -> dict[str, Any] | None:
-        if not results:
-            return None
+        if not results:  # as Psyche writes it for an empty list
+            names = ("idx_size", "idx_dtype", "val_size", "val_dtype")
+            return dict.fromkeys([*(f"sparse_{n}" for n in names), "xshape", "totalk"])
         first = results[0]
         return {
             "sparse_idx_size": [list(r.sparse_idx.shape) for r in first],

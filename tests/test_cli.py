@@ -24,6 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "long").mkdir()
     np.full(10_000, 200, dtype=np.uint16).tofile(folder / "long" / "tokens.bin")
     (folder / "bad.toml").write_text("total_bach = 3\n")
+    (folder / "twice.toml").write_text("total_batch = 3\ntotal-batch = 4\n")
     (folder / "types.toml").write_text('total_batch = "3"\n')
     (folder / "good.toml").write_text("total-batch = 6\nlearning_rate = 0.5\n")
     return folder
@@ -66,6 +67,14 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--replicas", "2"], "--replicas 2 needs --distro"),
         (["--replicas", "0"], "--replicas must be at least 1"),
         (["--distro-quantization"], "needs --distro"),
+        (["--save-path", "{place}/data"], "is there already"),
+        (["--save-path", "."], "is there already"),
+        (["--tracker", "wandb"], "--tracker wandb is not installed"),
+        (["--liger"], "--liger needs a CUDA device"),
+        (["--tensor-parallelism", "3"], "does not divide the model's num_attention_heads, 4"),
+        (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
+        (["--python-arch", "broken:build"], "'broken:build' cannot be imported"),
+        (["--config", "{place}/twice.toml"], "appears twice"),
         (["--local-ranks", "3"], "--local-ranks 3 is more than the run's 1 ranks"),
         (["--start-step", "9", "--total-steps", "8"], "--start-step 9 is after --total-steps 8"),
         (["--beta1", "1.5"], r"--beta1 must be in [0, 1)"),
@@ -82,6 +91,8 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("def build(:")
+    monkeypatch.syspath_prepend(tmp_path)
     filled = [a.format(place=place) for a in arguments]
     if "--host" not in filled:
         filled.append("--dry-run")
@@ -175,6 +186,14 @@ def test_tokenize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert status == 0, err
     assert out.startswith("3 documents")
     assert (tmp_path / "out" / "tokens-00000.bin").stat().st_size > 0
+
+
+def test_sidecar_launcher_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(
+        capsys, "sidecar", "--main-host", "127.0.0.1", "--world-size", "2", "--start-rank", "1"
+    )
+    assert status == 2
+    assert "no CUDA device here for --backend nccl" in err
 
 
 def test_sidecar_launcher_refuses_ranks_that_do_not_fit(

@@ -53,8 +53,11 @@ def test_warmup_stable_decay(step: int, expected: float) -> None:
 
 def test_phases_of_no_steps_are_skipped() -> None:
     only_linear = {**WSD, "stable_steps": 0, "cosine_decay_steps": 0, "warmup_steps": 0}
-    assert rate({"WarmupStableDecay": only_linear}, 0) == 1.0
-    assert rate({"WarmupStableDecay": only_linear}, 1) == pytest.approx(1.0 - 0.9 / 5)
+    assert rate({"WarmupStableDecay": only_linear}, 0) == 0.4
+    assert rate({"WarmupStableDecay": only_linear}, 1) == pytest.approx(0.4 - 0.3 / 5)
+    only_cosine = {**WSD, "stable_steps": 0, "linear_decay_steps": 0}
+    assert rate({"WarmupStableDecay": only_cosine}, 4) == 1.0
+    assert rate({"WarmupStableDecay": only_cosine}, 14) == 0.1
 
 
 def test_json_round_trip_and_warmup_longer_than_the_run() -> None:

@@ -113,6 +113,10 @@ class Sidecars:
         """Says which sidecar failed, waiting up to ``wait`` seconds for one to be noticed."""
         return self._message if self._failed.wait(wait) else None
 
+    def expect_exit(self) -> None:
+        """Stops watching: from now on the sidecars may end."""
+        self._closing.set()
+
     def join(self, timeout: float) -> None:
         """Waits for all to exit by themselves.
 
@@ -208,7 +212,11 @@ def launch_host(
         SidecarFailed: one of them failed.
     """
     last = start_rank + num_local_ranks - 1
-    if start_rank < 1 or num_local_ranks < 1 or last >= world_size:
+    if num_local_ranks < 1:
+        raise ValueError(
+            "no CUDA device here for --backend nccl; give --backend gloo, or --num-local-ranks"
+        )
+    if start_rank < 1 or last >= world_size:
         raise ValueError(
             f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
             "0, further machines have 1 and up (--start-rank, --num-local-ranks)"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -52,21 +53,33 @@ class StepLoop:
         tokens = config.total_batch * config.sequence_length
         self._num_tokens = (self._first - 1) * tokens
         parameters = trainer.parameters.values()
-        # One copy of the gradient in the parameters' type: what a dense exchange sends at least.
+        # Of one replica: one copy of the gradient in the parameters' type, what a dense exchange
+        # sends at least.
         dense = sum(p.numel() * p.element_size() for p in parameters)
         self._dense_bytes = dense if config.replicas > 1 else 0
-        self._began = time.perf_counter()
+        self._vocabulary = trainer.model.config.get("vocab_size")
 
     def _publish(self, operation: messages.Operation) -> None:
         self._store.publish(operation, self._device)
 
-    def step(self, step: int, batch: Batch) -> dict[str, object]:
+    def step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> dict[str, object]:
         """Trains one batch on all ranks.
+
+        Args:
+            step: the step.
+            batches: gives its batch next.
 
         Returns:
             the step's line of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: the batch has a token that the model does not know.
         """
         trainer, timer = self._trainer, self._timer
+        began = time.perf_counter()
+        with timer.phase("data"):
+            _, batch = next(batches)
+            self._check_tokens(step, batch)
         with timer.phase("send"):
             self._publish(
                 messages.Train(
@@ -84,30 +97,27 @@ class StepLoop:
             output = trainer.train(step, batch)
         with timer.phase("loss"):
             dist.all_reduce(output.loss)
-            left_out, refused = runtime.counts(output, trainer.topology, self._device)
+            counts = runtime.counts(output, trainer.topology)
         # DisTrO's results land one step late: nothing is applied after the very first train.
         if not self._config.distro or step > self._first:
             with timer.phase("optimize"):
                 self._publish(messages.Optimize(step=step))
                 trainer.optimize(step)
         self._num_tokens += batch.input_ids.numel()
-        world = self._config.world_size
-        loss = float(output.loss) / world / max(output.real_rows, 1e-9)
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
+        seconds = time.perf_counter() - began
         return {
             "step": step,
-            "loss": loss,
+            "loss": float(output.loss) / counts.kept if counts.kept else math.nan,
             "grad_norm": float(output.grad_norm),
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": self._num_tokens,
             "tokens_per_second": batch.input_ids.numel() / seconds,
             "step_seconds": seconds,
             "seconds": timer.take(),
-            "bytes_sent": trainer.bytes_sent,
+            "bytes_sent": trainer.bytes_sent * self._config.ranks_per_replica,
             "dense_bytes": self._dense_bytes,
-            "nonfinite_losses": left_out,
-            "refused_gradients": refused,
+            "nonfinite_losses": counts.nonfinite_losses,
+            "refused_gradients": counts.refused_gradients,
             "memory": memory_bytes(self._device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
         }
@@ -117,6 +127,17 @@ class StepLoop:
 
         Raises:
             OSError: it cannot be written; the ranks are in step all the same.
+            ReplicasDiffer: there is nothing worth writing.
         """
         self._publish(messages.Extract())
-        save_model(path, self._trainer.model, self._trainer.extract(), self._side_files)
+        if self._config.check_every:
+            self._trainer.check_replicas()
+        model = self._trainer.model
+        save_model(path, model, model.full_state_dict_iter(), self._side_files)
+
+    def _check_tokens(self, step: int, batch: Batch) -> None:
+        if isinstance(self._vocabulary, int) and int(batch.input_ids.max()) >= self._vocabulary:
+            raise ValueError(
+                f"step {step}: token id {int(batch.input_ids.max())} in the data is outside the "
+                f"model's vocabulary of {self._vocabulary} (--data-path, --model)"
+            )

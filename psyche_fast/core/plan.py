@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from psyche_fast.config import RunConfig
 from psyche_fast.data import Dataset, open_dataset
 from psyche_fast.devices import Devices, choose_devices, cores
 from psyche_fast.metrics.formatting import format_count
+from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
 from psyche_fast.models.source import FilesSource, check_model, resolve_model
 from psyche_fast.protocol.messages import Settings
@@ -44,6 +47,9 @@ def make_plan(config: RunConfig) -> Plan:
     """
     if config.output is not None:
         _check_output(Path(config.output), config.start_step)
+    if config.save_path is not None:
+        _check_save_path(Path(config.save_path))
+    check_tracker(config.tracker)
     devices = choose_devices(config.device, config.ranks_here)
     registry.resolve(config.python_arch)
     source = resolve_model(config.model)
@@ -61,6 +67,9 @@ def make_plan(config: RunConfig) -> Plan:
     if isinstance(vocabulary, int):
         dataset.check_vocabulary(vocabulary)
     on_cpu = devices.backend == "gloo"
+    _check_parallelism(model.config, config.tensor_parallelism)
+    if config.liger and on_cpu:
+        raise ValueError("--liger needs a CUDA device")
     threads = config.threads or (max(1, cores() // config.ranks_here) if on_cpu else 0)
     settings = Settings(
         replicas=config.replicas,
@@ -72,6 +81,7 @@ def make_plan(config: RunConfig) -> Plan:
         optim_stats=config.optim_stats,
         check_every=config.check_every,
         threads=threads or None,
+        timeout=config.timeout,
     )
     needed = config.total_steps * config.total_batch
     passes = needed / len(dataset)
@@ -101,3 +111,22 @@ def _check_output(output: Path, start_step: int) -> None:
         raise ValueError(
             f"--output {output} already holds a run; name another folder, or --start-step to go on"
         )
+
+
+def _check_save_path(path: Path) -> None:
+    # Resolved: "." and links have no name of their own to put a folder under.
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"--save-path {path} is there already; name a new folder or an empty one")
+    parent = next(p for p in path.parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--save-path {path}: {parent} cannot be written to")
+
+
+def _check_parallelism(model: dict[str, Any], tp: int) -> None:
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        count = model.get(key)
+        if isinstance(count, int) and count % tp:
+            raise ValueError(
+                f"--tensor-parallelism {tp} does not divide the model's {key}, {count}"
+            )

@@ -35,7 +35,7 @@ from psyche_fast.training.checkpoint import atomic_folder
 
 log = logging.getLogger("psyche_fast.core")
 
-_DEATH_SECONDS = 3.0
+_DEATH_SECONDS = 2.5
 """How long a failing core looks for the sidecar whose death is the cause."""
 _EXIT_SECONDS = 30.0
 
@@ -110,7 +110,7 @@ class _Core:
                 device = plan.devices.devices[rank]
                 log_file = self.output / "logs" / f"rank-{rank}.log"
                 sidecars.spawn(rank, device.index, log_file)
-            sidecars.watch(grace=_DEATH_SECONDS + 2)
+            sidecars.watch(grace=_DEATH_SECONDS + 1)
             missing = config.world_size - config.ranks_here
             if missing:
                 self.console.message(
@@ -122,7 +122,7 @@ class _Core:
                 )
             store = CoreStore(sock, config.world_size, self.timeout)
             try:
-                result = self._train(store, stop)
+                result = self._train(store, stop, sidecars)
                 sidecars.join(_EXIT_SECONDS)
             except (SidecarFailed, ReplicasDiffer):
                 raise
@@ -134,9 +134,11 @@ class _Core:
                     log.info("where it happened:", exc_info=True)
                     message = explain(error)
                 raise SidecarFailed(message) from error
-            return result
+        for plot in plot_run(self.output):
+            log.info("plot %s", plot)
+        return result
 
-    def _train(self, store: CoreStore, stop: StopRequest) -> RunResult:
+    def _train(self, store: CoreStore, stop: StopRequest, sidecars: Sidecars) -> RunResult:
         config, plan, device = self.config, self.plan, self.device
         store.publish_model(
             config.python_arch,
@@ -182,13 +184,12 @@ class _Core:
             tracker = make_tracker(config.tracker, self.output, config.to_dict())
             step = config.start_step
             while step <= config.total_steps:
-                with self.timer.phase("data"):
-                    _, batch = next(batches)
-                metrics = loop.step(step, batch)
+                metrics = loop.step(step, batches)
                 last = step == config.total_steps or stop.signal is not None
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if last or due:
                     checkpoint = self._checkpoint(loop, step, must=last) or checkpoint
+                    metrics["seconds"] = {**metrics["seconds"], **self.timer.take()}  # type: ignore[dict-item]
                 writer.write(metrics)
                 tracker.log(step, metrics)
                 self.console.step(metrics)
@@ -197,12 +198,14 @@ class _Core:
                 step += 1
             tracker.finish()
         if config.save_path is not None and checkpoint is not None:
-            with atomic_folder(Path(config.save_path)) as folder:
+            with atomic_folder(Path(config.save_path).resolve()) as folder:
                 shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        stopped = stop.signal if step < config.total_steps else None
+        stop.has_work = False
+        sidecars.expect_exit()
         store.publish(messages.Exit(), device)
         dist.destroy_process_group()
-        plot_run(self.output)
-        return RunResult(self.output, checkpoint, step, stop.signal)
+        return RunResult(self.output, checkpoint, step, stopped)
 
     def _checkpoint(self, loop: StepLoop, step: int, *, must: bool) -> Path | None:
         path = self.output / "checkpoints" / f"step-{step:06d}"

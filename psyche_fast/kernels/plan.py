@@ -87,6 +87,8 @@ class ChunkPlan:
         device: where parameters, state and basis live.
         basis_h: DCT-II basis `[h, h]` in `compute_dtype`.
         basis_w: DCT-II basis `[w, w]` in `compute_dtype`.
+        rows_h: `basis_h` transposed, contiguous: one row per frequency, to be gathered.
+        rows_w: `basis_w` transposed, contiguous.
         members: the parameters, in the optimiser's order. Operations take their tensors in this
             order.
         slices: the class cut in runs of bounded size.
@@ -100,6 +102,8 @@ class ChunkPlan:
     device: torch.device
     basis_h: Tensor
     basis_w: Tensor
+    rows_h: Tensor
+    rows_w: Tensor
     members: tuple[Member, ...]
     slices: tuple[Slice, ...] = field(repr=False)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +73,18 @@ class _TensorBoard:
 
     def finish(self) -> None:
         self._writer.close()
+
+
+def check_tracker(name: str) -> None:
+    """Looks whether a tracker's package is there, without importing it.
+
+    Raises:
+        ValueError: The name is unknown, or the package is not installed.
+    """
+    if name not in TRACKERS:
+        raise ValueError(f"--tracker: wanted one of {', '.join(TRACKERS)}, got {name!r}")
+    if name != "none" and find_spec(name) is None:
+        raise ValueError(f"--tracker {name} is not installed; pip install 'psyche-fast[trackers]'")
 
 
 def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> Tracker:

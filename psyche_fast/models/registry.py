@@ -87,9 +87,11 @@ def _import(architecture: str, target: str) -> Builder:
         builder = import_module(module_name)
         for part in function.split("."):
             builder = getattr(builder, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    # The user's module may fail in any way.
+    except Exception as error:
         raise ValueError(
-            f"--python-arch: {architecture!r} cannot be imported (is it on PYTHONPATH?): {error}"
+            f"--python-arch: {architecture!r} cannot be imported (is it on PYTHONPATH?): "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not callable(builder):
         raise ValueError(

@@ -99,7 +99,8 @@ def resolve_model(name_or_path: str) -> FilesSource:
     Raises:
         ValueError: neither a folder nor downloadable.
     """
-    folder = Path(name_or_path).expanduser()
+    # Absolute: other ranks start in other directories.
+    folder = Path(name_or_path).expanduser().absolute()
     if folder.is_dir():
         return FilesSource(tuple(sorted(file for file in folder.iterdir() if file.is_file())))
     if folder.exists():

@@ -18,23 +18,30 @@ from psyche_fast.schedules import LearningRateSchedule
 class ResultsMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shapes and types of the results that follow; lists run over parameters in name order.
 
-    The types are c10 ScalarType numbers of the first parameter's tensors.
+    The types are c10 ScalarType numbers of the first parameter's tensors. For no results at all
+    Psyche's core writes an object of nulls.
     """
 
-    sparse_idx_size: list[list[int]]
-    sparse_idx_dtype: int
-    sparse_val_size: list[list[int]]
-    sparse_val_dtype: int
-    xshape: list[list[int]]
-    totalk: list[int]
+    sparse_idx_size: list[list[int]] | None
+    sparse_idx_dtype: int | None
+    sparse_val_size: list[list[int]] | None
+    sparse_val_dtype: int | None
+    xshape: list[list[int]] | None
+    totalk: list[int] | None
 
-    def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("sparse_idx_size", "sparse_val_size", "xshape", "totalk")
-        }
+    def check(self) -> None:
+        """Refuses what does not describe results.
+
+        Raises:
+            ValueError: a field is null, or the lists are of different lengths.
+        """
+        fields = msgspec.structs.asdict(self)
+        nulls = [name for name, value in fields.items() if value is None]
+        if nulls:
+            raise ValueError(f"results_metadata: {', '.join(nulls)} must not be null")
+        lengths = {name: len(value) for name, value in fields.items() if isinstance(value, list)}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"lists of different lengths: {lengths}")
+            raise ValueError(f"results_metadata: lists of different lengths: {lengths}")
 
 
 class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,8 +86,10 @@ class _Step(Operation, frozen=True, kw_only=True):
             raise ValueError(f"step must not be negative, got {self.step}")
         if self.results_len < 0:
             raise ValueError(f"results_len must not be negative, got {self.results_len}")
-        if self.results_len > 0 and self.results_metadata is None:
-            raise ValueError(f"results_len is {self.results_len} but results_metadata is null")
+        if self.results_len > 0:
+            if self.results_metadata is None:
+                raise ValueError(f"results_len is {self.results_len} but results_metadata is null")
+            self.results_metadata.check()
 
 
 def _check_batch(batch_shape: tuple[int, int], lengths: list[list[int]] | None) -> None:
@@ -193,3 +202,4 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     optim_stats: bool = False
     check_every: int = 0
     threads: int | None = None
+    timeout: int | None = None

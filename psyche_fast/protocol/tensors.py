@@ -147,6 +147,10 @@ def receive_results(
     """
     if results_len == 0 or metadata is None:
         return []
+    fields = (metadata.sparse_idx_size, metadata.sparse_val_size, metadata.xshape, metadata.totalk)
+    idx_sizes, val_sizes, xshapes, totalks = fields
+    assert idx_sizes is not None and val_sizes is not None, "checked on arrival"
+    assert xshapes is not None and totalks is not None, "checked on arrival"
     dtypes = []
     for field in ("sparse_idx_dtype", "sparse_val_dtype"):
         number = getattr(metadata, field)
@@ -155,11 +159,7 @@ def receive_results(
         dtypes.append(SCALAR_TYPES[number])
     results: list[list[DistroResult]] = [[] for _ in range(results_len)]
     for idx_size, val_size, xshape, totalk in zip(
-        metadata.sparse_idx_size,
-        metadata.sparse_val_size,
-        metadata.xshape,
-        metadata.totalk,
-        strict=True,
+        idx_sizes, val_sizes, xshapes, totalks, strict=True
     ):
         if min([0, *idx_size, *val_size]) < 0:
             raise ValueError(f"results_metadata: negative size {idx_size} or {val_size}")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,7 +43,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(temporary)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -76,7 +82,10 @@ def write_tensors(
 
     def flush() -> None:
         nonlocal part, held
-        save_file(part, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(part, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk among others, and no OSError
+            raise OSError(f"{folder}: {error}") from error
         shards.append(list(part))
         part, held = {}, 0
 

@@ -103,6 +103,10 @@ class AdamWOptimizer(Optimizer):
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
+    def zero(self) -> None:
+        """Forgets both moments and the step count."""
+        self._adamw.state.clear()
+
     def momentum(self) -> Mapping[str, Tensor]:
         """AdamW's first moment."""
         return {self._names[id(p)]: s["exp_avg"] for p, s in self._adamw.state.items()}
@@ -137,7 +141,7 @@ class DistroOptimizer(Optimizer):
         self._peers = peers
         self._exchanges = exchanges
         self._own: list[DistroResult] = []
-        self._pending: deque[exchange.Pending] = deque()
+        self._pending: deque[tuple[list[DistroResult], exchange.Pending]] = deque()
 
     def before_forward(self, prev_lr: float) -> None:
         """Look-ahead."""
@@ -155,8 +159,9 @@ class DistroOptimizer(Optimizer):
             self._own = own
             sent = quantize_1bit(own) if self._quantize else own
             tensors = [t for r in sent for t in (r.sparse_idx, r.sparse_val)]
-            self._pending.append(exchange.start(tensors, self._peers))
-            self.bytes_sent = self._pending[-1].bytes_sent
+            pending = exchange.start(tensors, self._peers)
+            self._pending.append((sent, pending))
+            self.bytes_sent = pending.bytes_sent
         return own
 
     def step(self, results: Results | None, lr: float) -> None:
@@ -168,23 +173,26 @@ class DistroOptimizer(Optimizer):
         if results is None:
             if len(self._pending) < 2:
                 raise ValueError("optimize: the first train's results are applied after the next")
-            results = [self._like_own(t) for t in self._pending.popleft().wait()]
+            own, pending = self._pending.popleft()
+            results = [_like(own, tensors) for tensors in pending.wait()]
         self._distro.apply(results, lr)
 
-    def _like_own(self, tensors: list[Tensor]) -> list[DistroResult]:
-        """A peer's results: its indices and values, one pair per parameter, in our own shapes."""
-        return [
-            replace(own, sparse_idx=idx, sparse_val=val)
-            for own, idx, val in zip(self._own, tensors[::2], tensors[1::2], strict=True)
-        ]
-
     def zero(self) -> None:
-        """Zeroes delta."""
+        """Zeroes delta; what was in it is no longer to be taken out of it."""
         self._distro.zero_optim()
+        self._own = []
 
     def momentum(self) -> Mapping[str, Tensor]:
         """Delta."""
         return self._distro.deltas()
+
+
+def _like(own: list[DistroResult], tensors: list[Tensor]) -> list[DistroResult]:
+    """A peer's results from its indices and values, one pair per parameter, cut as our own are."""
+    return [
+        replace(result, sparse_idx=idx, sparse_val=val)
+        for result, idx, val in zip(own, tensors[::2], tensors[1::2], strict=True)
+    ]
 
 
 def make_optimizer(

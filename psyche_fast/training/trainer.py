@@ -6,7 +6,6 @@ The core (rank 0) and the sidecars run the same code; who sends what to whom is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,7 @@ class TrainOutput:
         grad_norm: fp32 0-d, of this replica, before clipping.
         nonfinite_losses: micro-batches left out because their loss was not finite.
         refused: whether the whole gradient was refused because it was not finite.
-        real_rows: that share of rows.
+        kept: fp32 ``[1]``; what ``loss`` would be if every loss that was kept had been 1.
         results: DisTrO's result.
     """
 
@@ -50,7 +49,7 @@ class TrainOutput:
     grad_norm: Tensor
     nonfinite_losses: int
     refused: bool
-    real_rows: float
+    kept: Tensor
     results: list[DistroResult]
 
 
@@ -98,6 +97,7 @@ class Trainer:
         self._exchanges = exchanges
         self._check_every = check_every
         self._optim_stats = optim_stats
+        self._step = 0
         self.stats: dict[str, float] = {}
         model.train()
 
@@ -131,6 +131,7 @@ class Trainer:
         Raises:
             ValueError: malformed sequence lengths, position ids or results.
         """
+        self._step = step
         lr = self.learning_rate(step, warmup_lr_between)
         prev_lr = self.learning_rate(max(step - 1, 0), warmup_lr_between)
         # Checked before anything changes.
@@ -140,9 +141,10 @@ class Trainer:
             self._optimizer.zero()
         self._optimizer.before_forward(prev_lr)
         real_tokens = batch.real_tokens()
-        real_rows = float((real_tokens > 0).float().mean())
-        loss, left_out = self._forward_backward(batch, int(real_tokens.sum()))
+        loss, kept, left_out = self._forward_backward(batch, int(real_tokens.sum()))
+        real_rows = (real_tokens > 0).float().mean()
         loss *= real_rows
+        kept *= real_rows
         norm = global_norm(gradients(self.parameters.values()), self.model.device)
         refused = not bool(norm.isfinite())
         if refused:
@@ -153,14 +155,14 @@ class Trainer:
         own = self._optimizer.after_backward(
             results or [], prev_lr, lr, clip_factor(norm, self._clip)
         )
-        return TrainOutput(loss, norm, left_out, refused, real_rows, own)
+        return TrainOutput(loss, norm, left_out, refused, kept, own)
 
-    def _forward_backward(self, batch: Batch, all_tokens: int) -> tuple[Tensor, int]:
+    def _forward_backward(self, batch: Batch, all_tokens: int) -> tuple[Tensor, Tensor, int]:
         place = self.topology
         if self._exchanges:
             batch = batch.share(place.replica, place.replicas)
         tokens = int(batch.real_tokens().sum())
-        total = torch.zeros(1, device=self.model.device)
+        total, kept = torch.zeros(2, 1, device=self.model.device)
         left_out = 0
         for micro in batch.micro_batches(self._micro_batch_size) if batch.rows else []:
             mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
@@ -173,13 +175,16 @@ class Trainer:
                 continue
             loss.backward()
             total += loss.detach().float()
+            kept += weight
             if self._accumulator is not None:
                 self._accumulator.add()
         if self._accumulator is not None:
             self._accumulator.finish()
         if self._exchanges:
-            total *= place.replicas * tokens / max(all_tokens, 1)
-        return total, left_out
+            share = place.replicas * tokens / max(all_tokens, 1)
+            total *= share
+            kept *= share
+        return total, kept, left_out
 
     def _agree(self, finite: bool) -> bool:
         """Whether the loss is finite on all ranks of the replica: backward is collective."""
@@ -210,43 +215,17 @@ class Trainer:
         if self._exchanges:
             results = None
         self._optimizer.step(results, self.learning_rate(step, warmup_lr_between))
-        peers = self.topology.peers
-        if peers is not None and self._check_every and step % self._check_every == 0:
-            check_identical(local_parts(self.parameters), peers, step)
+        if self._check_every and step % self._check_every == 0:
+            self.check_replicas()
 
-    @torch.no_grad()
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        num_logits_to_keep: int | None = None,
-        loss_scale: float | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Forward without gradient, each dp rank on its rows: logits and, with labels, the loss."""
-        place = self.topology
-        mine = self.model.prepare(batch).pad_rows(place.dp).share(place.shard, place.dp)
-        self.model.eval()
-        try:
-            return self.model.forward(
-                mine, num_logits_to_keep=num_logits_to_keep, loss_scale=loss_scale
-            )
-        finally:
-            self.model.train()
+    def check_replicas(self) -> None:
+        """Compares the parameters' bits with the other replicas', where there are any.
 
-    @torch.no_grad()
-    def extract(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The full parameters by checkpoint name, one at a time; every rank takes part.
-
-        Yields:
-            names, and the tensors on the CPU of each replica's first rank, None elsewhere.
+        Raises:
+            ReplicasDiffer: they are not the same.
         """
-        yield from self.model.full_state_dict_iter()
-
-    @torch.no_grad()
-    def truncate_bf16(self) -> None:
-        """Rounds the parameters to bfloat16 in place."""
-        for part in local_parts(self.parameters).values():
-            part.copy_(part.to(torch.bfloat16))
+        if self._exchanges and self.topology.peers is not None:
+            check_identical(local_parts(self.parameters), self.topology.peers, self._step)
 
     def _statistics(self) -> dict[str, float]:
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}

@@ -121,6 +121,7 @@ def _every_operation(
     tensors = {n: t.detach() for n, t in reference.state_dict().items()}
     core.send_tensors(config, tensors)
     core.parallelism(1, 1)
+    core.forward(random_tokens(2, 6))  # wants a model, no trainer
     core.hyperparameters("Dummy")
     ids, labels = random_tokens(4, 12), random_tokens(4, 12, seed=1)
     labels[3] = -100  # as rank 0 pads
@@ -191,7 +192,7 @@ def test_malformed_operations_end_every_rank(tmp_path: Path, operation: Any, nam
 
 def test_operation_before_hyperparameters(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
-    codes = in_process(_refusal, folder, tmp_path / "log", '{"operation": "extract"}', False)
+    codes = in_process(_refusal, folder, tmp_path / "log", json.dumps(TRAIN), False)
     assert codes == [1, 1]
     assert "before 'hyperparameters'" in (tmp_path / "rank-2.log").read_text()
 

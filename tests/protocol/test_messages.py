@@ -37,6 +37,8 @@ HYPERPARAMETERS: dict[str, Any] = {
         {"operation": "forward", "batch_shape": [1, 2], "batch_has_labels": False,
          "batch_has_position_ids": True, "batch_sequence_lengths": None,
          "num_logits_to_keep": 1, "loss_scale": 2.0},
+        # what Psyche's core writes for an empty list of results
+        {**TRAIN, "results_metadata": dict.fromkeys(METADATA)},
         {"operation": "extract"}, {"operation": "truncate_bf16"}, {"operation": "exit"},
     ],
 )  # fmt: skip
@@ -61,6 +63,8 @@ def test_every_operation_reads_and_writes_the_same_json(fields: dict[str, Any]) 
         ({**TRAIN, "results_len": 1}, "results_metadata is null"),
         ({**TRAIN, "results_len": 1, "results_metadata": {**METADATA, "totalk": []}},
          "different lengths"),
+        ({**TRAIN, "results_len": 1, "results_metadata": {**METADATA, "xshape": None}},
+         "xshape must not be null"),
         ({**HYPERPARAMETERS, "optimizer": {"Adam": {}}}, "optimizer: wanted"),
         ({**HYPERPARAMETERS, "optimizer": {"AdamW": {"betas": [0.9]}}}, "AdamW"),
         ({**HYPERPARAMETERS, "lr_scheduler": {"Step": {}}}, "unknown form 'Step'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.schedules import Constant
+from psyche_fast.training import evaluation
 from psyche_fast.training.topology import Topology
 from psyche_fast.training.trainer import Trainer
 from tests.groups import run_ranks
@@ -66,8 +68,8 @@ def test_every_real_token_weighs_the_same(folder: Path, rows: int) -> None:
     model = reference(folder)
     loss = model(ids, labels=labels).loss
     loss.backward()
-    assert float(output.loss) / output.real_rows == pytest.approx(float(loss), abs=1e-6)
-    assert output.real_rows == pytest.approx((rows - 1) / rows)
+    assert float(output.loss / output.kept) == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert float(output.kept) == pytest.approx((rows - 1) / rows)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
@@ -95,6 +97,7 @@ def test_nonfinite_micro_batch_never_reaches_the_gradients(
     loss = model(kept, labels=kept).loss * 4 / 6
     loss.backward()
     assert float(output.loss) == pytest.approx(float(loss), abs=1e-6)
+    assert float(output.kept) == pytest.approx(4 / 6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
@@ -128,8 +131,10 @@ def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
         if step > 1:
             tested.optimize(step)
         model = reference(folder)
-        model.load_state_dict({n: t for n, t in tested.extract() if t is not None})
-        logits, loss = tested.forward(Batch(ids, labels=ids), num_logits_to_keep=2, loss_scale=2.0)
+        model.load_state_dict(dict(tested.model.full_state_dict_iter()))
+        logits, loss = evaluation.forward(
+            tested.model, Topology(), Batch(ids, labels=ids), num_logits_to_keep=2, loss_scale=2.0
+        )
         expected = model(ids, labels=ids)
         torch.testing.assert_close(logits, expected.logits[:, -2:], rtol=1e-5, atol=1e-6)
         assert loss is not None
@@ -139,7 +144,7 @@ def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
 def test_truncate_bf16(folder: Path) -> None:
     tested = trainer(folder, config.Dummy())
     before = {n: p.detach().clone() for n, p in tested.parameters.items()}
-    tested.truncate_bf16()
+    evaluation.truncate_bf16(tested.model)
     for name, parameter in tested.parameters.items():
         assert torch.equal(parameter, before[name].bfloat16().float())
         assert not torch.equal(parameter, before[name]) or before[name].unique().numel() == 1
@@ -159,6 +164,30 @@ def test_fp32_accumulation_is_nearer_to_fp32(folder: Path) -> None:
             float((g.float() - grads(exact)[n]).norm()) for n, g in grads(tested).items()
         )
     assert errors[True] < errors[False]
+
+
+def test_zero_optim_forgets_the_momentum(folder: Path) -> None:
+    ids = random_tokens(2, 10)
+    for optimizer in (ADAMW, DISTRO):
+        fresh, used = (trainer(folder, optimizer, exchanges=True) for _ in range(2))
+        used.train(1, Batch(random_tokens(2, 10, seed=5)))
+        if optimizer is ADAMW:
+            used.optimize(1)
+        for tested in (fresh, used):
+            for name, parameter in reference(folder).named_parameters():
+                tested.parameters[name].data.copy_(parameter.data)
+        for tested in (fresh, used):
+            tested.train(2, Batch(ids), zero_optim=True)
+            if optimizer is ADAMW:
+                tested.optimize(2)
+                assert_same(tested.parameters, fresh.parameters)
+            else:
+                assert_same(tested._optimizer.momentum(), fresh._optimizer.momentum())
+
+
+def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_optimize_before_there_is_a_result(folder: Path) -> None:

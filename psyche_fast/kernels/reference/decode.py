@@ -77,8 +77,8 @@ def _factors(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[
     m = index.shape[1]
     row = index.div(plan.w, rounding_mode="floor")
     column = index - row * plan.w
-    left = plan.basis_h.t().index_select(0, row.view(-1)).view(-1, m, plan.h)
-    right = plan.basis_w.t().index_select(0, column.view(-1)).view(-1, m, plan.w)
+    left = plan.rows_h.index_select(0, row.view(-1)).view(-1, m, plan.h)
+    right = plan.rows_w.index_select(0, column.view(-1)).view(-1, m, plan.w)
     return left.mul_(value.unsqueeze(-1)).transpose(1, 2), right
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 _MAGNITUDE_BITS = 0x7FFFFFFF
 
@@ -32,16 +33,23 @@ def largest(coefficients: Tensor, k: int) -> Tensor:
         # lower index first.
         order = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices
         return order[:, :k].sort(dim=-1).values
-    magnitude = coefficients.view(torch.int32) & _MAGNITUDE_BITS
     run = _run_length(totalk, k)
     if run == 1:
-        return _by_key(magnitude, None, totalk, k).sort(dim=-1).values
-    runs = magnitude.view(n, totalk // run, run)
-    chosen = _by_key(runs.amax(dim=-1), None, totalk // run, k)
+        return _by_key(_bits(coefficients), None, totalk, k).sort(dim=-1).values
+    # Pooling takes the maxima of runs in one vectorised pass; a reduction over a short last
+    # dimension takes twice as long.
+    maxima = max_pool1d(coefficients.abs().unsqueeze(1), run).squeeze(1)
+    chosen = _by_key(_bits(maxima), None, totalk // run, k)
+    runs = coefficients.view(n, totalk // run, run)
     candidates = runs.gather(1, chosen.unsqueeze(-1).expand(n, k, run)).view(n, k * run)
     within = torch.arange(run, device=coefficients.device)
     index = (chosen.unsqueeze(-1) * run + within).view(n, k * run)
-    return _by_key(candidates, index, totalk, k).sort(dim=-1).values
+    return _by_key(_bits(candidates), index, totalk, k).sort(dim=-1).values
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The magnitudes' bits: int32, ordered like the magnitudes."""
+    return values.view(torch.int32) & _MAGNITUDE_BITS
 
 
 def _by_key(magnitude: Tensor, index: Tensor | None, limit: int, k: int) -> Tensor:
