@@ -27,6 +27,9 @@ TIMEOUT = "PSYCHE_FAST_TIMEOUT"
 """Environment variable: seconds until a collective that a rank misses is an error."""
 DEFAULT_TIMEOUT = 600
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
+"""What gloo's plain RuntimeErrors say where another rank is gone."""
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses Psyche's arguments of a sidecar (argparse: this has to start fast)."""
@@ -80,7 +83,7 @@ def explain(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "timeout caused" in text or "timed out" in text.lower():
         return f"another rank did not answer within --timeout ({TIMEOUT} of a sidecar): {text}"
-    if isinstance(error, dist.DistError) or "Connection closed by peer" in text:
+    if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
         return f"lost another rank: {text}"
     if isinstance(error, ValueError):
         return str(error)

@@ -142,11 +142,9 @@ class Entries:
 def chunk_view(tensor: Tensor, h: int, w: int) -> Tensor:
     """View a parameter as chunks `[..., R/h, C/w, h, w]`, a vector as `[N/w, 1, w]`."""
     if tensor.dim() < 2:
-        flat = tensor.view(1) if tensor.dim() == 0 else tensor
-        return flat.unflatten(0, (flat.shape[0] // w, 1, w))
-    rows, columns = tensor.shape[-2:]
-    cut = tensor.unflatten(-1, (columns // w, w)).unflatten(-3, (rows // h, h))
-    return cut.transpose(-3, -2)
+        return tensor.view(tensor.numel() // w, 1, w)
+    *lead, rows, columns = tensor.shape
+    return tensor.view(*lead, rows // h, h, columns // w, w).transpose(-3, -2)
 
 
 def cut_slices(members: Sequence[Member], chunk_size: int, max_elements: int) -> tuple[Slice, ...]:

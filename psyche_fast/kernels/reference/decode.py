@@ -10,6 +10,7 @@ from torch import Tensor
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 from psyche_fast.kernels.reference.transform import ieee_matmul, inverse
 from psyche_fast.kernels.reference.update import signed_step
+from psyche_fast.kernels.reference.workspace import DENSE, LEFT, RESULT, RIGHT, scratch
 
 # Up to this many entries per chunk they are merged pairwise, m * m comparisons, rather than in a
 # dense chunk.
@@ -51,12 +52,15 @@ def decode(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
     """Chunks `[start, stop)` of the class, `[stop - start, h, w]` in the compute dtype.
 
     Each coefficient is the mean over the entries that name it, zero where there are none. The order
-    of the additions depends on nothing but the order of the entries.
+    of the additions depends on nothing but the order of the entries. The result lies in the slot
+    `RESULT` and is good until the next transform.
     """
     if _low_rank(plan, entries):
-        return torch.bmm(*_factors(plan, entries, start, stop))
+        left, right = _factors(plan, entries, start, stop)
+        result = scratch(RESULT, (stop - start, plan.h, plan.w), right)
+        return torch.bmm(left, right, out=result)
     index, value = _widen(plan, entries, start, stop)
-    dense = value.new_zeros(value.shape[0], plan.totalk)
+    dense = scratch(DENSE, (value.shape[0], plan.totalk), value).zero_()
     if not entries.unique:
         value = _mean_in(dense, index, value)
     dense.scatter_(1, index, value)
@@ -77,8 +81,10 @@ def _factors(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[
     m = index.shape[1]
     row = index.div(plan.w, rounding_mode="floor")
     column = index - row * plan.w
-    left = plan.rows_h.index_select(0, row.view(-1)).view(-1, m, plan.h)
-    right = plan.rows_w.index_select(0, column.view(-1)).view(-1, m, plan.w)
+    left = scratch(LEFT, (index.shape[0], m, plan.h), value)
+    right = scratch(RIGHT, (index.shape[0], m, plan.w), value)
+    torch.index_select(plan.rows_h, 0, row.view(-1), out=left.view(-1, plan.h))
+    torch.index_select(plan.rows_w, 0, column.view(-1), out=right.view(-1, plan.w))
     return left.mul_(value.unsqueeze(-1)).transpose(1, 2), right
 
 

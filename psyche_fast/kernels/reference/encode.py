@@ -57,7 +57,9 @@ def _accumulate(
         gradient = gradients[piece.slot]
         if gradient is None:
             continue
-        source = chunk_view(gradient, plan.h, plan.w)[piece.index]
+        source = chunk_view(gradient, plan.h, plan.w)
+        if piece.index:
+            source = source[piece.index]
         target = chunks[piece.start - part.start : piece.stop - part.start].view(source.shape)
         rate = learning_rates[piece.slot]
         if isinstance(gradient_scale, Tensor):

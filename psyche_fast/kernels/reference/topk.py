@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from psyche_fast.kernels.reference.workspace import ROWS, scratch
+
 _MAGNITUDE_BITS = 0x7FFFFFFF
 
 
@@ -38,7 +40,8 @@ def largest(coefficients: Tensor, k: int) -> Tensor:
         return _by_key(_bits(coefficients), None, totalk, k).sort(dim=-1).values
     # Pooling takes the maxima of runs in one vectorised pass; a reduction over a short last
     # dimension takes twice as long.
-    maxima = max_pool1d(coefficients.abs().unsqueeze(1), run).squeeze(1)
+    magnitudes = torch.abs(coefficients, out=scratch(ROWS, (n, totalk), coefficients))
+    maxima = max_pool1d(magnitudes.unsqueeze(1), run).squeeze(1)
     chosen = _by_key(_bits(maxima), None, totalk // run, k)
     runs = coefficients.view(n, totalk // run, run)
     candidates = runs.gather(1, chosen.unsqueeze(-1).expand(n, k, run)).view(n, k * run)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan
+from psyche_fast.kernels.reference.workspace import RESULT, ROWS, scratch
 
 
 @contextmanager
@@ -29,12 +30,18 @@ def ieee_matmul() -> Iterator[None]:
 
 
 def forward(plan: ChunkPlan, chunks: Tensor) -> Tensor:
-    """Coefficients `F_h^T X F_w` of chunks `[n, h, w]` (contiguous), as `[n, h * w]`."""
+    """Coefficients `F_h^T X F_w` of chunks `[n, h, w]` (contiguous), as `[n, h * w]`.
+
+    They lie in the slot `RESULT` and are good until the next transform.
+    """
     return _sandwich(chunks, plan.basis_h.t(), plan.basis_w).view(-1, plan.totalk)
 
 
 def inverse(plan: ChunkPlan, coefficients: Tensor) -> Tensor:
-    """Chunks `F_h C F_w^T`, `[n, h, w]`, of coefficients `[n, h * w]` (contiguous)."""
+    """Chunks `F_h C F_w^T`, `[n, h, w]`, of coefficients `[n, h * w]` (contiguous).
+
+    They lie in the slot `RESULT` and are good until the next transform.
+    """
     chunks = coefficients.view(-1, plan.h, plan.w)
     return _sandwich(chunks, plan.basis_h, plan.basis_w.t())
 
@@ -42,10 +49,12 @@ def inverse(plan: ChunkPlan, coefficients: Tensor) -> Tensor:
 def _sandwich(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`left @ x @ right` for `x` `[n, h, w]`; the rows of all chunks go through one product."""
     n, h, w = x.shape
-    if w > 1:
-        x = torch.mm(x.view(n * h, w), right).view(n, h, w)
-    if h == 1:
-        return x
+    result = scratch(RESULT, (n, h, w), x)
     if w == 1:
-        return torch.mm(x.view(n, h), left.t()).view(n, h, 1)
-    return torch.bmm(left.expand(n, h, h), x)
+        torch.mm(x.view(n, h), left.t(), out=result.view(n, h))
+        return result
+    rows = result if h == 1 else scratch(ROWS, (n, h, w), x)
+    torch.mm(x.view(n * h, w), right, out=rows.view(n * h, w))
+    if h > 1:
+        torch.bmm(left.expand(n, h, h), rows, out=result)
+    return result

@@ -23,6 +23,8 @@ def signed_step(
     once, learning rate included.
     """
     for piece in part.pieces:
-        view = chunk_view(parameters[piece.slot], plan.h, plan.w)[piece.index]
+        view = chunk_view(parameters[piece.slot], plan.h, plan.w)
+        if piece.index:
+            view = view[piece.index]
         chunks = direction[piece.start - part.start : piece.stop - part.start]
         view.sub_(chunks.view(view.shape), alpha=learning_rates[piece.slot])
