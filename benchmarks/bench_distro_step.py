@@ -174,6 +174,17 @@ def test_demo_step(benchmark, which, topk):
     benchmark.pedantic(optimizer.step, rounds=20, warmup_rounds=3)
 
 
+@pytest.mark.parametrize("topk", TOPKS)
+def test_demo_is_two_and_a_half_times_faster(topk):
+    torch.set_num_threads(THREADS)
+    shapes = gpt_shapes()
+    check(shapes, topk)
+    times = interleave(build(shapes, topk), 30)
+    medians = {name: percentiles(values)["p50"] for name, values in times.items()}
+    print(medians)
+    assert medians["plain"] / medians["psyche_fast"] >= 2.5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
