@@ -134,8 +134,10 @@ class _Core:
                     log.info("where it happened:", exc_info=True)
                     message = explain(error)
                 raise SidecarFailed(message) from error
-        for plot in plot_run(self.output):
-            log.info("plot %s", plot)
+        try:
+            plot_run(self.output)
+        except OSError as error:  # the run is complete without them
+            self.console.message(f"plots not written: {error}")
         return result
 
     def _train(self, store: CoreStore, stop: StopRequest, sidecars: Sidecars) -> RunResult:
