@@ -68,7 +68,7 @@ class Console:
                 initial=start_step - 1,
                 file=self.stream,
                 dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix}",
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
             )
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Console:
         left = self._time_left(step)
         if self._bar is not None:
             parts = self._parts(metrics, ("loss", "tokens_per_second"))
-            self._bar.set_postfix_str(" | ".join([*parts, f"{left} left"]), refresh=False)
+            self._bar.set_description_str(" | ".join([*parts, f"{left} left"]), refresh=False)
             self._bar.update(step - self._bar.n)
             return
         due = self.every > 0 and step % self.every == 0
