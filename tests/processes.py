@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 
 
@@ -11,3 +13,11 @@ def is_there(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def seconds_until_gone(process: psutil.Process, most: float = 5.0) -> float:
+    """How long a process goes on from now; gives up after ``most`` seconds."""
+    started = time.monotonic()
+    while is_there(process) and time.monotonic() - started < most:
+        time.sleep(0.02)
+    return time.monotonic() - started

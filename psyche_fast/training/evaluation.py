@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM
-from psyche_fast.training.gradients import local
+from psyche_fast.training.gradients import local_parts
 from psyche_fast.training.topology import Topology
 
 
@@ -48,6 +48,5 @@ def forward(
 @torch.no_grad()
 def truncate_bf16(model: CausalLM) -> None:
     """Rounds the parameters to bfloat16 in place."""
-    for parameter in model.named_parameters().values():
-        part = local(parameter)
+    for part in local_parts(model.named_parameters()).values():
         part.copy_(part.to(torch.bfloat16))

@@ -14,10 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from psyche_fast.distro.placement import local_tensor
 
 
 class Fp32Accumulator:
@@ -43,8 +40,8 @@ class Fp32Accumulator:
             if total is None:
                 self._sums[at] = parameter.grad.float()
             else:
-                into.append(local(total))
-                gradients.append(local(parameter.grad))
+                into.append(local_tensor(total))
+                gradients.append(local_tensor(parameter.grad))
             parameter.grad = None
         if into:
             torch._foreach_add_(into, gradients)
@@ -56,6 +53,17 @@ class Fp32Accumulator:
             if total is not None:
                 parameter.grad_dtype = None  # type: ignore[attr-defined]
                 parameter.grad = total
+
+
+def drop_gradients(parameters: Mapping[str, Tensor]) -> None:
+    """Clears all gradients."""
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def local_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of each parameter, by name."""
+    return {name: local_tensor(p.detach()) for name, p in parameters.items()}
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -86,8 +94,8 @@ def global_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
                 for dim, placement in enumerate(tensor.placements)
                 if not placement.is_replicate()
             )
-        if local(tensor).numel():
-            groups.setdefault(key, []).append(local(tensor))
+        if local_tensor(tensor).numel():
+            groups.setdefault(key, []).append(local_tensor(tensor))
         else:
             groups.setdefault(key, [])
     total = torch.zeros((), device=device)
@@ -112,6 +120,6 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor | float:
 @torch.no_grad()
 def scale_(tensors: Iterable[Tensor], factor: Tensor | float) -> None:
     """Multiplies in place."""
-    parts = [local(tensor) for tensor in tensors]
+    parts = [local_tensor(tensor) for tensor in tensors]
     if parts and not (isinstance(factor, float) and factor == 1.0):
         torch._foreach_mul_(parts, factor)

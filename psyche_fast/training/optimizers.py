@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from psyche_fast import config
 from psyche_fast.collectives import exchange
 from psyche_fast.distro import Distro, DistroResult, quantize_1bit
-from psyche_fast.training.gradients import gradients, local, scale_
+from psyche_fast.training.gradients import gradients, scale_
 
 Results = list[list[DistroResult]]
 
@@ -207,14 +207,3 @@ def make_optimizer(
     if isinstance(settings, config.AdamW):
         return AdamWOptimizer(parameters, settings)
     return Optimizer()
-
-
-def drop_gradients(parameters: Mapping[str, Tensor]) -> None:
-    """Clears all gradients."""
-    for parameter in parameters.values():
-        parameter.grad = None
-
-
-def local_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of each parameter, by name."""
-    return {name: local(p.detach()) for name, p in parameters.items()}

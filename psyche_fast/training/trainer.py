@@ -18,13 +18,15 @@ from psyche_fast.config import OptimizerConfig
 from psyche_fast.distro import DistroResult
 from psyche_fast.models import CausalLM
 from psyche_fast.schedules import LearningRateSchedule, warmup_factor
-from psyche_fast.training.gradients import Fp32Accumulator, clip_factor, global_norm, gradients
-from psyche_fast.training.optimizers import (
-    Results,
+from psyche_fast.training.gradients import (
+    Fp32Accumulator,
+    clip_factor,
     drop_gradients,
+    global_norm,
+    gradients,
     local_parts,
-    make_optimizer,
 )
+from psyche_fast.training.optimizers import Results, make_optimizer
 from psyche_fast.training.topology import Topology
 
 log = logging.getLogger(__name__)

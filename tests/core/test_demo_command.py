@@ -1,0 +1,31 @@
+"""The demo in its short form: it has to learn, save bytes, and leave what it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import transformers
+
+
+def test_forty_steps_of_the_demo_learn(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "psyche_fast", "demo", "--max-steps", "40", "--device", "cpu",
+            "--output", str(output),
+        ],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 40
+    assert sum(line["loss"] for line in lines[-5:]) / 5 < lines[0]["loss"] - 0.8
+    assert 0 < lines[-1]["bytes_sent"] < lines[-1]["dense_bytes"] / 100
+    assert "the model continues 'def '" in result.stdout
+    assert {p.name for p in (output / "plots").iterdir()} >= {"loss.png", "loss_vs_bytes.png"}
+    checkpoint = output / "checkpoints" / "step-000040"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert len(transformers.AutoTokenizer.from_pretrained(checkpoint)) == model.config.vocab_size
