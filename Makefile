@@ -5,7 +5,7 @@
 #   make setup PYTHON=python3.12     choose the Python that .venv is made with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench
+.PHONY: help setup demo test lint format bench kernels
 
 # Left empty, the first of these that is new enough is taken.
 PYTHON ?=
@@ -58,3 +58,6 @@ format: setup ## rewrite the code in the project's style
 
 bench: setup ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o timeout=0 $(ARGS)
+
+kernels: setup ## compile the Triton kernels for all GPUs and print what they cost
+	$(BIN)/psyche-fast kernels $(ARGS)

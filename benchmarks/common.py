@@ -1,15 +1,21 @@
-"""What every benchmark reports: percentiles, and where a figure comes from."""
+"""What every benchmark shares: where a figure comes from, how it is timed, how it is written."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+DEVICE_ROUNDS = (5, 200)
+HOST_ROUNDS = (3, 50)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -25,21 +31,122 @@ def environment() -> dict[str, object]:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
+    report: dict[str, object] = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        report |= {
+            "gpu": torch.cuda.get_device_name(),
+            "gpu_memory_gb": properties.total_memory / 1e9,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mb": properties.L2_cache_size / 1e6,
+            "cuda": torch.version.cuda,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return report
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where there is no such command or it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def milliseconds(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    budget_ms: float = 200.0,
+    rounds: tuple[int, int] | None = None,
+) -> list[float]:
+    """Time a call again and again, after having it run once or more for warming up.
+
+    On a GPU by its own events, each time with an L2 cache that holds nothing of use. What the host
+    takes to launch counts where the GPU waits for it.
+
+    Args:
+        call: what is timed.
+        device: where it runs.
+        budget_ms: about how long all rounds together may take.
+        rounds: at least and at most this many.
+    """
+    least, most = rounds or (DEVICE_ROUNDS if device.type == "cuda" else HOST_ROUNDS)
+    if device.type != "cuda":
+        call()
+        times = [_host_time(call)]
+        while len(times) < least or (len(times) < most and sum(times) < budget_ms):
+            times.append(_host_time(call))
+        return times
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    flushed = torch.empty(max(4 * l2, 256 << 20), dtype=torch.uint8, device=device)
+    call()
+    torch.cuda.synchronize(device)
+    estimate = _host_time(lambda: (flushed.zero_(), call(), torch.cuda.synchronize(device)))
+    count = min(most, max(least, int(budget_ms / max(estimate, 1e-3))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _host_time(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy, in GB/s: the roof for everything here."""
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = milliseconds(lambda: target.copy_(source), device)
+    return 2 * size / percentiles(times)["p50"] / 1e6
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels, copies and fills that a call puts on the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(e.device_type == on_device and not e.is_user_annotation for e in profile.events())
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a report whole or not at all: a kill in between leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -6,6 +6,7 @@ public names below is used.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from psyche_fast.schedules import LearningRateSchedule
 
 __version__ = "0.1.0"
+
+if os.environ.get("PSYCHE_FAST_KERNELS") == "interpret":
+    # Triton wants to know before it is imported, which other libraries may do first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _LAZY = {
     "DeMo": "psyche_fast.distro",

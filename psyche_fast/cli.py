@@ -178,6 +178,22 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
     )
 
 
+@cli.command()
+@click.option("--target", "targets", multiple=True, metavar="GPU",
+              help="sm_80, sm_90, sm_100, sm_120 or gfx942; left out: all")  # fmt: skip
+@click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
+              help="only kernels with this in their name")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
+@click.option("--check", is_flag=True, help="compare with the limits; status 1 if one is exceeded")
+@click.option("--update-limits", is_flag=True, help="set the limits to what is measured")
+@click.option("--lines", metavar="TEXT", help="instructions of one kernel by line of its source")
+def kernels(**options: Any) -> None:
+    """Say which kernels run here and why, compile them and print what they cost. Needs no GPU."""
+    from psyche_fast.kernels.report import report
+
+    report(**options)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
     try:

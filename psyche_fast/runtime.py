@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +18,8 @@ from psyche_fast.protocol.tensors import receive_batch, receive_results
 from psyche_fast.training import evaluation
 from psyche_fast.training.topology import Topology, set_timeout
 from psyche_fast.training.trainer import Trainer, TrainOutput
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -117,12 +120,19 @@ class Counts:
 
 def counts(output: TrainOutput, topology: Topology) -> Counts:
     """Adds up over all ranks."""
-    own = [float(output.nonfinite_losses), float(output.refused)]
-    total = torch.cat([output.kept.new_tensor(own), output.kept])
+    left_out_here = output.kept.new_tensor([float(output.nonfinite_losses)])
+    total = torch.cat([left_out_here, output.refused.float().view(1), output.kept])
     dist.all_reduce(total)
     left_out, refused, kept = total.tolist()
+    warn_of_refusal(output)
     ranks = topology.dp * topology.tp
     return Counts(round(left_out / ranks), round(refused / ranks), kept)
+
+
+def warn_of_refusal(output: TrainOutput) -> None:
+    """Says that this rank's gradient was refused, if it was; waits for the device."""
+    if output.refused:
+        log.warning("step %d: the gradient is not finite and is refused", output.step)
 
 
 def serve_operations(
@@ -140,6 +150,9 @@ def serve_operations(
     trainer: Trainer | None = None
     while True:
         operation = store.receive(device)
+        reads = (messages.Forward, messages.Extract, messages.TruncateBf16)
+        if trainer is not None and isinstance(operation, reads):
+            trainer.plain()
         match operation:
             case messages.Exit():
                 return
@@ -190,3 +203,5 @@ def _train(
     dist.all_reduce(output.loss)
     if settings.replicas is not None:
         counts(output, trainer.topology)
+    else:
+        warn_of_refusal(output)

@@ -13,11 +13,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # other's bytes. Has to be set before torch is imported.
 os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
 
+import torch  # noqa: E402
+
+# Without a GPU the Triton kernels are run by its interpreter. Has to be set before triton is
+# imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` where there is none."""
-    if item.get_closest_marker("gpu") is not None:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

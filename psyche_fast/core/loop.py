@@ -130,6 +130,7 @@ class StepLoop:
             ReplicasDiffer: there is nothing worth writing.
         """
         self._publish(messages.Extract())
+        self._trainer.plain()
         if self._config.check_every:
             self._trainer.check_replicas()
         model = self._trainer.model

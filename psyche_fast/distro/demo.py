@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
 from psyche_fast.collectives import exchange
+from psyche_fast.distro.checks import check_compression, check_delta_shape
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
-from psyche_fast.distro.optimizer import check_compression, check_delta_shape
-from psyche_fast.kernels.plan import Entries
+from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
 _HYPERPARAMETERS = ("compression_decay", "compression_topk", "compression_chunk", "process_group")
 
@@ -27,7 +29,7 @@ class DeMo(torch.optim.Optimizer):
         theta *= 1 - lr * weight_decay
         delta  = compression_decay * delta + lr * grad
         own    = top-k of the chunked DCT of delta      # ties to the lowest index
-        delta -= decode(own)
+        delta -= decode(own)                            # left to the next step, or `flush`
         theta -= lr * sign(decode(mean over the peers of own))
 
     The peers are the ranks of `process_group`; one all-gather per step carries everything.
@@ -36,7 +38,12 @@ class DeMo(torch.optim.Optimizer):
     that all ranks stay in step.
 
     `state[p]["delta"]` is float32 (float64 for float64 parameters), in the encoded shape `[...,
-    R/h, C/w, h, w]` (`[N/w, w]` for a vector); `state_dict` round-trips bit for bit.
+    R/h, C/w, h, w]` (`[N/w, w]` for a vector). The next step takes out of it what the last one has
+    sent, in the same pass as everything else: read it after `flush`. `state_dict`, copies and
+    pickles have it done; they round-trip, and change nothing of the run, to the bit.
+
+    A learning rate may be a 0-d float32 tensor on the parameters' device. It is not waited for, and
+    with it a CUDA graph can be captured of a step.
 
     Args:
         params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
@@ -49,20 +56,21 @@ class DeMo(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
         process_group: the peers; the default group where None. Without torch.distributed there is
             one peer.
-        backend: "auto" or "torch".
+        backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
         data_transmit: bytes of results that this rank sent in the last step.
         data_receive: bytes of results that it received, its own included.
 
     Raises:
-        ValueError: an argument out of range, or a sharded parameter (`Distro` takes those).
+        ValueError: an argument out of range, a backend that cannot run, or a sharded parameter
+            (`Distro` takes those).
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
-        lr: float,
+        lr: float | Tensor,
         compression_decay: float = 0.999,
         compression_topk: int = 32,
         compression_chunk: int = 64,
@@ -74,7 +82,7 @@ class DeMo(torch.optim.Optimizer):
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
         if lr < 0:
             raise ValueError(f"lr must not be negative, got {lr}")
-        self.backend = kernels.resolve_backend(backend)
+        self.backend = backend
         self.compression_decay = compression_decay
         self.compression_topk = compression_topk
         self.compression_chunk = compression_chunk
@@ -87,11 +95,19 @@ class DeMo(torch.optim.Optimizer):
         warn_of_tiny_chunks(self._plan.layout.parameters, compression_chunk)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: float | Tensor | None = None,
+    ) -> Any:
         """Take one step; a collective over the peers.
 
         Args:
             closure: computes the loss and the gradients anew, before the step.
+            grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
+                parameters' device, which is not waited for. Where it is not finite all gradients
+                are left out, as if there were none.
 
         Returns:
             What the closure returned, None without one.
@@ -102,40 +118,51 @@ class DeMo(torch.optim.Optimizer):
                 loss = closure()
         if self._plan is None:
             self._plan = _Plan(self)
-        plan = self._plan
-        rates = []
-        for group in self.param_groups:
-            taken = [p for p in group["params"] if p.requires_grad]
-            rates += [float(group["lr"])] * len(taken)
-            if group["weight_decay"] != 0.0 and taken:
-                torch._foreach_mul_(taken, 1.0 - group["lr"] * group["weight_decay"])
-        peers = self._peers()
-        own = [self._encode(plan, i, rates) for i in range(len(plan.layout.plans))]
-        self.data_transmit = sum(e.indices.nbytes + e.values.nbytes for e in own)
-        self.data_receive = peers * self.data_transmit
-        gathered = self._gather(plan, own) if peers > 1 else own
-        for i, chunks in enumerate(plan.layout.plans):
-            parameters = [plan.parameters[m.position] for m in chunks.members]
-            lrs = [rates[m.position] for m in chunks.members]
-            if peers == 1:
-                # The mean is the own result: one decode serves delta and the parameters.
-                kernels.subtract(
-                    chunks,
-                    plan.deltas[i],
-                    own[i],
-                    parameters=parameters,
-                    learning_rates=lrs,
-                    backend=self.backend,
-                )
-            else:
-                kernels.subtract(chunks, plan.deltas[i], own[i], backend=self.backend)
-                kernels.apply(chunks, parameters, gathered[i], lrs, backend=self.backend)
+        for c in self._plan.classes:
+            own = kernels.encode(
+                c.plan,
+                c.delta,
+                [p.grad for p in c.parameters],
+                c.per_member(self.param_groups, _learning_rate),
+                decay=self.compression_decay,
+                gradient_scale=grad_scale,
+                previous=c.own,
+                backend=c.backend,
+            )
+            c.own.indices.copy_(own.indices)
+            c.own.values.copy_(own.values)
+        decayed = any(group["weight_decay"] != 0.0 for group in self.param_groups)
+        for c, entries in zip(self._plan.classes, self._gather(), strict=True):
+            kernels.apply(
+                c.plan,
+                c.parameters,
+                entries,
+                c.per_member(self.param_groups, _learning_rate),
+                shrinks=c.per_member(self.param_groups, _shrink) if decayed else None,
+                backend=c.backend,
+            )
         return loss
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Bring `state[p]["delta"]` up to date: take out of it what the last step has sent.
+
+        Later steps are the same with it or without, to the bit.
+        """
+        for c in self._plan.classes if self._plan is not None else ():
+            kernels.subtract(c.plan, c.delta, c.own, backend=c.backend)
+            c.own.values.zero_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their delta starts at zero."""
         super().add_param_group(param_group)
+        self.flush()
         self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every parameter and the groups' settings, `flush`ed before."""
+        self.flush()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned.
@@ -154,6 +181,7 @@ class DeMo(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the plan and the process group, which cannot be copied."""
+        self.flush()
         kept = {name: getattr(self, name) for name in _HYPERPARAMETERS[:-1]}
         traffic = {"data_transmit": self.data_transmit, "data_receive": self.data_receive}
         return {**super().__getstate__(), **kept, **traffic, "backend": self.backend}
@@ -164,32 +192,25 @@ class DeMo(torch.optim.Optimizer):
         self.__dict__.setdefault("process_group", None)
         self._plan = None
 
-    def _peers(self) -> int:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 1
-        return dist.get_world_size(self.process_group)
-
-    def _encode(self, plan: _Plan, i: int, rates: list[float]) -> Entries:
-        chunks = plan.layout.plans[i]
-        return kernels.encode(
-            chunks,
-            plan.deltas[i],
-            [plan.parameters[m.position].grad for m in chunks.members],
-            [rates[m.position] for m in chunks.members],
-            decay=self.compression_decay,
-            backend=self.backend,
-        )
-
-    def _gather(self, plan: _Plan, own: list[Entries]) -> list[Entries]:
+    def _gather(self) -> list[Entries]:
         """All peers' entries side by side, in rank order, one `Entries` per chunk class."""
+        assert self._plan is not None
+        classes = self._plan.classes
+        own = [c.own for c in classes]
+        self.data_transmit = sum(e.indices.nbytes + e.values.nbytes for e in own)
+        alone = not (dist.is_available() and dist.is_initialized())
+        peers = 1 if alone else dist.get_world_size(self.process_group)
+        self.data_receive = peers * self.data_transmit
+        if peers == 1:
+            return own
         tensors = [t for e in own for t in (e.indices, e.values)]
-        peers = exchange.start(tensors, self.process_group or dist.group.WORLD).wait()
+        results = exchange.start(tensors, self.process_group or dist.group.WORLD).wait()
         return [
             Entries(
-                torch.cat([peer[2 * i] for peer in peers], dim=1).to(chunks.device),
-                torch.cat([peer[2 * i + 1] for peer in peers], dim=1).to(chunks.device),
+                torch.cat([result[2 * i] for result in results], dim=1).to(c.plan.device),
+                torch.cat([result[2 * i + 1] for result in results], dim=1).to(c.plan.device),
             )
-            for i, chunks in enumerate(plan.layout.plans)
+            for i, c in enumerate(classes)
         ]
 
     def _saved_deltas(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
@@ -214,24 +235,90 @@ class DeMo(torch.optim.Optimizer):
         return saved
 
 
+@dataclass(slots=True)
+class _Class:
+    """One chunk class with its parameters and state.
+
+    Attributes:
+        plan: the chunk class.
+        backend: what its operations run on.
+        parameters: the members.
+        groups: for each the number of its parameter group.
+        delta: state `[chunks, h, w]`, of which `own` has yet to be subtracted.
+        own: entries of the last step, with values of 0 where there are none or they have been
+            subtracted. Always the same memory, so that a captured graph finds the last step's.
+    """
+
+    plan: ChunkPlan
+    backend: str
+    parameters: list[Tensor]
+    groups: list[int]
+    delta: Tensor
+    own: Entries
+
+    def per_member(
+        self, groups: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | Tensor]
+    ) -> Rates:
+        """A value of every member's parameter group: numbers, or a tensor if any of them is."""
+        values = [value(group) for group in groups]
+        if not any(isinstance(v, Tensor) for v in values):
+            return [float(values[group]) for group in self.groups]
+        tensors = [
+            v.to(self.plan.device, torch.float32)
+            if isinstance(v, Tensor)
+            else torch.full((), v, dtype=torch.float32, device=self.plan.device)
+            for v in values
+        ]
+        if len(tensors) == 1:
+            return tensors[0].view(())
+        return torch.stack([tensors[group].view(()) for group in self.groups])
+
+
 class _Plan:
     """What `step` needs, worked out once; makes each `state[p]["delta"]` a view of its buffers."""
 
     def __init__(self, optimizer: DeMo) -> None:
         layouts = []
-        self.parameters: list[Tensor] = []
-        for group in optimizer.param_groups:
+        parameters: list[Tensor] = []
+        groups: list[int] = []
+        for number, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
-                    name = _name(group, i, len(self.parameters))
+                    name = _name(group, i, len(parameters))
                     layouts.append(_layout_of(optimizer, p, name))
-                    self.parameters.append(p)
+                    parameters.append(p)
+                    groups.append(number)
         self.layout = Layout(layouts)
-        self.deltas = self.layout.zeros()
-        for p, delta in zip(self.parameters, self.layout.views(self.deltas), strict=True):
+        deltas = self.layout.zeros()
+        for p, delta in zip(parameters, self.layout.views(deltas), strict=True):
             if "delta" in optimizer.state[p]:
                 delta.copy_(optimizer.state[p]["delta"])
             optimizer.state[p]["delta"] = delta
+        self.classes = [
+            _Class(
+                plan,
+                backend_of(plan, optimizer.backend)[0],
+                [parameters[m.position] for m in plan.members],
+                [groups[m.position] for m in plan.members],
+                delta,
+                _nothing_sent(plan),
+            )
+            for plan, delta in zip(self.layout.plans, deltas, strict=True)
+        ]
+
+
+def _nothing_sent(plan: ChunkPlan) -> Entries:
+    indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
+    values = torch.zeros(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
+    return Entries(indices.repeat(plan.chunks, 1), values, unique=True)
+
+
+def _learning_rate(group: dict[str, Any]) -> float | Tensor:
+    return group["lr"]  # type: ignore[no-any-return]
+
+
+def _shrink(group: dict[str, Any]) -> float | Tensor:
+    return 1.0 - group["lr"] * group["weight_decay"]  # type: ignore[no-any-return]
 
 
 def _name(group: dict[str, Any], i: int, position: int) -> str:

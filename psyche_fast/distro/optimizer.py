@@ -8,28 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
+from psyche_fast.distro.checks import check_compression, check_delta_shape
 from psyche_fast.distro.codec import DistroResult, collect, to_results
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.placement import full_gradient, local_tensor, signed_update
-from psyche_fast.kernels.plan import Entries
-
-
-def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) -> None:
-    """Check the numbers that `Distro` and `DeMo` share.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not 0 <= decay < 1:
-        raise ValueError(f"compression_decay must be at least 0 and below 1, got {decay}")
-    if topk <= 0:
-        raise ValueError(f"compression_topk must be positive, got {topk}")
-    if chunk <= 0:
-        raise ValueError(f"compression_chunk must be positive, got {chunk}")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
 
 class Distro:
@@ -44,9 +31,16 @@ class Distro:
 
     Between the return of `generate` or `apply` and the next `error_correction` the parameters are
     the plain ones. The look-ahead is undone exactly, from a master copy that is allocated by the
-    first `error_correction`. The state, `delta`, is the momentum that has not been sent yet,
-    float32 unless told otherwise (float64 for float64 parameters). Arithmetic is done in float32
-    and rounded once to the parameter's dtype.
+    first `error_correction`. With `fused`, parameters stay in the look-ahead instead: `apply` works
+    on the master copy and writes the next look-ahead in the same pass, `error_correction` then
+    finds it done, and `plain` puts the plain parameters back for whoever else wants to read them.
+
+    The learning rates may be 0-d float32 tensors on the parameters' device: nothing then waits for
+    the device, and a CUDA graph can be captured of a whole step.
+
+    The state, `delta`, is the momentum that has not been sent yet, float32 unless told otherwise
+    (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the
+    parameter's dtype.
 
     DTensor parameters are taken: state and results then cover the whole parameter on every rank of
     its mesh, and `generate` is a collective over it.
@@ -61,10 +55,18 @@ class Distro:
         weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
             in `generate`.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
-        backend: "auto" or "torch".
+        fused: keep the parameters in the look-ahead between steps; not for DTensor parameters,
+            which are handled as without it.
+        master_copy: undo the look-ahead from a copy. False saves the copy's memory and adds the
+            look-ahead back instead, which rounding makes inexact for parameters in half precision:
+            peers then drift apart (Psyche's way).
+        backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
         names: the parameters' names, in order.
+        backends: the backend of every chunk class.
+        refused: 0-d int64, how many gradients were left out because `grad_scale` was a tensor that
+            was not finite; on the device.
         layout: how they are cut; what `validate_results` wants.
 
     Raises:
@@ -80,6 +82,8 @@ class Distro:
         compression_topk: int,
         weight_decay: float = 0.0,
         delta_dtype: torch.dtype = torch.float32,
+        fused: bool = False,
+        master_copy: bool = True,
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
@@ -87,7 +91,6 @@ class Distro:
             raise ValueError(
                 f"delta_dtype must be torch.float32 or torch.bfloat16, got {delta_dtype}"
             )
-        self.backend = kernels.resolve_backend(backend)
         self.compression_decay = compression_decay
         self.weight_decay = weight_decay
         pairs = (
@@ -114,9 +117,17 @@ class Distro:
         ]
         warn_of_tiny_chunks(layouts, compression_chunk)
         self.layout = Layout(layouts, delta_dtype=delta_dtype)
+        self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
         self._delta = self.layout.zeros()
+        self._sharded = any(isinstance(p, DTensor) for p in self._parameters)
+        self._fused = fused and not self._sharded
+        self._master_copy = master_copy
         self._master: list[Tensor] = []
         self._looking_ahead = False
+        self._current = False  # whether delta is still the one that the look-ahead went by
+        self._ahead_rate: float | Tensor = 0.0
+        self._shrink: float | Tensor | None = None  # weight decay that is still to be done
+        self.refused = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
 
     @property
     def looking_ahead(self) -> bool:
@@ -124,39 +135,61 @@ class Distro:
         return self._looking_ahead
 
     @torch.no_grad()
-    def error_correction(self, prev_lr: float) -> None:
+    def error_correction(self, prev_lr: float | Tensor) -> None:
         """Keep the plain parameters aside, then `parameters -= prev_lr * sign(delta)`.
+
+        With `fused` nothing is left to do where `apply` was called with the same learning rate.
 
         Raises:
             RuntimeError: the parameters already hold the look-ahead.
         """
         if self._looking_ahead:
-            raise RuntimeError(
-                "error_correction was called twice without generate or undo_error_correction "
-                "in between"
-            )
-        local = [local_tensor(p) for p in self._parameters]
-        if not self._master:
-            self._master = [torch.empty_like(t) for t in local]
-        torch._foreach_copy_(self._master, local)
-        self._looking_ahead = True
-        for plan, delta in zip(self.layout.plans, self._delta, strict=True):
-            step = partial(self._lookahead, plan, delta)
-            signed_update([self._parameters[m.position] for m in plan.members], prev_lr, step)
+            if not self._fused:
+                raise RuntimeError(
+                    "error_correction was called twice without generate or undo_error_correction "
+                    "in between"
+                )
+            if self._current and _same(self._ahead_rate, prev_lr):
+                return
+            self.plain()
+        if self._master_copy:
+            local = [local_tensor(p) for p in self._parameters]
+            if not self._master:
+                self._master = [torch.empty_like(t) for t in local]
+            torch._foreach_copy_(self._master, local)
+        self._signed(self._delta, prev_lr)
+        self._looking_ahead, self._current, self._ahead_rate = True, True, prev_lr
 
     @torch.no_grad()
     def undo_error_correction(self) -> None:
-        """Put the plain parameters back bit for bit, if they hold the look-ahead."""
-        if self._looking_ahead:
+        """Put the plain parameters back, if they hold the look-ahead.
+
+        Bit for bit, from the master copy; without one by adding the look-ahead again.
+        """
+        if not self._looking_ahead:
+            return
+        if self._master_copy:
             torch._foreach_copy_([local_tensor(p) for p in self._parameters], self._master)
-            self._looking_ahead = False
+        else:
+            rate = self._ahead_rate
+            self._signed(self._delta, -rate)
+        self._looking_ahead = False
+
+    def plain(self) -> None:
+        """Make the parameters the plain ones, weight decay done, whatever the mode.
+
+        For evaluation, export and checkpoints between steps. The next `error_correction` looks
+        ahead anew.
+        """
+        self.undo_error_correction()
+        self._finish_decay()
 
     @torch.no_grad()
     def generate(
         self,
         prev_self_results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None,
-        prev_lr: float,
-        lr: float,
+        prev_lr: float | Tensor,
+        lr: float | Tensor,
         *,
         grad_scale: float | Tensor = 1.0,
     ) -> list[DistroResult]:
@@ -167,11 +200,12 @@ class Distro:
                 are taken out of delta; None or empty where there are none. Several (a list of
                 lists) count with their mean.
             prev_lr: learning rate of the look-ahead. Part of Psyche's call; the undo reads the
-                master copy instead and so needs no rate. Without a look-ahead outstanding nothing
-                is undone.
+                master copy, or goes by what `error_correction` was given. Without a look-ahead
+                outstanding nothing is undone.
             lr: learning rate of this step.
-            grad_scale: factor on the gradients (clipping), a number or a 0-d tensor on the
-                parameters' device, which is not waited for. A gradient of None is zero.
+            grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
+                parameters' device, which is not waited for. Where it is not finite the gradients
+                are left out whole and `refused` counts it. A gradient of None is zero.
 
         Returns:
             One result per parameter in name order, values in the parameter's dtype.
@@ -181,29 +215,45 @@ class Distro:
                 finite. Nothing has been changed then.
         """
         previous = self._previous(prev_self_results)
-        self.undo_error_correction()
-        if self.weight_decay != 0.0:
-            local = [local_tensor(p) for p in self._parameters]
-            torch._foreach_mul_(local, 1.0 - lr * self.weight_decay)
+        if isinstance(grad_scale, Tensor):
+            self.refused += ~grad_scale.isfinite()
+        # Without a master copy the kernel that reads delta undoes the look-ahead in passing.
+        in_place = self._looking_ahead and not self._master_copy and not self._sharded
+        shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
+        if not in_place:
+            if not self._fused:
+                self.undo_error_correction()
+            self._finish_decay()
+            self._shrink = shrink
+            if not self._fused:
+                self._finish_decay()
         entries = []
-        for plan, delta, own in zip(self.layout.plans, self._delta, previous, strict=True):
-            gradients = [full_gradient(self._parameters[m.position]) for m in plan.members]
+        for plan, backend, delta, own in zip(
+            self.layout.plans, self.backends, self._delta, previous, strict=True
+        ):
+            members = [self._parameters[m.position] for m in plan.members]
             entries.append(
                 kernels.encode(
                     plan,
                     delta,
-                    gradients,
-                    [lr] * len(gradients),
+                    [full_gradient(p) for p in members],
+                    _every(lr, plan),
                     decay=self.compression_decay,
                     gradient_scale=grad_scale,
                     previous=own,
-                    backend=self.backend,
+                    parameters=members if in_place else None,
+                    previous_rates=_every(self._ahead_rate, plan) if in_place else None,
+                    shrinks=_every(shrink, plan) if in_place and shrink is not None else None,
+                    backend=backend,
                 )
             )
+        self._current = False
+        if in_place:
+            self._looking_ahead = False
         return to_results(self.layout, entries)
 
     @torch.no_grad()
-    def apply(self, results: Sequence[Sequence[DistroResult]], lr: float) -> None:
+    def apply(self, results: Sequence[Sequence[DistroResult]], lr: float | Tensor) -> None:
         """`parameters -= lr * sign(decode(mean of the peers' results))`.
 
         The outcome is a function of the results and their order alone: peers that apply the same
@@ -219,17 +269,41 @@ class Distro:
                 has been changed.
             RuntimeError: the parameters hold the look-ahead.
         """
-        if self._looking_ahead:
+        if self._looking_ahead and not self._fused:
             raise RuntimeError("apply was called before generate had undone the look-ahead")
         if not results:
             return
         entries = collect(results, self.layout)
-        for plan, e in zip(self.layout.plans, entries, strict=True):
-            step = partial(self._apply, plan, e)
-            signed_update([self._parameters[m.position] for m in plan.members], lr, step)
+        if not self._fused:
+            self._signed(entries, lr)
+            return
+        # The plain parameters are the master copy where there is one and it is in use.
+        plain: Sequence[Tensor] = self._parameters
+        if self._master_copy:
+            if not self._master:
+                self._master = [p.detach().clone() for p in self._parameters]
+            elif not self._looking_ahead:
+                torch._foreach_copy_(self._master, [p.detach() for p in self._parameters])
+            plain = self._master
+        for plan, backend, delta, e in zip(
+            self.layout.plans, self.backends, self._delta, entries, strict=True
+        ):
+            kernels.apply(
+                plan,
+                [plain[m.position] for m in plan.members],
+                e,
+                _every(lr, plan),
+                shrinks=None if self._shrink is None else _every(self._shrink, plan),
+                ahead=[self._parameters[m.position] for m in plan.members],
+                delta=delta,
+                backend=backend,
+            )
+        self._shrink = None
+        self._looking_ahead, self._current, self._ahead_rate = True, True, lr
 
     def zero_optim(self) -> None:
         """Forget all momentum: delta becomes zero."""
+        self.plain()  # what undoes a look-ahead without a master copy is delta
         for delta in self._delta:
             delta.zero_()
 
@@ -261,6 +335,7 @@ class Distro:
             raise ValueError(f"delta of parameter {name}: {where}")
         for p in self.layout.parameters:
             check_delta_shape(p, saved[p.name])
+        self.plain()
         for p, delta in zip(self.layout.parameters, self.layout.views(self._delta), strict=True):
             delta.copy_(saved[p.name])
 
@@ -281,26 +356,47 @@ class Distro:
                     )
         return collect(lists, self.layout, sender="own result")
 
-    def _lookahead(
-        self, plan: Any, delta: Tensor, targets: Sequence[Tensor], rates: Sequence[float]
-    ) -> None:
-        kernels.lookahead(plan, targets, delta, rates, backend=self.backend)
+    def _finish_decay(self) -> None:
+        """Do the weight decay that no `apply` has done in passing."""
+        if self._shrink is None:
+            return
+        with torch.no_grad():
+            local = [local_tensor(p) for p in self._parameters]
+            plain = self._master if self._looking_ahead and self._master_copy else local
+            torch._foreach_mul_(plain, self._shrink)
+        self._shrink = None
 
-    def _apply(
-        self, plan: Any, entries: Entries, targets: Sequence[Tensor], rates: Sequence[float]
-    ) -> None:
-        kernels.apply(plan, targets, entries, rates, backend=self.backend)
+    def _signed(self, what: Sequence[Tensor | Entries], rate: float | Tensor) -> None:
+        """`parameters -= rate * sign` of delta, or of the decoded mean of entries."""
+        for plan, backend, source in zip(self.layout.plans, self.backends, what, strict=True):
+            members = [self._parameters[m.position] for m in plan.members]
+            if self._sharded:
+                signed_update(members, float(rate), partial(_step, plan, backend, source))
+            else:
+                _step(plan, backend, source, members, _every(rate, plan))
 
 
-def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:
-    """Check that a saved delta has the encoded shape of its parameter.
+def _step(
+    plan: ChunkPlan,
+    backend: str,
+    source: Tensor | Entries,
+    targets: Sequence[Tensor],
+    rates: Rates,
+) -> None:
+    """`targets -= rates * sign` of a delta or of the decoded mean of entries."""
+    if isinstance(source, Entries):
+        kernels.apply(plan, targets, source, rates, backend=backend)
+    else:
+        kernels.lookahead(plan, targets, source, rates, backend=backend)
 
-    Raises:
-        ValueError: it has not; the parameter is named.
-    """
-    if tuple(delta.shape) != parameter.xshape:
-        raise ValueError(
-            f"delta of parameter {parameter.name} is cut as {list(delta.shape)} "
-            "in the saved state, but as "
-            f"{list(parameter.xshape)} here (its shape or compression_chunk differs)"
-        )
+
+def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:
+    """One rate for all members of a class."""
+    return rate if isinstance(rate, Tensor) else [rate] * len(plan.members)
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two rates are known to be equal, without looking at what is on a device."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return a == b

@@ -9,12 +9,19 @@ parameter are read through a strided view.
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Rates: TypeAlias = Sequence[float] | Tensor
+"""Learning rates or factors: a number per member, or a float32 tensor `[]` or `[members]` on the
+members' device, which is not waited for."""
 
 INDEX_DTYPES: tuple[tuple[int, torch.dtype], ...] = (
     (1 << 8, torch.uint8),
@@ -29,6 +36,9 @@ def index_dtype(totalk: int) -> torch.dtype:
         if totalk <= limit:
             return dtype
     raise ValueError(f"a chunk may have at most 2^32 elements, got {totalk}")
+
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class Slice:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class ChunkPlan:
     """One chunk class: the `h x w` chunks of all parameters of one dtype on one device.
 
@@ -106,6 +116,12 @@ class ChunkPlan:
     rows_w: Tensor
     members: tuple[Member, ...]
     slices: tuple[Slice, ...] = field(repr=False)
+    handle: str = field(default_factory=lambda: f"class {next(_numbers)}", init=False, repr=False)
+    """Name by which operators know the plan; no number, which tracing would make a variable."""
+
+    def __post_init__(self) -> None:
+        """Make the plan known by its handle for as long as it lives."""
+        _plans[self.handle] = self
 
     @property
     def totalk(self) -> int:
@@ -121,6 +137,21 @@ class ChunkPlan:
     def index_dtype(self) -> torch.dtype:
         """Unsigned dtype of the selected flat indices."""
         return index_dtype(self.totalk)
+
+
+_plans: weakref.WeakValueDictionary[str, ChunkPlan] = weakref.WeakValueDictionary()
+
+
+def plan_of(handle: str) -> ChunkPlan:
+    """The plan with this handle.
+
+    Raises:
+        ValueError: there is none any more.
+    """
+    plan = _plans.get(handle)
+    if plan is None:
+        raise ValueError(f"there is no chunk plan with handle {handle!r} (any more)")
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from psyche_fast import config
 from psyche_fast.collectives import exchange
 from psyche_fast.distro import Distro, DistroResult, quantize_1bit
-from psyche_fast.training.gradients import gradients, scale_
+from psyche_fast.training.gradients import drop_gradients, gradients, scale_
 
 Results = list[list[DistroResult]]
 
@@ -32,7 +33,7 @@ class Optimizer:
         """Brings the parameters to where the gradient is wanted."""
 
     def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor | float
+        self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
         """Takes the gradients over.
 
@@ -40,7 +41,8 @@ class Optimizer:
             results: own results of the previous step as rank 0 sent them; empty otherwise.
             prev_lr: learning rate of the previous step.
             lr: learning rate of this step.
-            factor: what to multiply the gradients by (clipping).
+            factor: what to multiply the gradients by (clipping), 0-d on their device. NaN where
+                the gradients are not to be used at all.
 
         Returns:
             This step's result, where the optimiser has one.
@@ -55,6 +57,9 @@ class Optimizer:
                 ranks themselves.
             lr: learning rate of this step.
         """
+
+    def plain(self) -> None:
+        """Makes the parameters what a checkpoint wants: without look-ahead, with weight decay."""
 
     def zero(self) -> None:
         """Forgets the momentum where the optimiser can."""
@@ -86,10 +91,14 @@ class AdamWOptimizer(Optimizer):
         self._parameters = list(parameters.values())
 
     def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor | float
+        self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
-        """Clips; the step itself is ``step``'s."""
-        scale_(gradients(self._parameters), factor)
+        """Clips, or refuses the gradient; the step itself is ``step``'s."""
+        scale = float(factor)  # the step's one wait for the device: AdamW cannot refuse there
+        if not math.isfinite(scale):
+            drop_gradients(self._parameters)
+            return []
+        scale_(gradients(self._parameters), scale)
         for parameter in self._parameters:
             # fused AdamW takes gradients of the parameters' own type only
             if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
@@ -136,6 +145,7 @@ class DistroOptimizer(Optimizer):
             compression_chunk=settings.compression_chunk,
             compression_topk=settings.compression_topk,
             weight_decay=settings.weight_decay or 0.0,
+            fused=True,
         )
         self._quantize = settings.quantize_1bit
         self._peers = peers
@@ -148,7 +158,7 @@ class DistroOptimizer(Optimizer):
         self._distro.error_correction(prev_lr)
 
     def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor | float
+        self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
         """Generates this step's result and, where ranks exchange, sends it on its way."""
         if self._exchanges and self._own:
@@ -176,6 +186,10 @@ class DistroOptimizer(Optimizer):
             own, pending = self._pending.popleft()
             results = [_like(own, tensors) for tensors in pending.wait()]
         self._distro.apply(results, lr)
+
+    def plain(self) -> None:
+        """Undoes the look-ahead, in which the parameters are between steps."""
+        self._distro.plain()
 
     def zero(self) -> None:
         """Zeroes delta; what was in it is no longer to be taken out of it."""

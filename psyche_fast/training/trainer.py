@@ -5,7 +5,6 @@ The core (rank 0) and the sidecars run the same code; who sends what to whom is 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -29,28 +28,28 @@ from psyche_fast.training.gradients import (
 from psyche_fast.training.optimizers import Results, make_optimizer
 from psyche_fast.training.topology import Topology
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class TrainOutput:
-    """What one ``train`` gave on this rank.
+    """What one ``train`` gave on this rank. Tensors lie on its device and are not waited for.
 
     Attributes:
+        step: the step.
         loss: fp32 ``[1]``; the mean over all ranks is the batch's mean loss per real token, times
             the share of rows that have any (Psyche's rank 0 pads a batch with rows that have none
             and undoes that factor).
         grad_norm: fp32 0-d, of this replica, before clipping.
         nonfinite_losses: micro-batches left out because their loss was not finite.
-        refused: whether the whole gradient was refused because it was not finite.
+        refused: bool 0-d; whether the whole gradient was refused because it was not finite.
         kept: fp32 ``[1]``; what ``loss`` would be if every loss that was kept had been 1.
         results: DisTrO's result.
     """
 
+    step: int
     loss: Tensor
     grad_norm: Tensor
     nonfinite_losses: int
-    refused: bool
+    refused: Tensor
     kept: Tensor
     results: list[DistroResult]
 
@@ -138,7 +137,7 @@ class Trainer:
         prev_lr = self.learning_rate(max(step - 1, 0), warmup_lr_between)
         # Checked before anything changes.
         batch = self.model.prepare(batch)
-        drop_gradients(self.parameters)
+        drop_gradients(self.parameters.values())
         if zero_optim:
             self._optimizer.zero()
         self._optimizer.before_forward(prev_lr)
@@ -147,17 +146,16 @@ class Trainer:
         real_rows = (real_tokens > 0).float().mean()
         loss *= real_rows
         kept *= real_rows
-        norm = global_norm(gradients(self.parameters.values()), self.model.device)
-        refused = not bool(norm.isfinite())
-        if refused:
-            log.warning("step %d: the gradient is not finite and is refused", step)
-            drop_gradients(self.parameters)
+        if self._accumulator is not None:
+            norm = self._accumulator.finish()
+        else:
+            norm = global_norm(gradients(self.parameters.values()), self.model.device)
         if self._optim_stats:
-            self.stats = self._statistics()
+            self.stats = self._statistics(bool(norm.isfinite()))
         own = self._optimizer.after_backward(
             results or [], prev_lr, lr, clip_factor(norm, self._clip)
         )
-        return TrainOutput(loss, norm, left_out, refused, kept, own)
+        return TrainOutput(step, loss, norm, left_out, ~norm.isfinite(), kept, own)
 
     def _forward_backward(self, batch: Batch, all_tokens: int) -> tuple[Tensor, Tensor, int]:
         place = self.topology
@@ -166,7 +164,8 @@ class Trainer:
         tokens = int(batch.real_tokens().sum())
         total, kept = torch.zeros(2, 1, device=self.model.device)
         left_out = 0
-        for micro in batch.micro_batches(self._micro_batch_size) if batch.rows else []:
+        micros = list(batch.micro_batches(self._micro_batch_size)) if batch.rows else []
+        for number, micro in enumerate(micros, start=1):
             mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
             # Every real token of the replica's share weighs the same, however the rows fall into
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
@@ -179,9 +178,7 @@ class Trainer:
             total += loss.detach().float()
             kept += weight
             if self._accumulator is not None:
-                self._accumulator.add()
-        if self._accumulator is not None:
-            self._accumulator.finish()
+                self._accumulator.add(last=number == len(micros))
         if self._exchanges:
             share = place.replicas * tokens / max(all_tokens, 1)
             total *= share
@@ -220,6 +217,13 @@ class Trainer:
         if self._check_every and step % self._check_every == 0:
             self.check_replicas()
 
+    def plain(self) -> None:
+        """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
+
+        Between steps DisTrO leaves them in the look-ahead for the next one.
+        """
+        self._optimizer.plain()
+
     def check_replicas(self) -> None:
         """Compares the parameters' bits with the other replicas', where there are any.
 
@@ -227,10 +231,11 @@ class Trainer:
             ReplicasDiffer: they are not the same.
         """
         if self._exchanges and self.topology.peers is not None:
+            self.plain()
             check_identical(local_parts(self.parameters), self.topology.peers, self._step)
 
-    def _statistics(self) -> dict[str, float]:
-        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+    def _statistics(self, finite: bool) -> dict[str, float]:
+        grads = {n: p.grad for n, p in self.parameters.items() if finite and p.grad is not None}
         stats = {}
         for kind, tensors in (("grad_norm", grads), ("momentum_norm", self._optimizer.momentum())):
             for name, tensor in tensors.items():

@@ -53,12 +53,12 @@ def test_largest_is_exact_whatever_the_ties(totalk, k, dtype):
         ]
     )
     expected = [oracles.top_k(row.double().numpy(), k)[0] for row in rows]
-    assert largest(rows, k).tolist() == expected
+    assert largest(rows.unsqueeze(-1), k).tolist() == expected
 
 
 def test_largest_takes_nan_and_infinity_first():
     row = torch.tensor([[1.0, float("inf"), 3.0, float("nan"), -2.0]])
-    assert largest(row, 2).tolist() == [[1, 3]]
+    assert largest(row.unsqueeze(-1), 2).tolist() == [[1, 3]]
 
 
 def test_quantise_keeps_signs():

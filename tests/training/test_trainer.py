@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from psyche_fast import config
+from psyche_fast import config, runtime
 from psyche_fast.batch import Batch
 from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.models import load_model
@@ -104,17 +104,22 @@ def test_nonfinite_micro_batch_never_reaches_the_gradients(
 
 @pytest.mark.parametrize("optimizer", [DISTRO, ADAMW])
 def test_a_gradient_that_is_not_finite_is_refused(
-    folder: Path, optimizer: config.OptimizerConfig
+    folder: Path, optimizer: config.OptimizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     tested = trainer(folder, optimizer, exchanges=True)
     ids = random_tokens(2, 10)
-    tested.train(1, Batch(ids))
+    fine = tested.train(1, Batch(ids))
+    runtime.warn_of_refusal(fine)
+    assert not fine.refused
+    assert not caplog.messages
     name, parameter = next(iter(tested.parameters.items()))
     hook = parameter.register_hook(lambda g: g * float("inf"))
     before = {n: p.detach().clone() for n, p in tested.parameters.items()}
     output = tested.train(2, Batch(ids))
     hook.remove()
     assert output.refused
+    runtime.warn_of_refusal(output)
+    assert caplog.messages == ["step 2: the gradient is not finite and is refused"]
     tested.optimize(2)
     after = tested.train(3, Batch(ids))
     assert all(p.isfinite().all() for p in tested.parameters.values())
@@ -166,6 +171,30 @@ def test_fp32_accumulation_is_nearer_to_fp32(folder: Path) -> None:
     assert errors[True] < errors[False]
 
 
+@pytest.mark.parametrize("left_out", [None, 0, 3])
+def test_norm_of_gradients_summed_up_in_fp32(
+    folder: Path, left_out: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = trainer(folder, config.Dummy(), micro=1, dtype=torch.bfloat16, grad_accum_in_fp32=True)
+    plain = type(tested.model).loss
+    calls = []
+
+    def poisoned(self: object, batch: Batch) -> torch.Tensor:
+        calls.append(batch.rows)
+        loss = plain(self, batch)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) - 1 == left_out else loss
+
+    monkeypatch.setattr(type(tested.model), "loss", poisoned)
+    output = tested.train(1, Batch(random_tokens(4, 10)))
+    assert len(calls) == 4
+    assert output.nonfinite_losses == (left_out is not None)
+    held = grads(tested)
+    assert held.keys() == tested.parameters.keys()
+    assert all(g.dtype == torch.float32 for g in held.values())
+    exact = sum(float(g.double().square().sum()) for g in held.values()) ** 0.5
+    assert float(output.grad_norm) == pytest.approx(exact, rel=1e-6)
+
+
 def test_zero_optim_forgets_the_momentum(folder: Path) -> None:
     ids = random_tokens(2, 10)
     for optimizer in (ADAMW, DISTRO):
@@ -174,6 +203,7 @@ def test_zero_optim_forgets_the_momentum(folder: Path) -> None:
         if optimizer is ADAMW:
             used.optimize(1)
         for tested in (fresh, used):
+            tested.plain()
             for name, parameter in reference(folder).named_parameters():
                 tested.parameters[name].data.copy_(parameter.data)
         for tested in (fresh, used):
@@ -216,6 +246,7 @@ def _diverging(rank: int, folder: Path) -> str:
     for step in (1, 2, 3, 4):
         tested.train(step, Batch(random_tokens(2, 10, seed=step)))
         if step == 3 and rank == 1:  # as a flipped bit of memory would
+            tested.plain()
             tested.parameters["model.norm.weight"].data.view(torch.int32)[5] ^= 1
         try:
             if step > 1:

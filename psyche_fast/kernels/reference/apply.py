@@ -6,26 +6,71 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from psyche_fast.kernels.plan import ChunkPlan, Entries
-from psyche_fast.kernels.reference.decode import decode
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
+from psyche_fast.kernels.reference.decode import Decoder
 from psyche_fast.kernels.reference.transform import ieee_matmul
-from psyche_fast.kernels.reference.update import signed_step
+from psyche_fast.kernels.reference.update import (
+    Factors,
+    parameter_views,
+    per_member,
+    signed_step,
+)
+from psyche_fast.kernels.reference.workspace import groups
 
 
 def apply(
-    plan: ChunkPlan, parameters: Sequence[Tensor], entries: Entries, learning_rates: Sequence[float]
+    plan: ChunkPlan,
+    parameters: Sequence[Tensor],
+    entries: Entries,
+    learning_rates: Rates,
+    *,
+    shrinks: Rates | None = None,
+    ahead: Sequence[Tensor] | None = None,
+    delta: Tensor | None = None,
 ) -> None:
     """See `psyche_fast.kernels.apply`."""
+    rates = per_member(plan, learning_rates)
+    factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
-        for part in plan.slices:
-            direction = decode(plan, entries, part.start, part.stop).sign_()
-            signed_step(plan, part, parameters, direction, learning_rates)
+        for group in groups(plan):
+            mean = Decoder(plan, entries, group[0].start, group[-1].stop)
+            for part in group:
+                direction = mean.chunks(part.start, part.stop).sign_()
+                signed_step(plan, part, parameters, direction, rates, factors)
+                if ahead is not None:
+                    assert delta is not None
+                    _look_ahead(plan, part, parameters, delta, rates, ahead)
 
 
 def lookahead(
-    plan: ChunkPlan, parameters: Sequence[Tensor], delta: Tensor, learning_rates: Sequence[float]
+    plan: ChunkPlan,
+    parameters: Sequence[Tensor],
+    delta: Tensor,
+    learning_rates: Rates,
+    *,
+    ahead: Sequence[Tensor] | None = None,
 ) -> None:
     """See `psyche_fast.kernels.lookahead`."""
+    rates = per_member(plan, learning_rates)
     for part in plan.slices:
-        direction = delta[part.start : part.stop].sign().to(plan.compute_dtype)
-        signed_step(plan, part, parameters, direction, learning_rates)
+        _look_ahead(plan, part, parameters, delta, rates, parameters if ahead is None else ahead)
+
+
+def _look_ahead(
+    plan: ChunkPlan,
+    part: Slice,
+    parameters: Sequence[Tensor],
+    delta: Tensor,
+    rates: Factors,
+    ahead: Sequence[Tensor],
+) -> None:
+    """`ahead = parameter - rate * sign(delta)` for one slice."""
+    if ahead is not parameters:
+        for target, source in zip(
+            parameter_views(plan, part, ahead),
+            parameter_views(plan, part, parameters),
+            strict=True,
+        ):
+            target.copy_(source)
+    direction = delta[part.start : part.stop].sign().to(plan.compute_dtype)
+    signed_step(plan, part, ahead, direction, rates)

@@ -2,87 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 from psyche_fast.kernels.reference.transform import ieee_matmul, inverse
-from psyche_fast.kernels.reference.update import signed_step
-from psyche_fast.kernels.reference.workspace import DENSE, LEFT, RESULT, RIGHT, scratch
+from psyche_fast.kernels.reference.workspace import DENSE, LEFT, RESULT, RIGHT, groups, scratch
 
 # Up to this many entries per chunk they are merged pairwise, m * m comparisons, rather than in a
 # dense chunk.
 _PAIRWISE_LIMIT = 16
 
 
-def subtract(
-    plan: ChunkPlan,
-    delta: Tensor,
-    entries: Entries,
-    parameters: Sequence[Tensor] | None,
-    learning_rates: Sequence[float] | None,
-) -> None:
+def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
     """See `psyche_fast.kernels.subtract`."""
     with ieee_matmul():
-        for part in plan.slices:
-            target = delta[part.start : part.stop]
-            if parameters is None:
-                subtract_slice(plan, target, entries, part.start, part.stop, 1.0)
-                continue
-            assert learning_rates is not None
-            decoded = decode(plan, entries, part.start, part.stop)
-            target.sub_(decoded)
-            signed_step(plan, part, parameters, decoded.sign_(), learning_rates)
+        for group in groups(plan):
+            sent = Decoder(plan, entries, group[0].start, group[-1].stop)
+            for part in group:
+                sent.subtract_from(delta[part.start : part.stop], part.start)
 
 
-def subtract_slice(
-    plan: ChunkPlan, target: Tensor, entries: Entries, start: int, stop: int, factor: float
-) -> None:
-    """`target = factor * (target - decoded)` in place, `target` being `[stop - start, h, w]`."""
-    if _low_rank(plan, entries) and target.dtype == plan.compute_dtype:
-        left, right = _factors(plan, entries, start, stop)
-        target.baddbmm_(left, right, beta=factor, alpha=-factor)
-    else:
-        target.sub_(decode(plan, entries, start, stop)).mul_(factor)
-
-
-def decode(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
-    """Chunks `[start, stop)` of the class, `[stop - start, h, w]` in the compute dtype.
+class Decoder:
+    """Decodes chunks `[start, stop)` of a class, any part of them at a time.
 
     Each coefficient is the mean over the entries that name it, zero where there are none. The order
-    of the additions depends on nothing but the order of the entries. The result lies in the slot
-    `RESULT` and is good until the next transform.
+    of the additions depends on nothing but the order of the entries. Good until the next one is
+    made.
     """
-    if _low_rank(plan, entries):
-        left, right = _factors(plan, entries, start, stop)
-        result = scratch(RESULT, (stop - start, plan.h, plan.w), right)
-        return torch.bmm(left, right, out=result)
-    index, value = _widen(plan, entries, start, stop)
-    dense = scratch(DENSE, (value.shape[0], plan.totalk), value).zero_()
-    if not entries.unique:
-        value = _mean_in(dense, index, value)
-    dense.scatter_(1, index, value)
-    return inverse(plan, dense)
+
+    def __init__(self, plan: ChunkPlan, entries: Entries, start: int, stop: int) -> None:
+        self._plan, self._start = plan, start
+        index, value = _widen(plan, entries, start, stop)
+        m = index.shape[1]
+        # So few entries that a sum of outer products is cheaper than the transform.
+        self._low_rank = (
+            plan.h > 1 and m <= plan.h // 2 and (entries.unique or m <= _PAIRWISE_LIMIT)
+        )
+        if self._low_rank:
+            self._left, self._right = _factors(
+                plan, index, value if entries.unique else _shares(index, value)
+            )
+            return
+        self._dense = scratch(DENSE, (stop - start, plan.totalk), value).zero_()
+        if not entries.unique:
+            value = _mean_in(self._dense, index, value)
+        self._dense.scatter_(1, index, value)
+
+    def chunks(self, start: int, stop: int) -> Tensor:
+        """Chunks `[stop - start, h, w]` in the compute dtype, good until the next call."""
+        plan = self._plan
+        result = scratch(RESULT, (stop - start, plan.h, plan.w), plan.basis_w)
+        lo, hi = start - self._start, stop - self._start
+        if self._low_rank:
+            torch.bmm(self._left[lo:hi], self._right[lo:hi], out=result)
+        else:
+            inverse(plan, self._dense[lo:hi], result)
+        return result
+
+    def subtract_from(self, target: Tensor, start: int) -> None:
+        """`target -= decoded` in place, for the chunks from `start` on."""
+        stop = start + target.shape[0]
+        if self._low_rank and target.dtype == self._plan.compute_dtype:
+            lo, hi = start - self._start, stop - self._start
+            target.baddbmm_(self._left[lo:hi], self._right[lo:hi], alpha=-1.0)
+        else:
+            target.sub_(self.chunks(start, stop))
 
 
-def _low_rank(plan: ChunkPlan, entries: Entries) -> bool:
-    """Whether a chunk's entries are so few that a sum of outer products is cheaper."""
-    m = entries.indices.shape[1]
-    return plan.h > 1 and m <= plan.h // 2 and (entries.unique or m <= _PAIRWISE_LIMIT)
-
-
-def _factors(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _factors(plan: ChunkPlan, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """`U [n, h, m]` and `V [n, m, w]` with `U V = F_h C F_w^T`, `C` being the entries."""
-    index, value = _widen(plan, entries, start, stop)
-    if not entries.unique:
-        value = _shares(index, value)
-    m = index.shape[1]
+    n, m = index.shape
     row = index.div(plan.w, rounding_mode="floor")
     column = index - row * plan.w
-    left = scratch(LEFT, (index.shape[0], m, plan.h), value)
-    right = scratch(RIGHT, (index.shape[0], m, plan.w), value)
+    left = scratch(LEFT, (n, m, plan.h), value)
+    right = scratch(RIGHT, (n, m, plan.w), value)
     torch.index_select(plan.rows_h, 0, row.view(-1), out=left.view(-1, plan.h))
     torch.index_select(plan.rows_w, 0, column.view(-1), out=right.view(-1, plan.w))
     return left.mul_(value.unsqueeze(-1)).transpose(1, 2), right

@@ -2,67 +2,129 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from psyche_fast.kernels.plan import ChunkPlan, Entries, Slice, chunk_view
-from psyche_fast.kernels.reference.decode import subtract_slice
-from psyche_fast.kernels.reference.topk import largest
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
+from psyche_fast.kernels.reference.decode import Decoder
+from psyche_fast.kernels.reference.topk import largest, run_length, run_maxima
 from psyche_fast.kernels.reference.transform import forward, ieee_matmul
+from psyche_fast.kernels.reference.update import (
+    Factors,
+    add_scaled,
+    chunk_views,
+    of_pieces,
+    parameter_views,
+    per_member,
+    piece_view,
+)
+from psyche_fast.kernels.reference.workspace import COEFFICIENTS, groups, scratch
 
 
 def encode(
     plan: ChunkPlan,
     delta: Tensor,
     gradients: Sequence[Tensor | None],
-    learning_rates: Sequence[float],
+    learning_rates: Rates,
+    *,
     decay: float,
-    gradient_scale: float | Tensor,
-    previous: Entries | None,
+    gradient_scale: float | Tensor | None = None,
+    previous: Entries | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    previous_rates: Rates | None = None,
+    shrinks: Rates | None = None,
 ) -> Entries:
     """See `psyche_fast.kernels.encode`."""
     indices = torch.empty(plan.chunks, plan.k, dtype=plan.index_dtype, device=plan.device)
     values = torch.empty(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
+    run = run_length(plan.h, plan.w, plan.k)
+    scale = _Gradients(plan, gradients, per_member(plan, learning_rates), gradient_scale)
     with ieee_matmul():
-        for part in plan.slices:
-            stored = delta[part.start : part.stop]
-            chunks = stored.to(plan.compute_dtype)  # the state itself unless it is kept narrower
-            if previous is None:
-                chunks.mul_(decay)
-            else:
-                subtract_slice(plan, chunks, previous, part.start, part.stop, decay)
-            _accumulate(plan, part, chunks, gradients, learning_rates, gradient_scale)
-            if chunks is not stored:
-                stored.copy_(chunks)
-                chunks.copy_(stored)  # what is sent is read from the rounded state
-            coefficients = forward(plan, chunks)
-            index = largest(coefficients, plan.k)
-            indices[part.start : part.stop] = index
-            values[part.start : part.stop] = coefficients.gather(1, index)
+        for group in groups(plan):
+            first, last = group[0].start, group[-1].stop
+            sent = None if previous is None else Decoder(plan, previous, first, last)
+            columns = scratch(COEFFICIENTS, (last - first, plan.w, plan.h), plan.basis_w)
+            maxima = []
+            for part in group:
+                stored = delta[part.start : part.stop]
+                if parameters is not None:
+                    _undo(plan, part, stored, parameters, previous_rates, shrinks)
+                chunks = stored.to(plan.compute_dtype)  # the state itself unless kept narrower
+                # The decay is a pass of its own: a `subtract` in advance then ends in the same bits.
+                if sent is not None:
+                    sent.subtract_from(chunks, part.start)
+                scale.add_to(chunks.mul_(decay), part)
+                if chunks is not stored:
+                    stored.copy_(chunks)
+                    chunks.copy_(stored)  # what is sent is read from the rounded state
+                own = columns[part.start - first : part.stop - first]
+                forward(plan, chunks, own)
+                if run > 1:
+                    maxima.append(run_maxima(own, run))
+            index = largest(columns, plan.k, torch.cat(maxima) if maxima else None)
+            indices[first:last] = index
+            row = index.div(plan.w, rounding_mode="floor")
+            position = (index - row * plan.w) * plan.h + row
+            values[first:last] = columns.view(last - first, plan.totalk).gather(1, position)
     return Entries(indices, values, unique=True)
 
 
-def _accumulate(
+class _Gradients:
+    """The gradients and the factors they come with."""
+
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        gradients: Sequence[Tensor | None],
+        rates: Factors,
+        scale: float | Tensor | None,
+    ) -> None:
+        self._plan, self._gradients, self._rates = plan, gradients, rates
+        self._scale: Tensor | None = None
+        if isinstance(scale, Tensor) and scale.device.type != "cpu":
+            self._scale = scale  # not waited for
+            self._finite = scale.isfinite()
+        elif scale is not None:
+            number = float(scale)
+            self._rates = [number * rate for rate in rates]
+            if not math.isfinite(number):
+                self._gradients = [None] * len(gradients)
+
+    def add_to(self, chunks: Tensor, part: Slice) -> None:
+        """`chunks += rate * scale * gradient`."""
+        sources, targets, factors = [], [], []
+        for piece, target in zip(part.pieces, chunk_views(self._plan, part, chunks), strict=True):
+            gradient = self._gradients[piece.slot]
+            if gradient is None:
+                continue
+            source = piece_view(self._plan, piece, gradient)
+            if self._scale is not None:
+                source = source.to(chunks.dtype) * self._scale
+                source = torch.where(self._finite, source, 0.0)
+            sources.append(source)
+            targets.append(target)
+            factors.append(self._rates[piece.slot])
+        add_scaled(targets, sources, factors)
+
+
+def _undo(
     plan: ChunkPlan,
     part: Slice,
-    chunks: Tensor,
-    gradients: Sequence[Tensor | None],
-    learning_rates: Sequence[float],
-    gradient_scale: float | Tensor,
+    delta: Tensor,
+    parameters: Sequence[Tensor],
+    previous_rates: Rates | None,
+    shrinks: Rates | None,
 ) -> None:
-    """`chunks += lr * gradient_scale * gradient`."""
-    for piece in part.pieces:
-        gradient = gradients[piece.slot]
-        if gradient is None:
-            continue
-        source = chunk_view(gradient, plan.h, plan.w)
-        if piece.index:
-            source = source[piece.index]
-        target = chunks[piece.start - part.start : piece.stop - part.start].view(source.shape)
-        rate = learning_rates[piece.slot]
-        if isinstance(gradient_scale, Tensor):
-            target.add_(source.to(plan.compute_dtype) * gradient_scale, alpha=rate)
-        else:
-            target.add_(source, alpha=rate * gradient_scale)
+    """`parameter = (parameter + previous_rate * sign(delta)) * shrink`, rounded once."""
+    assert previous_rates is not None
+    signs = chunk_views(plan, part, delta.sign().to(plan.compute_dtype))
+    rates = of_pieces(part, per_member(plan, previous_rates))
+    factors = of_pieces(part, per_member(plan, shrinks))
+    views = parameter_views(plan, part, parameters)
+    for view, sign, rate, shrink in zip(views, signs, rates, factors, strict=True):
+        wide = view.to(plan.compute_dtype, copy=True)
+        add_scaled([wide], [sign], [rate])
+        view.copy_(wide.mul_(shrink))

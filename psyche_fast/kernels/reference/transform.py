@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan
-from psyche_fast.kernels.reference.workspace import RESULT, ROWS, scratch
+from psyche_fast.kernels.reference.workspace import ROWS, scratch
 
 
 @contextmanager
@@ -29,32 +29,29 @@ def ieee_matmul() -> Iterator[None]:
             knob.fp32_precision = value
 
 
-def forward(plan: ChunkPlan, chunks: Tensor) -> Tensor:
-    """Coefficients `F_h^T X F_w` of chunks `[n, h, w]` (contiguous), as `[n, h * w]`.
+def forward(plan: ChunkPlan, chunks: Tensor, out: Tensor) -> None:
+    """Coefficients of chunks `[n, h, w]` (contiguous), column by column.
 
-    They lie in the slot `RESULT` and are good until the next transform.
+    Args:
+        plan: the chunk class.
+        chunks: the chunks `X`.
+        out: `[n, w, h]`, contiguous: takes `(F_h^T X F_w)^T = F_w^T X^T F_h`.
     """
-    return _sandwich(chunks, plan.basis_h.t(), plan.basis_w).view(-1, plan.totalk)
+    _sandwich(plan.rows_w, chunks.transpose(1, 2), plan.basis_h, out)
 
 
-def inverse(plan: ChunkPlan, coefficients: Tensor) -> Tensor:
-    """Chunks `F_h C F_w^T`, `[n, h, w]`, of coefficients `[n, h * w]` (contiguous).
-
-    They lie in the slot `RESULT` and are good until the next transform.
-    """
-    chunks = coefficients.view(-1, plan.h, plan.w)
-    return _sandwich(chunks, plan.basis_h, plan.basis_w.t())
+def inverse(plan: ChunkPlan, coefficients: Tensor, out: Tensor) -> None:
+    """Chunks `F_h C F_w^T` into `out`, `[n, h, w]`, of coefficients `[n, h * w]` (contiguous)."""
+    _sandwich(plan.basis_h, coefficients.view(out.shape), plan.rows_w, out)
 
 
-def _sandwich(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ x @ right` for `x` `[n, h, w]`; the rows of all chunks go through one product."""
-    n, h, w = x.shape
-    result = scratch(RESULT, (n, h, w), x)
-    if w == 1:
-        torch.mm(x.view(n, h), left.t(), out=result.view(n, h))
-        return result
-    rows = result if h == 1 else scratch(ROWS, (n, h, w), x)
-    torch.mm(x.view(n * h, w), right, out=rows.view(n * h, w))
-    if h > 1:
-        torch.bmm(left.expand(n, h, h), rows, out=result)
-    return result
+def _sandwich(left: Tensor, x: Tensor, right: Tensor, out: Tensor) -> None:
+    """`left @ x @ right` for `x` `[n, a, b]` into `out`, contiguous."""
+    n, a, b = x.shape
+    if a == 1:
+        torch.mm(x.reshape(n, b), right, out=out.view(n, b))
+    elif b == 1:
+        torch.mm(x.reshape(n, a), left.t(), out=out.view(n, a))
+    else:  # batches of small products run faster here than one tall product
+        half = torch.bmm(x, right.expand(n, b, b), out=scratch(ROWS, (n, a, b), x))
+        torch.bmm(left.expand(n, a, a), half, out=out)

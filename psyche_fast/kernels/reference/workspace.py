@@ -1,4 +1,4 @@
-"""Buffers for intermediate results, kept from call to call.
+"""Buffers for intermediate results, kept from call to call, and what is worked on at once.
 
 Fresh temporaries of several MB come from the kernel page by page, and go back when they are freed:
 whether they do depends on the allocator's history, and costs a step of DeMo on a CPU up to half its
@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from psyche_fast.kernels.plan import ChunkPlan, Slice
+
 _local = threading.local()
 
-ROWS, RESULT, DENSE, LEFT, RIGHT = range(5)
-"""Slots: row products, what a transform returns, dense coefficients, factors of a product."""
+# Elements of a group of slices. Slices are cut so that a slice's chunks, rows and coefficients stay
+# in the cores' own caches from one operation to the next; ranking and gathering work on rows that
+# are far shorter, and are done for a group at a time lest their calls cost more than their work.
+_GROUP_ELEMENTS = 1 << 21
+
+ROWS, RESULT, DENSE, LEFT, RIGHT, COEFFICIENTS = range(6)
+"""Slots: row products or magnitudes, decoded chunks, dense coefficients, factors of a product, a
+group's coefficients."""
 
 
 def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -37,3 +46,16 @@ def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if buffer is None or buffer.numel() < size:
         buffer = buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return buffer[:size].view(shape)
+
+
+def groups(plan: ChunkPlan) -> Iterator[list[Slice]]:
+    """The plan's slices in order, in groups of bounded size."""
+    limit = max(1, _GROUP_ELEMENTS // plan.totalk)
+    group: list[Slice] = []
+    for part in plan.slices:
+        if group and part.stop - group[0].start > limit:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group

@@ -1,0 +1,288 @@
+"""Measures launch options of the Triton kernels on the GPU at hand.
+
+Opt-in: nothing calls this by itself. Every kernel runs on synthetic state with one group of options
+varied after the other, the best so far kept. A setting counts only if it gives the same bits as the
+options that the kernel has without tuning: peers with different GPUs, or with tables of different
+age, must agree. What comes out is a table as `kernels/tuning.toml` has it; `write` stores it, and
+`PSYCHE_FAST_TUNING` names the file to use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psyche_fast.kernels import tuning
+from psyche_fast.kernels.workloads import Workload, workload
+
+Options = dict[str, Any]
+
+_MARGIN = 0.99  # a setting has to be one percent faster to be preferred
+_REGISTERS = {2: 255, 3: 168, 4: 128, 5: 96, 6: 80, 8: 64}  # that so many programs of 4 warps have
+
+SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
+    "encode": (
+        tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items()),
+        ({"select_rows": True}, {"select_rows": False}),
+        tuple({"stream": s, "keep": k} for s in ("", "evict_first") for k in ("", "evict_last")),
+        ({"tiles": 4, "num_warps": 4}, {"tiles": 8, "num_warps": 8}, {"tiles": 8, "num_warps": 4}),
+        tuple({"maxnreg": n} for n in (112, 120, 128, 144, 160)),
+        tuple({"ctas_per_sm": n} for n in (3, 4, 5)),
+    ),
+    "apply": (
+        tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items()),
+        tuple({"entries": n} for n in (256, 512, 1024, 2048)),
+        ({"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 8, "maxnreg": 255}),
+    ),
+    "rows": (
+        tuple({"num_warps": n} for n in (4, 8)),
+        tuple({"ctas_per_sm": n} for n in (2, 3, 4, 6, 8)),
+    ),
+    "lookahead": (
+        tuple({"num_warps": n} for n in (4, 8)),
+        tuple({"ctas_per_sm": n} for n in (4, 6, 8, 12, 16)),
+    ),
+    "accumulate": (
+        tuple({"num_warps": n} for n in (4, 8, 16)),
+        tuple({"ctas_per_sm": n} for n in (2, 4, 6, 8)),
+    ),
+    "codec": (
+        tuple({"num_warps": n} for n in (4, 8)),
+        tuple({"ctas_per_sm": n} for n in (4, 8, 16)),
+    ),
+}
+"""Per kernel, groups of settings that are tried one group after the other."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and how it did.
+
+    Attributes:
+        kernel: name of the kernel.
+        changes: options that differ from the best until then; empty for the first, untuned run.
+        milliseconds: median time, None where it failed.
+        fault: why it does not count, None where it does.
+    """
+
+    kernel: str
+    changes: Options
+    milliseconds: float | None
+    fault: str | None = None
+
+
+def autotune(
+    device: torch.device,
+    kernels: Sequence[str] | None = None,
+    budget_s: float = 120.0,
+    *,
+    record: Callable[[Trial], None] | None = None,
+) -> dict[str, Options]:
+    """Find the fastest launch options of each kernel on a GPU.
+
+    Args:
+        device: a CUDA device with nothing else to do and about 8 GB of free memory.
+        kernels: which, of `SEARCH`; all where None.
+        budget_s: seconds to spend, divided between the kernels. What has not been tried by then
+            stays untried.
+        record: is called with every trial.
+
+    Returns:
+        For each kernel all its options, to be given to `write`.
+
+    Raises:
+        ValueError: no CUDA device, or an unknown kernel.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(f"autotuning needs a CUDA device, got {device}")
+    return tune(
+        device, kernels, budget_s, backend="triton", chunks=1 << 16, timer=_timer, record=record
+    )
+
+
+def tune(
+    device: torch.device,
+    kernels: Sequence[str] | None,
+    budget_s: float,
+    *,
+    backend: str,
+    chunks: int,
+    timer: Callable[[Callable[[], object], torch.device], float],
+    record: Callable[[Trial], None] | None = None,
+) -> dict[str, Options]:
+    """`autotune` on any backend that runs the kernels, of any size, by any timer.
+
+    Args:
+        device: where.
+        kernels: which; all where None.
+        budget_s: seconds to spend.
+        backend: "triton" or "interpret".
+        chunks: number of chunks of 64 x 64 that most kernels work on.
+        timer: milliseconds of a call.
+        record: is called with every trial.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    names = list(SEARCH) if kernels is None else list(kernels)
+    for name in names:
+        if name not in SEARCH:
+            raise ValueError(f"no kernel {name!r} to tune; known are {', '.join(SEARCH)}")
+    gpu = gpu_name(device)
+    table = {name: tuning.options(name, device) for name in SEARCH}
+    show = _Progress(sum(1 + sum(map(len, SEARCH[name])) for name in names))
+    with tempfile.TemporaryDirectory() as folder, show:
+        files = (Path(folder) / f"{number}.toml" for number in count())
+        begun = time.monotonic()
+        for done, name in enumerate(names):
+            share = (begun + budget_s - time.monotonic()) / (len(names) - done)
+            work = workload(name, device, backend, chunks)
+
+            def attempt(
+                options: Options, name: str = name, work: Workload = work
+            ) -> tuple[float, list[Tensor]]:
+                with using(next(files), gpu, {**table, name: options}):
+                    return timer(work.run, device), work.bits()
+
+            for trial in _search(name, table, attempt, time.monotonic() + share):
+                show.tell(trial)
+                if record is not None:
+                    record(trial)
+            del work, attempt
+    return {name: table[name] for name in names}
+
+
+def _search(
+    kernel: str,
+    table: dict[str, Options],
+    attempt: Callable[[Options], tuple[float, list[Tensor]]],
+    deadline: float,
+) -> Iterator[Trial]:
+    """Try settings until the deadline (of `time.monotonic`), leaving the best in the table."""
+    from triton.errors import TritonError
+
+    fastest, expected = attempt(table[kernel])
+    yield Trial(kernel, {}, fastest)
+    for changes in chain(*SEARCH[kernel]):
+        candidate = {**table[kernel], **changes}
+        if candidate == table[kernel]:
+            continue
+        if time.monotonic() > deadline:
+            return
+        try:
+            taken, result = attempt(candidate)
+        except TritonError as error:  # registers or shared memory do not suffice
+            yield Trial(kernel, changes, None, str(error).splitlines()[0])
+            continue
+        if not all(_same_bits(a, b) for a, b in zip(result, expected, strict=True)):
+            yield Trial(kernel, changes, taken, "other bits than without tuning")
+            continue
+        if taken < _MARGIN * fastest:
+            fastest = taken
+            table[kernel] = candidate
+        yield Trial(kernel, changes, taken)
+
+
+def write(path: Path, gpu: str, table: dict[str, Options]) -> None:
+    """Store a table in a tuning file, beside what other GPUs' sections it has.
+
+    Args:
+        path: the file; made where missing, otherwise rewritten without its comments.
+        gpu: as `torch.cuda.get_device_name` gives it.
+        table: options per kernel.
+
+    Raises:
+        ValueError: the file exists and is no tuning file.
+    """
+    sections = tuning.read(path) if path.exists() else {}
+    sections[gpu] = {**sections.get(gpu, {}), **table}
+    lines = ["# Measured launch options; see psyche_fast/kernels/tuning.toml.\n"]
+    for name, chosen in sorted(sections.items()):
+        lines.append(f"\n[{json.dumps(name)}]\n")
+        for kernel, options in sorted(chosen.items()):
+            # What JSON makes of numbers, strings and truth is TOML too.
+            pairs = ", ".join(f"{k} = {json.dumps(v)}" for k, v in options.items())
+            lines.append(f"{kernel} = {{ {pairs} }}\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+@contextmanager
+def using(path: Path, gpu: str, table: dict[str, Options]) -> Iterator[None]:
+    """Within, kernels take their options from a table.
+
+    Args:
+        path: where the table is written; a new one each time, since files are read once.
+        gpu: as for `write`.
+        table: options per kernel.
+    """
+    write(path, gpu, table)
+    before = os.environ.get(tuning.ENVIRONMENT)
+    os.environ[tuning.ENVIRONMENT] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[tuning.ENVIRONMENT]
+        else:
+            os.environ[tuning.ENVIRONMENT] = before
+
+
+def gpu_name(device: torch.device) -> str:
+    """The section of a device in a tuning file."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def _timer(call: Callable[[], object], device: torch.device) -> float:
+    """Median milliseconds on a GPU, caches cleared in between."""
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        return float(do_bench(call, warmup=5, rep=40, return_mode="median"))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class _Progress:
+    """Every trial as a line; a bar below them where tqdm is installed and somebody watches."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if importlib.util.find_spec("tqdm") is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="settings")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def tell(self, trial: Trial) -> None:
+        """Show a trial."""
+        changes = ", ".join(f"{k} = {v!r}" for k, v in trial.changes.items()) or "as it is"
+        taken = "failed" if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
+        text = f"{trial.kernel:>10}  {taken:>12}  {changes}"
+        if trial.fault:
+            text += f"  ({trial.fault})"
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.update()
+            self._bar.write(text)

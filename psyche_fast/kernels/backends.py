@@ -1,0 +1,114 @@
+"""Which implementation of the kernels runs, and why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+import torch
+
+from psyche_fast.kernels import reference
+from psyche_fast.kernels.plan import ChunkPlan
+
+BACKENDS = ("triton", "torch", "interpret")
+ENVIRONMENT = "PSYCHE_FAST_KERNELS"
+MAX_SIDE = 64
+"""Largest side of a chunk that the Triton kernels hold in registers and shared memory."""
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module that implements a resolved backend."""
+    if backend == "torch":
+        return reference
+    return importlib.import_module("psyche_fast.kernels.triton")
+
+
+def explain(device: torch.device, backend: str = "auto") -> tuple[str, str]:
+    """Which backend runs on a device, and why.
+
+    Args:
+        device: where the parameters live.
+        backend: "auto" or a backend's name. For "auto" the environment variable
+            `PSYCHE_FAST_KERNELS` decides where it is set.
+
+    Returns:
+        The resolved name, and the reason in a few words.
+
+    Raises:
+        ValueError: no such backend, or it cannot run on the device.
+    """
+    asked, source = backend, f"backend={backend!r}"
+    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") != "auto":
+        asked = os.environ[ENVIRONMENT]
+        source = f"{ENVIRONMENT}={asked}"
+    if asked == "auto":
+        if device.type != "cuda":
+            return "torch", f"there are no Triton kernels for {device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "torch", "triton is not installed (pip install triton)"
+        return "triton", "the device is a GPU"
+    if asked not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise ValueError(f"{source}: backend must be one of {known}; got {asked!r}")
+    if asked != "torch" and importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{source}: triton is not installed")
+    if asked == "triton" and device.type != "cuda":
+        raise ValueError(
+            f"{source}: the Triton kernels need a CUDA device, the parameters are on {device}; "
+            "'interpret' runs them on a CPU, slowly"
+        )
+    if asked == "interpret":
+        _check_interpreter(source, device)
+    return asked, f"{source} asks for it"
+
+
+def resolve_backend(backend: str, device: torch.device | None = None) -> str:
+    """Name of the backend that `backend` stands for on a device, the CPU where None.
+
+    Raises:
+        ValueError: as `explain`.
+    """
+    return explain(device or torch.device("cpu"), backend)[0]
+
+
+def backend_of(plan: ChunkPlan, backend: str) -> tuple[str, str]:
+    """Like `explain`, for one chunk class: some only the reference can handle.
+
+    Raises:
+        ValueError: `backend`, or the environment, asks for kernels that cannot take this class.
+    """
+    name, reason = explain(plan.device, backend)
+    if name == "torch":
+        return name, reason
+    hindrance = None
+    if plan.dtype not in _TRITON_DTYPES:
+        hindrance = f"parameters are {plan.dtype}, the kernels take float32, bfloat16 and float16"
+    elif max(plan.h, plan.w) > MAX_SIDE:
+        hindrance = f"chunks are {plan.h} x {plan.w}, the kernels take sides of up to {MAX_SIDE}"
+    if hindrance is None:
+        return name, reason
+    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") == "auto":
+        return "torch", hindrance
+    raise ValueError(f"{reason}, but {hindrance}")
+
+
+def _check_interpreter(source: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"{source}: the interpreter runs on the CPU, the parameters on {device}")
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+        return
+    # Triton decides function by function, when each is defined, its own library's included.
+    from triton import language
+    from triton.runtime.jit import JITFunction
+
+    if isinstance(language.sum, JITFunction):
+        raise ValueError(
+            f"{source}: triton was imported before its interpreter was asked for; set "
+            "TRITON_INTERPRET=1 in the environment before Python starts"
+        )

@@ -1,0 +1,48 @@
+"""Sums of gradients and squared norms by torch's foreach operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psyche_fast.kernels.accumulation import AccumulationPlan
+
+
+def accumulate(
+    plan: AccumulationPlan,
+    sums: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    fresh: Sequence[bool],
+    squares: bool,
+) -> Tensor | None:
+    """See `psyche_fast.kernels.accumulation.accumulate`; gradients are contiguous."""
+    given = [
+        (total, gradient, new)
+        for total, gradient, new in zip(sums, gradients, fresh, strict=True)
+        if gradient is not None
+    ]
+    for new, operation in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):
+        into = [s for s, _, f in given if f == new]
+        if into:
+            operation(into, [g for _, g, f in given if f == new])
+    if not squares:
+        return None
+    held = [None if f and g is None else s for s, g, f in zip(sums, gradients, fresh, strict=True)]
+    return squared_norms(plan, held)
+
+
+def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> Tensor:
+    """See `psyche_fast.kernels.accumulation.squared_norms`; tensors are contiguous."""
+    result = torch.zeros(plan.group_count, device=plan.device)
+    for group in range(plan.group_count):
+        members = [
+            t
+            for t, number in zip(tensors, plan.groups, strict=True)
+            if number == group and t is not None and t.numel()
+        ]
+        if members:
+            norms = torch._foreach_norm(members, 2.0, dtype=torch.float32)
+            result[group] = torch.stack(norms).square().sum()
+    return result

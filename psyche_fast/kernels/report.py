@@ -1,0 +1,162 @@
+"""What `psyche-fast kernels` prints: which kernels run here and why, and what each one costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import linecache
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from psyche_fast.kernels import aot, explain, limits
+
+_COLUMNS = {
+    "registers": "registers",
+    "spills": "spills B",
+    "shared": "shared B",
+    "instructions": "instr/tile",
+    "mma": "MMAs",
+}
+
+
+def report(
+    *,
+    targets: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    as_json: bool = False,
+    check: bool = False,
+    update_limits: bool = False,
+    lines: str | None = None,
+    provider: str = aot.PROVIDER,
+    path: Path = limits.PATH,
+) -> None:
+    """Compiles the kernels and prints what they cost.
+
+    Args:
+        targets: GPUs to compile for; none for all.
+        kernels: texts of which a case's name contains one; none for all cases.
+        as_json: print one JSON object instead of tables.
+        check: compare with the limits.
+        update_limits: rewrite the limits from what is measured.
+        lines: attribute the instructions of the case whose name contains this to lines of source.
+        provider: module with the cases.
+        path: file with the limits.
+
+    Raises:
+        ValueError: an argument is wrong, or nothing can be compiled for want of Triton.
+        RuntimeError: a limit is exceeded.
+    """
+    here = environment()
+    if not as_json:
+        click.echo(f"kernels     {here['backend']}: {here['reason']}")
+        click.echo(f"device      {here['device']}")
+        click.echo(f"versions    triton {here['triton'] or 'none'}, torch {here['torch']}")
+    if here["triton"] is None:
+        if as_json:
+            click.echo(json.dumps({**here, "measurements": [], "faults": []}, indent=1))
+        if check or update_limits or lines:
+            raise ValueError("triton is not installed, so nothing can be compiled")
+        if not as_json:
+            click.echo("compiled    nothing: triton is not installed")
+        return
+    if lines is not None:
+        _print_lines(aot.attribute_one(lines, targets[0] if targets else "sm_90", provider))
+        return
+    measured = _measure(targets, kernels, provider)
+    whole = not targets and not kernels
+    allowed = limits.read(path)
+    if update_limits:
+        allowed = limits.updated(allowed, measured, here["triton"], whole=whole)
+        limits.write(allowed, path)
+    faults = limits.check(measured, allowed, here["triton"], whole=whole) if check else []
+    if as_json:
+        found = [dataclasses.asdict(one) for one in measured]
+        click.echo(json.dumps({**here, "measurements": found, "faults": faults}, indent=1))
+    else:
+        _print_tables(measured)
+        if update_limits:
+            click.echo(f"\nwrote {path}")
+        for fault in faults:
+            click.echo(f"exceeded: {fault}")
+    if faults:
+        raise RuntimeError(f"{len(faults)} limits of the kernels are exceeded ({path.name})")
+    if check and not as_json:
+        click.echo(f"\n{len(measured)} compilations are within the limits")
+
+
+def environment() -> dict[str, Any]:
+    """What runs on this machine, and in which versions.
+
+    Returns:
+        `backend`, `reason`, `device`, `triton` (None where it is not installed) and `torch`.
+    """
+    cuda = torch.cuda.is_available()
+    backend, reason = explain(torch.device("cuda" if cuda else "cpu"))
+    name = "cpu"
+    if cuda:
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
+    installed = importlib.util.find_spec("triton") is not None
+    return {
+        "backend": backend,
+        "reason": reason,
+        "device": name,
+        "triton": importlib.metadata.version("triton") if installed else None,
+        "torch": torch.__version__,
+    }
+
+
+def _measure(
+    targets: Sequence[str], kernels: Sequence[str], provider: str
+) -> list[aot.Measurement]:
+    with tqdm(desc="compiling", unit="kernel", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return aot.measure_all(
+            targets=targets or tuple(aot.TARGETS),
+            kernels=kernels,
+            provider=provider,
+            progress=progress,
+        )
+
+
+def _print_tables(measured: Sequence[aot.Measurement]) -> None:
+    width = max((len(one.name) for one in measured), default=0)
+    heading = "".join(f"{title:>12}" for title in _COLUMNS.values())
+    for target in aot.TARGETS.values():
+        rows = [one for one in measured if one.target == target.name]
+        if rows:
+            click.echo(f"\n{f'{target.name} ({target.gpus})':{width}}{heading}")
+        for one in rows:
+            if one.refused is not None:
+                click.echo(f"{one.name:{width}}  does not run: {one.refused}")
+                continue
+            values = [getattr(one, metric) for metric in _COLUMNS]
+            cells = "".join(f"{'-' if v is None else format(v, ',.0f'):>12}" for v in values)
+            note = f"  {one.uncounted}" if one.uncounted is not None else ""
+            click.echo(f"{one.name:{width}}{cells}{note}")
+
+
+def _print_lines(found: Sequence[aot.SourceLine]) -> None:
+    total = sum(line.instructions for line in found)
+    click.echo(f"\n{'instr/tile':>10} {'share':>6}  line")
+    for line in found:
+        mix = sorted(line.opcodes.items(), key=lambda item: -item[1])
+        opcodes = " ".join(f"{kind}:{n:.0f}" for kind, n in mix[:5])
+        source = linecache.getline(line.file, line.line).strip()
+        place = f"{Path(line.file).name}:{line.line}"
+        click.echo(
+            f"{line.instructions:10,.0f} {line.instructions / total:6.1%}  {place:20} "
+            f"{source[:60]:60}  {opcodes}"
+        )
+    click.echo(f"{total:10,.0f}         in all")

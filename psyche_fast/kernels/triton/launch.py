@@ -1,0 +1,327 @@
+"""What launchers share: bases, address tables, rates, scratch memory, grids.
+
+Everything that does not change from step to step is worked out once per chunk class and kept for as
+long as its plan lives. Tables of addresses are kept by the addresses themselves: tensors that come
+back at the same place, as gradients do from a caching allocator, are not looked at again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psyche_fast.kernels import tuning
+from psyche_fast.kernels.plan import ChunkPlan, Member, Rates
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_TABLES_KEPT = 8
+_RATES_KEPT = 32
+_INTERPRETED_PROGRAMS = 2  # more than one, so that a persistent loop is one in tests too
+
+MOST_ROUNDS = 64
+"""Up to this many entries per chunk are selected one by one; more by bisection."""
+OWN_ENTRIES = 16
+"""Own entries that are decoded at once: the depth of one matrix instruction."""
+ROWS_PER_TILE = 64
+"""Chunks with one dimension that make up a tile."""
+ROW_ENTRIES = 16
+"""Entries of each row that are handled at once."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """The tensors of a class's members as a kernel finds them.
+
+    Attributes:
+        addresses: int64 `[members, 2]` on the device: address (0: none) and row stride.
+        table: int64 `[chunks, 2]` on the device: member, and offset of the chunk in elements.
+        dtype: of the tensors.
+        aligned: whether vector accesses of 16 bytes are possible.
+    """
+
+    addresses: Tensor
+    table: Tensor
+    dtype: tl.dtype
+    aligned: bool
+
+
+class Planned:
+    """One chunk class, prepared for launching."""
+
+    def __init__(self, plan: ChunkPlan) -> None:
+        self._plan = weakref.ref(plan)
+        self.chunks = plan.chunks
+        self.is_rows = plan.h == 1 or plan.w == 1
+        self.length = plan.h * plan.w
+        self.strided = plan.w == 1 and plan.h > 1
+        self.H, self.W = padded(plan.h), padded(plan.w)
+        if self.is_rows:
+            self.W = padded(self.length)
+            basis = plan.basis_h if self.strided else plan.basis_w
+            parts = [_split(basis, self.W), _split(basis.t(), self.W)]
+            self.forward_basis = self.inverse_basis = torch.cat(parts)
+        else:
+            parts = [_split(plan.basis_h.t(), self.H), _split(plan.basis_w, self.W)]
+            self.forward_basis = torch.cat(parts)
+            parts = [_split(plan.basis_h, self.H), _split(plan.basis_w.t(), self.W)]
+            self.inverse_basis = torch.cat(parts)
+        self.rows_h = _pad(plan.rows_h, self.H)
+        self.rows_w = _pad(plan.rows_w, padded(plan.w))
+        self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
+        self.rows_per_tile = ROWS_PER_TILE
+        self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._members: OrderedDict[tuple[Any, ...], Members] = OrderedDict()
+        self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def members(self, tensors: Sequence[Tensor | None], what: str) -> Members:
+        """Find a class's tensors, one per member.
+
+        Raises:
+            ValueError: a tensor's elements do not lie as rows of neighbours, or it has another
+                shape, dtype or device than the class; `what` and its number are named.
+        """
+        key = tuple(
+            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors
+        )
+        known = self._members.get(key)
+        if known is None:
+            known = self._members[key] = self._find(tensors, what)
+            if len(self._members) > _TABLES_KEPT:
+                self._members.popitem(last=False)
+        else:
+            self._members.move_to_end(key)
+        _keep(known, known.addresses.device)
+        return known
+
+    def scratch(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
+        """Memory that kernels of this class leave zero, or whose content is of no account."""
+        key = (dtype, size)
+        if key not in self._scratch:
+            _refuse_capture("the scratch memory", device)
+            self._scratch[key] = torch.zeros(size, dtype=dtype, device=device)
+        return self._scratch[key]
+
+    def _find(self, tensors: Sequence[Tensor | None], what: str) -> Members:
+        plan = self._plan()
+        assert plan is not None
+        assert len(tensors) == len(plan.members)
+        addresses, strides = [], []
+        aligned = plan.w % 8 == 0
+        for member, tensor in zip(plan.members, tensors, strict=True):
+            where = f"{what} number {member.position}"
+            if tensor is not None:
+                wanted = _shape(plan, member)
+                if (tuple(tensor.shape) or (1,)) != wanted:
+                    raise ValueError(
+                        f"{where} has shape {list(tensor.shape)}, its parameter {list(wanted)}"
+                    )
+                if what != "gradient" and tensor.dtype != plan.dtype:
+                    raise ValueError(f"{where} is {tensor.dtype}, its class {plan.dtype}")
+            if tensor is None or tensor.numel() == 0:
+                addresses += [0, 0]
+                strides.append((0,) * (len(member.lead) + 1))
+                continue
+            if tensor.device != plan.device:
+                raise ValueError(f"{where} is on {tensor.device}, its parameter on {plan.device}")
+            steps = tensor.stride() or (1,)
+            if steps[-1] != 1 and tensor.shape[-1:] != (1,):
+                raise ValueError(
+                    f"{where}, shape {list(tensor.shape)}, strides {list(tensor.stride())}: the "
+                    "elements of a row must lie side by side"
+                )
+            if len(steps) > 1 and steps[-2] * 64 >= 1 << 31:
+                raise ValueError(f"{where}: rows are {steps[-2]} elements apart, which is too far")
+            row = steps[-2] if len(steps) > 1 else 0
+            strides.append((*steps[:-1], 1))
+            addresses += [tensor.data_ptr(), row]
+            # A row stride only matters where there is more than one row, and so on.
+            sizes = tensor.shape or (1,)
+            spread = [s for s, n in zip(steps[:-1], sizes[:-1], strict=True) if n > 1]
+            aligned &= tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in spread)
+            if row % 8:
+                aligned = False
+        dtypes = {t.dtype for t in tensors if t is not None} or {torch.float32}
+        assert len(dtypes) == 1, f"{what}s of one class are of one dtype here"
+        device_addresses = _upload(addresses, plan.device).view(-1, 2)
+        table = self._table(plan, tuple(strides))
+        return Members(device_addresses, table, DTYPES[dtypes.pop()], aligned)
+
+    def _table(self, plan: ChunkPlan, strides: tuple[tuple[int, ...], ...]) -> Tensor:
+        known = self._tables.get(strides)
+        if known is not None:
+            return known
+        parts = []
+        for number, (member, steps) in enumerate(zip(plan.members, strides, strict=True)):
+            # lead is (..., rows of chunks, columns of chunks), or (chunks,) of a vector
+            sides = (*(1 for _ in member.lead[:-2]), plan.h, plan.w)[-len(member.lead) :]
+            offset = torch.zeros(member.lead, dtype=torch.int64)
+            for dim, (count, step, side) in enumerate(
+                zip(member.lead, steps[-len(member.lead) :], sides, strict=True)
+            ):
+                shape = [1] * len(member.lead)
+                shape[dim] = count
+                offset += (torch.arange(count) * (step * side)).view(shape)
+            flat = offset.view(-1)
+            parts.append(torch.stack([torch.full_like(flat, number), flat], dim=1))
+        table = torch.cat(parts)
+        _refuse_capture("the place of its parameters", plan.device)
+        if plan.device.type == "cuda":
+            table = table.pin_memory().to(plan.device, non_blocking=True)
+        self._tables[strides] = table
+        if len(self._tables) > _TABLES_KEPT:
+            self._tables.popitem(last=False)
+        return table
+
+
+def _shape(plan: ChunkPlan, member: Member) -> tuple[int, ...]:
+    """Shape of a member's tensors; `(1,)` stands for `()` too."""
+    if len(member.lead) == 1:
+        return (member.lead[0] * plan.w,)
+    *lead, rows, columns = member.lead
+    return (*lead, rows * plan.h, columns * plan.w)
+
+
+_planned: weakref.WeakKeyDictionary[ChunkPlan, Planned] = weakref.WeakKeyDictionary()
+
+
+def planned(plan: ChunkPlan) -> Planned:
+    """The prepared class, made on first use."""
+    known = _planned.get(plan)
+    if known is None:
+        known = _planned[plan] = Planned(plan)
+    return known
+
+
+def padded(n: int) -> int:
+    """Side of the block that holds `n`: a power of two that matrix units take."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def programs(device: torch.device, per_sm: int, work: int) -> int:
+    """Programs of a persistent grid for `work` pieces of work."""
+    if device.type != "cuda":
+        return max(1, min(_INTERPRETED_PROGRAMS, work))
+    return max(1, min(_multiprocessors(device) * per_sm, work))
+
+
+def launch_options(kernel: str, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a kernel: those that Triton takes, and the kernel's own."""
+    own = dict(tuning.options(kernel, device))
+    ours = {"num_stages": 1, "enable_fp_fusion": False, "num_warps": own.pop("num_warps")}
+    maxnreg = own.pop("maxnreg", None)
+    if maxnreg is not None and torch.version.hip is None:
+        ours["maxnreg"] = maxnreg
+    return ours, own
+
+
+def cpu_launch_options(kernel: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The defaults of `launch_options`, for compiling without a GPU."""
+    return launch_options(kernel, torch.device("cpu"))
+
+
+def encode_constants(k: int, m: int) -> dict[str, Any]:
+    """Constants of `encode_tiles` that follow from the numbers of entries, new and previous."""
+    return {
+        "K": k,
+        "KP": max(2, triton.next_power_of_2(k)),
+        "M": m,
+        "MP": triton.cdiv(m, OWN_ENTRIES) * OWN_ENTRIES,
+        "MC": OWN_ENTRIES,
+        "ROUNDS": k <= MOST_ROUNDS,
+    }
+
+
+def entries_at_once(m: int, most: int) -> tuple[int, bool]:
+    """Entries of a tile that `apply_tiles` handles at once, and whether these are all."""
+    every = padded(m)
+    return min(every, most), every <= most
+
+
+_rates: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+
+def rates(values: Rates | None, device: torch.device) -> tuple[Tensor, int]:
+    """Rates on the device, float32, and the step from one member's to the next one's."""
+    if isinstance(values, Tensor):
+        assert values.dtype == torch.float32
+        return values, 0 if values.numel() == 1 else values.stride(0)
+    key: tuple[Any, ...] = (1.0,) if values is None else tuple(values)
+    if len(set(key)) == 1:
+        key = key[:1]
+    step = 0 if len(key) == 1 else 1
+    key = (*key, device)
+    known = _rates.get(key)
+    if known is None:
+        _refuse_capture("the learning rates", device)
+        if step == 0:
+            known = torch.full((1,), key[0], dtype=torch.float32, device=device)
+        else:
+            known = _upload(key[:-1], device, torch.float32)
+        _rates[key] = known
+        if len(_rates) > _RATES_KEPT:
+            _rates.popitem(last=False)
+    else:
+        _rates.move_to_end(key)
+    _keep(known, device)
+    return known, step
+
+
+def _upload(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    _refuse_capture("the addresses", device)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    host = torch.tensor(values, dtype=dtype, pin_memory=True)
+    return host.to(device, non_blocking=True)
+
+
+_captured: list[Any] = []
+
+
+def _keep(tables: Any, device: torch.device) -> None:
+    """Keep for good what a CUDA graph that is being captured is going to read."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tables)
+
+
+def _refuse_capture(what: str, device: torch.device) -> None:
+    """Refuse to make, within a CUDA graph, what would live in the graph's own memory."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured, but {what} of a chunk class are not on the device "
+            "yet: take a step with the same tensors and learning rates first, or give learning "
+            "rates as a tensor"
+        )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pad(matrix: Tensor, side: int) -> Tensor:
+    full = torch.zeros(side, side, dtype=torch.float32, device=matrix.device)
+    full[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return full
+
+
+def _split(matrix: Tensor, side: int) -> Tensor:
+    """High and low bfloat16 part, `[2 * side * side]`."""
+    full = _pad(matrix, side)
+    high = full.bfloat16()
+    return torch.cat([high.view(-1), (full - high.float()).bfloat16().view(-1)])

@@ -1,0 +1,476 @@
+"""The operations for chunks with one dimension: vectors, and chunks of height or width 1.
+
+A tile is `R` consecutive chunks of `L` elements, padded to `[R, W]`: one product with the basis
+transforms them all. Chunks of a tile may belong to different parameters, so everything about their
+place is read per chunk. `STRIDED` says that a chunk runs down a column (width 1): its elements then
+lie a row stride apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from psyche_fast.kernels.triton.arithmetic import (
+    power_of_two,
+    reciprocal,
+    sign_times,
+    times_right,
+)
+from psyche_fast.kernels.triton.case import Case, Loop
+from psyche_fast.kernels.triton.launch import (
+    ROW_ENTRIES,
+    ROWS_PER_TILE,
+    cpu_launch_options,
+    padded,
+)
+from psyche_fast.kernels.triton.selection import MAGNITUDE, largest_by_threshold
+
+
+@triton.jit
+def locate_rows(
+    members,
+    table,
+    chunk,
+    live,
+    j,
+    DTYPE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Addresses `[R, W]` of the chunks' elements, their members `[R]`, and which are there."""
+    member = tl.load(table + 2 * chunk.to(tl.int64), mask=live, other=0).to(tl.int32)
+    offset = tl.load(table + 2 * chunk.to(tl.int64) + 1, mask=live, other=0)
+    address = tl.load(members + 2 * member, mask=live, other=0)
+    there = live & (address != 0)
+    at = address.to(tl.pointer_type(DTYPE)) + offset
+    if STRIDED:
+        stride = tl.load(members + 2 * member + 1, mask=live, other=0)
+        return at[:, None] + j * stride[:, None], member, there
+    at = at[:, None]
+    if ALIGNED:
+        at = tl.multiple_of(at, (16, 16))
+    return at + j, member, there
+
+
+@triton.jit(do_not_specialize=["chunks", "rate_step", "previous_rate_step", "shrink_step"])
+def encode_rows(
+    members,
+    table,
+    delta,
+    split_basis,
+    previous_indices,
+    previous_values,
+    indices,
+    values,
+    scratch,
+    rates,
+    scale,
+    parameter_members,
+    parameter_table,
+    previous_rates,
+    shrinks,
+    decay,
+    chunks,
+    rate_step,
+    previous_rate_step,
+    shrink_step,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """As `encode_tiles`, with `split_basis` the bfloat16 parts of `F` and then of `F^T`.
+
+    Scratch is float32 `[programs, R * W]`, zero before and after.
+    """
+    dense = scratch + tl.program_id(0).to(tl.int64) * (R * W)
+    j = tl.arange(0, W)[None, :]
+    factor = tl.load(scale)
+    finite = (factor.to(tl.int32, bitcast=True) & MAGNITUDE) < 0x7F800000
+    for first in range(tl.program_id(0) * R, chunks, tl.num_programs(0) * R):
+        chunk = first + tl.arange(0, R)
+        live = chunk < chunks
+        inside = live[:, None] & (j < L)
+        state = delta + chunk.to(tl.int64)[:, None] * L + j
+        d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
+        g_at, member, there = locate_rows(
+            members, table, chunk, live, j, GRADIENT, STRIDED, ALIGNED
+        )
+        there &= finite
+        g = tl.load(g_at, mask=there[:, None] & (j < L), other=0.0).to(tl.float32)
+        rate = tl.load(rates + member * rate_step) * factor
+        rate = tl.where(there, rate, 0.0)
+        if IN_PLACE:
+            p_at, p_member, _ = locate_rows(
+                parameter_members, parameter_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+            )
+            back = tl.load(previous_rates + p_member * previous_rate_step)
+            shrink = tl.load(shrinks + p_member * shrink_step)
+            p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
+            p = (p + sign_times(d, back[:, None])) * shrink[:, None]
+            tl.store(p_at, p.to(PARAMETER), mask=inside)
+        if M > 0:
+            at = chunk.to(tl.int64) * M
+            if M == L:  # everything has been sent, and lies in order
+                x = tl.load(previous_values + at[:, None] + j, mask=inside, other=0.0)
+                x = x.to(tl.float32)
+            else:
+                e = tl.arange(0, MP)[None, :]
+                sent = live[:, None] & (e < M)
+                index = tl.load(previous_indices + at[:, None] + e, mask=sent, other=0)
+                value = tl.load(previous_values + at[:, None] + e, mask=sent, other=0.0)
+                place = dense + tl.arange(0, R)[:, None] * W + index.to(tl.int32)
+                tl.store(place, value.to(tl.float32), mask=sent)
+                tl.debug_barrier()
+                x = tl.load(dense + tl.arange(0, R)[:, None] * W + j)
+                tl.debug_barrier()
+                tl.store(place, tl.zeros([R, MP], tl.float32), mask=sent)
+                tl.debug_barrier()
+            d -= times_right(x, split_basis + 2 * W * W, False, W)
+        d = tl.fma(d, decay, g * rate[:, None])
+        rounded = d.to(delta.dtype.element_ty)
+        tl.store(state, rounded, mask=inside)
+        if delta.dtype.element_ty == tl.bfloat16:
+            c = times_right(rounded, split_basis, True, W)
+        else:
+            c = times_right(d, split_basis, False, W)
+        if K == L:
+            to = chunk.to(tl.int64)[:, None] * K + j
+            shown = tl.broadcast_to(j, c.shape).to(indices.dtype.element_ty)
+            tl.store(indices + to, shown, mask=inside)
+            tl.store(values + to, c.to(values.dtype.element_ty), mask=inside)
+        else:
+            largest_by_threshold(c, j, j < L, chunk.to(tl.int64) * K, live, indices, values, K)
+
+
+@triton.jit
+def load_row_entries(
+    indices,
+    values,
+    chunk,
+    live,
+    m,
+    first,
+    shift,
+    MB: tl.constexpr,
+    SIGNS: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Entries `first .. first + MB` of every chunk, `[R, MB]`: place, fixed point, validity."""
+    e = first + tl.arange(0, MB)[None, :]
+    there = live[:, None] & (e < m)
+    at = chunk.to(tl.int64)[:, None] * m + e
+    row = tl.arange(0, chunk.shape[0])[:, None]
+    place = row * W + tl.load(indices + at, mask=there, other=0).to(tl.int32)
+    value = tl.load(values + at, mask=there, other=0)
+    if SIGNS:
+        fixed = 1073741824.0 - 2147483648.0 * value.to(tl.float32)
+    else:
+        half = shift >> 1
+        fixed = value.to(tl.float32) * power_of_two(half)[:, None]
+        fixed = fixed * power_of_two(shift - half)[:, None]
+    return place, fixed, there
+
+
+@triton.jit
+def mean_row_coefficients(
+    indices,
+    values,
+    chunk,
+    live,
+    m,
+    scratch,
+    MB: tl.constexpr,
+    SIGNS: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """As `mean_coefficients`, of `R` chunks at once; scratch is int32 `[2, R * W]`.
+
+    Returns:
+        float32 `[R, W]`, and `shift`, int32 `[R]`.
+    """
+    counts = scratch
+    sums = scratch + R * W
+    all_places = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    shift = tl.full([R], 30, tl.int32)
+    if not SIGNS:
+        many = tl.zeros([R, MB], tl.int32)
+        for first in range(0, m, MB):
+            e = first + tl.arange(0, MB)[None, :]
+            there = live[:, None] & (e < m)
+            v = tl.load(values + chunk.to(tl.int64)[:, None] * m + e, mask=there, other=0)
+            many = tl.maximum(many, v.to(tl.float32).to(tl.int32, bitcast=True) & MAGNITUDE)
+        shift = 156 - (tl.max(many, 1) >> 23)
+    for first in range(0, m, MB):
+        place, fixed, there = load_row_entries(
+            indices, values, chunk, live, m, first, shift, MB, SIGNS, W
+        )
+        tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
+    tl.debug_barrier()
+    for first in range(0, m, MB):
+        place, fixed, there = load_row_entries(
+            indices, values, chunk, live, m, first, shift, MB, SIGNS, W
+        )
+        count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+        share = (fixed * reciprocal(count)).to(tl.int32)
+        tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
+    tl.debug_barrier()
+    x = tl.load(sums + all_places, cache_modifier=".cg").to(tl.float32)
+    tl.debug_barrier()
+    tl.store(counts + all_places, tl.zeros([R, W], tl.int32))
+    tl.store(sums + all_places, tl.zeros([R, W], tl.int32))
+    tl.debug_barrier()
+    return x, shift
+
+
+@triton.jit(do_not_specialize=["chunks", "m", "rate_step", "shrink_step"])
+def apply_rows(
+    members,
+    table,
+    ahead_members,
+    ahead_table,
+    delta,
+    split_basis,
+    indices,
+    values,
+    scratch,
+    rates,
+    shrinks,
+    chunks,
+    m,
+    rate_step,
+    shrink_step,
+    MB: tl.constexpr,
+    SIGNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """As `apply_tiles`, with `split_basis` as of `encode_rows`."""
+    pid = tl.program_id(0)
+    j = tl.arange(0, W)[None, :]
+    own = scratch + pid.to(tl.int64) * (2 * R * W)
+    for first in range(pid * R, chunks, tl.num_programs(0) * R):
+        chunk = first + tl.arange(0, R)
+        live = chunk < chunks
+        inside = live[:, None] & (j < L)
+        x, _ = mean_row_coefficients(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
+        x = times_right(x, split_basis + 2 * W * W, False, W)
+        p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
+        rate = tl.load(rates + member * rate_step)[:, None]
+        shrink = tl.load(shrinks + member * shrink_step)[:, None]
+        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
+        p = tl.fma(p, tl.broadcast_to(shrink, p.shape), sign_times(x, -rate)).to(PARAMETER)
+        if AHEAD != "no":
+            d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
+            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
+            if AHEAD == "copy":
+                a_at, _, _ = locate_rows(
+                    ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+                )
+                tl.store(a_at, ahead, mask=inside)
+            else:
+                p = ahead
+        tl.store(p_at, p, mask=inside)
+
+
+@triton.jit(do_not_specialize=["chunks", "rate_step"])
+def lookahead_rows(
+    members,
+    table,
+    ahead_members,
+    ahead_table,
+    delta,
+    rates,
+    chunks,
+    rate_step,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """As `lookahead_tiles`."""
+    j = tl.arange(0, W)[None, :]
+    for first in range(tl.program_id(0) * R, chunks, tl.num_programs(0) * R):
+        chunk = first + tl.arange(0, R)
+        live = chunk < chunks
+        inside = live[:, None] & (j < L)
+        p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
+        a_at, _, _ = locate_rows(
+            ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+        )
+        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
+        rate = tl.load(rates + member * rate_step)[:, None]
+        p += sign_times(d.to(tl.float32), -rate)
+        tl.store(a_at, p.to(PARAMETER), mask=inside)
+
+
+@triton.jit(do_not_specialize=["chunks", "m"])
+def subtract_rows(
+    delta,
+    split_basis,
+    indices,
+    values,
+    scratch,
+    chunks,
+    m,
+    MB: tl.constexpr,
+    SIGNS: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+):
+    """As `subtract_tiles`, with `split_basis` as of `encode_rows`."""
+    pid = tl.program_id(0)
+    j = tl.arange(0, W)[None, :]
+    own = scratch + pid.to(tl.int64) * (2 * R * W)
+    for first in range(pid * R, chunks, tl.num_programs(0) * R):
+        chunk = first + tl.arange(0, R)
+        live = chunk < chunks
+        inside = live[:, None] & (j < L)
+        x, shift = mean_row_coefficients(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
+        x = times_right(x, split_basis + 2 * W * W, False, W)
+        half = shift >> 1
+        x = x * power_of_two(-half)[:, None] * power_of_two(half - shift)[:, None]
+        at = delta + chunk.to(tl.int64)[:, None] * L + j
+        d = tl.load(at, mask=inside, other=0.0).to(tl.float32) - x
+        tl.store(at, d.to(delta.dtype.element_ty), mask=inside)
+
+
+def compile_cases() -> list[Case]:
+    """What the compile guard compiles: lengths of chunks, and all four operations."""
+    cases = [_encode_case(64, 8), _encode_case(64, 32), _encode_case(1, 1)]
+    return [*cases, _encode_case(64, 8, strided=True), *_decode_cases(64, 16 * 8)]
+
+
+_PLACE = {"members": "*i64", "table": "*i64"}
+_AHEAD = {"ahead_members": "*i64", "ahead_table": "*i64"}
+_TILE = {"R": ROWS_PER_TILE}
+
+
+def _encode_case(length: int, k: int, *, strided: bool = False) -> Case:
+    options, _ = cpu_launch_options("rows")
+    inner = () if k == length else (Loop("bits", 31),)
+    return Case(
+        kernel="encode_rows",
+        variant=f"{length} k={k} fp32 delta, fp32 gradient" + ", columns" * strided,
+        fn=encode_rows,
+        signature={
+            **_PLACE,
+            "delta": "*fp32",
+            "split_basis": "*bf16",
+            "previous_indices": "*u8",
+            "previous_values": "*bf16",
+            "indices": "*u8",
+            "values": "*bf16",
+            "scratch": "*fp32",
+            "rates": "*fp32",
+            "scale": "*fp32",
+            "parameter_members": "*i64",
+            "parameter_table": "*i64",
+            "previous_rates": "*fp32",
+            "shrinks": "*fp32",
+            "decay": "fp32",
+            "chunks": "i32",
+            "rate_step": "i32",
+            "previous_rate_step": "i32",
+            "shrink_step": "i32",
+        },
+        constexprs={
+            **_TILE,
+            "K": k,
+            "M": k,
+            "MP": triton.next_power_of_2(k),
+            "L": length,
+            "W": padded(length),
+            "GRADIENT": tl.float32,
+            "PARAMETER": tl.bfloat16,
+            "IN_PLACE": False,
+            "STRIDED": strided,
+            "ALIGNED": length % 8 == 0,
+        },
+        options=options,
+        loops=(Loop("tiles", 100, inner=inner),),
+        tiles=100,
+        elements=ROWS_PER_TILE * length,
+    )
+
+
+def _decode_cases(length: int, m: int) -> list[Case]:
+    options, _ = cpu_launch_options("rows")
+    entries = tuple(Loop(name, -(-m // ROW_ENTRIES)) for name in ("count", "add"))
+    result = {"indices": "*u8", "values": "*u8", "scratch": "*i32"}
+    counts = {"chunks": "i32", "m": "i32"}
+    shape = {**_TILE, "L": length, "W": padded(length)}
+    place = {"PARAMETER": tl.bfloat16, "STRIDED": False, "ALIGNED": length % 8 == 0}
+    decoding = {"MB": ROW_ENTRIES, "SIGNS": True}
+    common: dict[str, Any] = {
+        "options": options,
+        "tiles": 100,
+        "elements": ROWS_PER_TILE * length,
+    }
+    return [
+        Case(
+            kernel="apply_rows",
+            variant=f"{length} {m} signs, bf16 parameter, fp32 delta, look-ahead copy",
+            fn=apply_rows,
+            signature={
+                **_PLACE,
+                **_AHEAD,
+                "delta": "*fp32",
+                "split_basis": "*bf16",
+                **result,
+                "rates": "*fp32",
+                "shrinks": "*fp32",
+                **counts,
+                "rate_step": "i32",
+                "shrink_step": "i32",
+            },
+            constexprs={**shape, **place, **decoding, "AHEAD": "copy"},
+            loops=(Loop("tiles", 100, inner=entries),),
+            **common,
+        ),
+        Case(
+            kernel="subtract_rows",
+            variant=f"{length} {m} signs, fp32 delta",
+            fn=subtract_rows,
+            signature={"delta": "*fp32", "split_basis": "*bf16", **result, **counts},
+            constexprs={**shape, **decoding},
+            loops=(Loop("tiles", 100, inner=entries),),
+            **common,
+        ),
+        Case(
+            kernel="lookahead_rows",
+            variant=f"{length} fp32 delta, bf16 parameter",
+            fn=lookahead_rows,
+            signature={
+                **_PLACE,
+                **_AHEAD,
+                "delta": "*fp32",
+                "rates": "*fp32",
+                "chunks": "i32",
+                "rate_step": "i32",
+            },
+            constexprs={**shape, **place},
+            loops=(Loop("tiles", 100),),
+            **common,
+        ),
+    ]

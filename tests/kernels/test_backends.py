@@ -1,0 +1,100 @@
+"""Which backend runs: `auto`, the environment variable, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from psyche_fast import kernels
+from psyche_fast.distro import Distro
+from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.kernels import backends
+
+CPU = torch.device("cpu")
+SETTINGS = {"compression_decay": 0.9, "compression_topk": 2, "compression_chunk": 8}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+
+
+def test_auto_takes_torch_on_a_cpu_and_says_why():
+    assert kernels.explain(CPU) == ("torch", "there are no Triton kernels for cpu")
+
+
+def test_auto_takes_triton_on_a_gpu():
+    pytest.importorskip("triton")
+    assert kernels.explain(torch.device("cuda"))[0] == "triton"
+
+
+def test_auto_without_triton_takes_torch_and_says_so(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    name, reason = kernels.explain(torch.device("cuda"))
+    assert name == "torch"
+    assert "triton is not installed" in reason
+    with pytest.raises(ValueError, match="backend='triton': triton is not installed"):
+        kernels.explain(torch.device("cuda"), "triton")
+
+
+def test_the_environment_decides_for_auto(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(backends.ENVIRONMENT, "interpret")
+    parameter = torch.zeros(8, 8, requires_grad=True)
+    assert Distro({"p": parameter}, **SETTINGS).backends == ("interpret",)
+    assert Distro({"p": parameter}, **SETTINGS, backend="torch").backends == ("torch",)
+    monkeypatch.setenv(backends.ENVIRONMENT, "fast")
+    with pytest.raises(ValueError, match="PSYCHE_FAST_KERNELS=fast: backend must be one of"):
+        Distro({"p": parameter}, **SETTINGS)
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"the Triton kernels need a CUDA device.*on cpu"):
+        kernels.resolve_backend("triton")
+    monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+    with pytest.raises(ValueError, match="PSYCHE_FAST_KERNELS=triton: the Triton kernels need"):
+        kernels.resolve_backend("auto")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chunk", "message"),
+    [
+        ((8, 8), torch.float64, 8, "parameters are torch.float64"),
+        ((128, 128), torch.float32, 128, "chunks are 128 x 128"),
+    ],
+)
+def test_a_class_that_the_kernels_cannot_take_is_named(shape, dtype, chunk, message):
+    pytest.importorskip("triton")
+    layout = ParameterLayout.of("p", shape, dtype, CPU, compression_chunk=chunk, compression_topk=2)
+    plan = Layout([layout]).plans[0]
+    with pytest.raises(ValueError, match=message):
+        backends.backend_of(plan, "interpret")
+    assert backends.backend_of(plan, "auto")[0] == "torch"
+
+
+@pytest.mark.parametrize("import_first", [False, True])
+def test_interpreter_is_started_in_time_or_refused(import_first):
+    pytest.importorskip("triton")
+    code = f"""
+{"import triton.language" if import_first else ""}
+import torch
+from psyche_fast.distro import Distro
+p = torch.randn(8, 8, requires_grad=True)
+p.grad = torch.randn(8, 8)
+distro = Distro({{"p": p}}, **{SETTINGS!r}, backend="interpret")
+print(len(distro.generate(None, 0.1, 0.1)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    if import_first:
+        assert "triton was imported before its interpreter was asked for" in done.stderr
+        assert done.returncode != 0
+    else:
+        assert done.stdout.strip() == "1", done.stderr
