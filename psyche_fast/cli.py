@@ -187,11 +187,24 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
 @click.option("--check", is_flag=True, help="compare with the limits; status 1 if one is exceeded")
 @click.option("--update-limits", is_flag=True, help="set the limits to what is measured")
 @click.option("--lines", metavar="TEXT", help="instructions of one kernel by line of its source")
-def kernels(**options: Any) -> None:
+@click.option("--autotune", is_flag=True, help="measure launch options on this machine's GPU")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="tuning.toml",
+              show_default=True, help="with --autotune: file that takes them")  # fmt: skip
+@click.option("--device", default="cuda", show_default=True, help="with --autotune: which GPU")
+def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
     """Say which kernels run here and why, compile them and print what they cost. Needs no GPU."""
-    from psyche_fast.kernels.report import report
+    if not autotune:
+        from psyche_fast.kernels.report import report
 
-    report(**options)
+        report(**options)
+        return
+    from psyche_fast.kernels import autotune as tuner
+
+    chosen = tuner.torch_device(device)
+    table = tuner.autotune(chosen, options["kernels"] or None)
+    tuner.write(out, tuner.gpu_name(chosen), table)
+    click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
+    click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
 
 
 def main(argv: list[str] | None = None) -> None:

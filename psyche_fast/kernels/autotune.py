@@ -61,7 +61,7 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
     ),
     "codec": (
         tuple({"num_warps": n} for n in (4, 8)),
-        tuple({"ctas_per_sm": n} for n in (4, 8, 16)),
+        tuple({"elements": n} for n in (1024, 2048, 4096)),
     ),
 }
 """Per kernel, groups of settings that are tried one group after the other."""
@@ -238,6 +238,18 @@ def using(path: Path, gpu: str, table: dict[str, Options]) -> Iterator[None]:
             del os.environ[tuning.ENVIRONMENT]
         else:
             os.environ[tuning.ENVIRONMENT] = before
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a name as torch writes it.
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is no device: cuda or cuda:N") from error
 
 
 def gpu_name(device: torch.device) -> str:

@@ -134,7 +134,7 @@ def test_bits_do_not_depend_on_the_number_of_programs(device, backend, monkeypat
     plan = plan_accumulation(sizes, (0, 1, 0), device)
     results = []
     for programs in (1, 2, 5):
-        monkeypatch.setitem(kernel.LAUNCH, "programs_per_sm", programs)
+        monkeypatch.setattr(kernel, "programs", lambda device, per_sm, work, n=programs: n)
         sums = [torch.empty(n, device=device) for n in sizes]
         squares = accumulate(plan, sums, gradients, [True] * 3, squares=True, backend=backend)
         results.append([squares, *sums])
@@ -155,7 +155,7 @@ def test_what_is_not_finite_shows_in_its_group_alone(bad, device, backend):
 
 def test_offsets_beyond_32_bits(device, backend):
     """A block 2^32 elements into its tensor; the table alone says so, the memory is small."""
-    block, far = kernel.LAUNCH["block"], 1 << 20
+    block, far = kernel.BLOCK, 1 << 20
     gradient = torch.randn(block, device=device).bfloat16()
     total = torch.zeros(block, device=device)
     start = far * block
@@ -170,7 +170,7 @@ def test_offsets_beyond_32_bits(device, backend):
         SUMS=True,
         NORM=False,
         BLOCK=block,
-        PART=kernel.LAUNCH["part"],
+        PART=kernel.PART,
     )
     assert torch.equal(total, gradient.float())
 

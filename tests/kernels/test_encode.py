@@ -136,11 +136,11 @@ def test_dtypes(name, dtype, gradient_dtype, delta_dtype, device, backend):
 
 @pytest.mark.parametrize(
     ("shape", "k"),
-    [((64, 64), k) for k in (1, 2, 3, 16, 17, 32, 63, 64, 65, 200, 4095, 4096)]
+    [((64, 64), k) for k in (1, 2, 17, 32, 63, 64, 65, 4095, 4096)]
     + [((50, 50), 2500), ((22, 38), 64), ((22, 38), 65), ((22, 38), 836)]
     + [((2, 64), 127), ((2, 64), 128), ((64, 1), 1), ((64, 1), 63), ((64, 1), 64)]
     + [((128,), 1), ((128,), 33), ((128,), 63), ((128,), 64)]
-    + [((3, 5), k) for k in range(1, 16)],
+    + [((3, 5), k) for k in (1, 7, 14, 15)],
 )
 def test_numbers_of_entries(shape, k, device, backend):
     check([shape], device, backend, k=k, in_place=True)
@@ -201,7 +201,7 @@ def inverse_of(coefficients, h, w):
     return torch.from_numpy(exact).float()
 
 
-@pytest.mark.parametrize("k", [1, 5, 64, 65])
+@pytest.mark.parametrize("k", [1, 64, 65])
 @pytest.mark.parametrize("shape", [(64, 64), (50, 50), (2, 64), (192,), (64, 2)])
 def test_zeros_take_the_lowest_indices(shape, k, device, backend):
     plan = one_class([shape], k=k, device=device, chunk=64)

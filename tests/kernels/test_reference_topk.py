@@ -12,11 +12,6 @@ from psyche_fast.kernels.reference.topk import largest, run_length, run_maxima
 from tests import oracles
 
 
-def columns(rows, h, w):
-    """Chunks `[n, h * w]` as the selection takes them."""
-    return rows.view(-1, h, w).transpose(1, 2).contiguous()
-
-
 def expected(rows, k):
     return [oracles.top_k(row.double().numpy(), k)[0] for row in rows]
 

@@ -40,9 +40,9 @@ class Decoder:
             plan.h > 1 and m <= plan.h // 2 and (entries.unique or m <= _PAIRWISE_LIMIT)
         )
         if self._low_rank:
-            self._left, self._right = _factors(
-                plan, index, value if entries.unique else _shares(index, value)
-            )
+            self._value = value if entries.unique else _shares(index, value)
+            self._row = index.div(plan.w, rounding_mode="floor")
+            self._column = index.sub_(self._row, alpha=plan.w)
             return
         self._dense = scratch(DENSE, (stop - start, plan.totalk), value).zero_()
         if not entries.unique:
@@ -53,38 +53,35 @@ class Decoder:
         """Chunks `[stop - start, h, w]` in the compute dtype, good until the next call."""
         plan = self._plan
         result = scratch(RESULT, (stop - start, plan.h, plan.w), plan.basis_w)
-        lo, hi = start - self._start, stop - self._start
         if self._low_rank:
-            torch.bmm(self._left[lo:hi], self._right[lo:hi], out=result)
+            torch.bmm(*self._factors(start, stop), out=result)
         else:
-            inverse(plan, self._dense[lo:hi], result)
+            inverse(plan, self._dense[start - self._start : stop - self._start], result)
         return result
 
     def subtract_from(self, target: Tensor, start: int) -> None:
         """`target -= decoded` in place, for the chunks from `start` on."""
         stop = start + target.shape[0]
         if self._low_rank and target.dtype == self._plan.compute_dtype:
-            lo, hi = start - self._start, stop - self._start
-            target.baddbmm_(self._left[lo:hi], self._right[lo:hi], alpha=-1.0)
+            target.baddbmm_(*self._factors(start, stop), alpha=-1.0)
         else:
             target.sub_(self.chunks(start, stop))
 
-
-def _factors(plan: ChunkPlan, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`U [n, h, m]` and `V [n, m, w]` with `U V = F_h C F_w^T`, `C` being the entries."""
-    n, m = index.shape
-    row = index.div(plan.w, rounding_mode="floor")
-    column = index - row * plan.w
-    left = scratch(LEFT, (n, m, plan.h), value)
-    right = scratch(RIGHT, (n, m, plan.w), value)
-    torch.index_select(plan.rows_h, 0, row.view(-1), out=left.view(-1, plan.h))
-    torch.index_select(plan.rows_w, 0, column.view(-1), out=right.view(-1, plan.w))
-    return left.mul_(value.unsqueeze(-1)).transpose(1, 2), right
+    def _factors(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """`U [n, h, m]` and `V [n, m, w]` with `U V = F_h C F_w^T`, `C` being the entries."""
+        plan, part = self._plan, slice(start - self._start, stop - self._start)
+        value = self._value[part]
+        n, m = value.shape
+        left = scratch(LEFT, (n, m, plan.h), value)
+        right = scratch(RIGHT, (n, m, plan.w), value)
+        torch.index_select(plan.rows_h, 0, self._row[part].view(-1), out=left.view(-1, plan.h))
+        torch.index_select(plan.rows_w, 0, self._column[part].view(-1), out=right.view(-1, plan.w))
+        return left.mul_(value.unsqueeze(-1)).transpose(1, 2), right
 
 
 def _widen(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Indices in int64 and values in the compute dtype; signs become +1 and -1."""
-    index = entries.indices[start:stop].to(torch.int64)
+    index = entries.indices[start:stop].to(torch.int64, copy=True)
     value = entries.values[start:stop]
     if value.dtype == torch.bool:
         return index, 1 - 2 * value.to(plan.compute_dtype)

@@ -6,13 +6,16 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from psyche_fast.kernels.reference.workspace import ROWS, scratch
 
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _LONGEST_RUN = 64
 
 
-def largest(columns: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
-    """Flat indices of the `k` entries of largest magnitude in every chunk.
+def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `k` entries of largest magnitude of every row, ties to the lowest index.
 
     `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's
     bits, which for non-negative floats are ordered like their values, above the reversed index. To
@@ -21,64 +24,62 @@ def largest(columns: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
     in the same way. NaN counts as larger than any number.
 
     Args:
-        columns: coefficients column by column, `[n, w, h]`, contiguous, float32 or float64.
-        k: how many, `1 <= k <= h * w`.
+        coefficients: `[n, totalk]`, contiguous, float32 or float64.
+        k: how many, `1 <= k <= totalk`.
         maxima: what `run_maxima` has made of them, where that is known already.
 
     Returns:
-        int64 `[n, k]`, indices `row * w + column`, ascending in each row.
+        Indices, int64 `[n, k]`, ascending in each row, and the values there.
     """
-    n, w, h = columns.shape
-    if k == h * w:
-        return torch.arange(k, device=columns.device).expand(n, k)
-    flat = columns.view(n, h * w)
-    if columns.dtype != torch.float32:
+    n, totalk = coefficients.shape
+    if k == totalk:
+        return torch.arange(k, device=coefficients.device).expand(n, k), coefficients
+    run = run_length(totalk, k)
+    if coefficients.dtype != torch.float32:
         # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the
         # lower index first.
-        rows = columns.transpose(1, 2).reshape(n, h * w)
-        order = rows.abs().sort(dim=-1, descending=True, stable=True).indices
-        return order[:, :k].sort(dim=-1).values
-    run = run_length(h, w, k)
+        order = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices
+        index = order[:, :k].sort(dim=-1).values
+        return index, coefficients.gather(1, index)
     if run == 1:
-        index = torch.arange(h * w, device=columns.device).view(h, w).t().reshape(-1)
-        return _best(flat, index, k)
+        return _by_key(coefficients, k)
     if maxima is None:
-        maxima = run_maxima(columns, run)
-    chosen = largest(maxima, k)
+        maxima = run_maxima(coefficients, run)
     # The runs are in order, and so are their members: candidates with a lower number have a lower
     # index.
-    row = chosen.div(w // run, rounding_mode="floor")
-    first = (chosen - row * (w // run)).mul_(run * h).add_(row)
-    along = torch.arange(0, run * h, h, device=columns.device)
-    candidates = flat.gather(1, (first.unsqueeze(-1) + along).view(n, k * run))
-    best = _best(candidates, torch.arange(k * run, device=columns.device), k)
-    slot = best.div(run, rounding_mode="floor")
-    return chosen.gather(1, slot).sub_(slot).mul_(run).add_(best)
+    chosen, _ = largest(maxima, k)
+    first = torch.arange(0, n * maxima.shape[1], maxima.shape[1], device=chosen.device)
+    members = (chosen + first.unsqueeze(1)).view(-1)
+    candidates = coefficients.view(-1, run).index_select(0, members).view(n, k * run)
+    number, values = _by_key(candidates, k)
+    slot = number.div(run, rounding_mode="floor")
+    return chosen.gather(1, slot).sub_(slot).mul_(run).add_(number), values
 
 
-def run_maxima(columns: Tensor, run: int) -> Tensor:
-    """Largest magnitude of each run of neighbours in a row: `[n, w / run, h]` of `[n, w, h]`."""
-    n, w, h = columns.shape
-    # Neighbours of a row lie h apart, so that h maxima are taken abreast.
-    runs = columns.view(n, w // run, run, h)
-    return torch.maximum(runs.amax(2), runs.amin(2).neg_())
+def run_maxima(coefficients: Tensor, run: int) -> Tensor:
+    """Largest magnitude of each run of neighbours, `[n, totalk / run]` of `[n, totalk]`."""
+    magnitudes = torch.abs(coefficients, out=scratch(ROWS, tuple(coefficients.shape), coefficients))
+    # Pooling takes the maxima in one vectorised pass; a reduction over a short last dimension takes
+    # twice as long.
+    return max_pool1d(magnitudes.unsqueeze(1), run).squeeze(1)
 
 
-def _best(values: Tensor, index: Tensor, k: int) -> Tensor:
-    """Of the numbers `index` of the columns those of each row's `k` largest magnitudes, sorted."""
-    limit = index.numel() - 1
-    keys = (values.view(torch.int32) & _MAGNITUDE_BITS).to(torch.int64)
-    keys = keys.bitwise_left_shift_(32).bitwise_or_(limit - index)
+def _by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Column numbers of each row's `k` largest magnitudes, ascending, and the values there."""
+    last = values.shape[1] - 1
+    keys = (values.view(torch.int32) & _MAGNITUDE_BITS).to(torch.int64).bitwise_left_shift_(32)
+    keys.bitwise_or_(torch.arange(last, -1, -1, device=keys.device))
     best = keys.topk(k, dim=-1, sorted=False).values.bitwise_and_(0xFFFFFFFF)
-    return best.neg_().add_(limit).sort(dim=-1).values
+    number = best.neg_().add_(last).sort(dim=-1).values
+    return number, values.gather(1, number)
 
 
 @lru_cache(maxsize=256)
-def run_length(h: int, w: int, k: int) -> int:
-    """Length of the runs that keeps both rankings short, near `sqrt(h * w / k)`; 1: no runs."""
-    best, best_cost = 1, h * w * 0.6  # what two rankings have to save
-    for run in range(2, min(w, _LONGEST_RUN) + 1):
-        cost = h * w // run + k * run
-        if w % run == 0 and h * w // run >= k and cost < best_cost:
+def run_length(totalk: int, k: int) -> int:
+    """Length of the runs that keeps both rankings short, near `sqrt(totalk / k)`; 1: no runs."""
+    best, best_cost = 1, totalk * 0.6  # what two rankings have to save
+    for run in range(2, min(totalk, _LONGEST_RUN) + 1):
+        cost = totalk // run + k * run
+        if totalk % run == 0 and totalk // run >= k and cost < best_cost:
             best, best_cost = run, cost
     return best

@@ -30,14 +30,8 @@ def ieee_matmul() -> Iterator[None]:
 
 
 def forward(plan: ChunkPlan, chunks: Tensor, out: Tensor) -> None:
-    """Coefficients of chunks `[n, h, w]` (contiguous), column by column.
-
-    Args:
-        plan: the chunk class.
-        chunks: the chunks `X`.
-        out: `[n, w, h]`, contiguous: takes `(F_h^T X F_w)^T = F_w^T X^T F_h`.
-    """
-    _sandwich(plan.rows_w, chunks.transpose(1, 2), plan.basis_h, out)
+    """Coefficients `F_h^T X F_w` of chunks `[n, h, w]` (contiguous) into `out`, `[n, h * w]`."""
+    _sandwich(plan.rows_h, chunks, plan.basis_w, out.view(chunks.shape))
 
 
 def inverse(plan: ChunkPlan, coefficients: Tensor, out: Tensor) -> None:
@@ -46,12 +40,12 @@ def inverse(plan: ChunkPlan, coefficients: Tensor, out: Tensor) -> None:
 
 
 def _sandwich(left: Tensor, x: Tensor, right: Tensor, out: Tensor) -> None:
-    """`left @ x @ right` for `x` `[n, a, b]` into `out`, contiguous."""
-    n, a, b = x.shape
-    if a == 1:
-        torch.mm(x.reshape(n, b), right, out=out.view(n, b))
-    elif b == 1:
-        torch.mm(x.reshape(n, a), left.t(), out=out.view(n, a))
+    """`left @ x @ right` for `x` `[n, h, w]` into `out`, both contiguous."""
+    n, h, w = x.shape
+    if h == 1:
+        torch.mm(x.view(n, w), right, out=out.view(n, w))
+    elif w == 1:
+        torch.mm(x.view(n, h), left.t(), out=out.view(n, h))
     else:  # batches of small products run faster here than one tall product
-        half = torch.bmm(x, right.expand(n, b, b), out=scratch(ROWS, (n, a, b), x))
-        torch.bmm(left.expand(n, a, a), half, out=out)
+        rows = torch.bmm(x, right.expand(n, w, w), out=scratch(ROWS, (n, h, w), x))
+        torch.bmm(left.expand(n, h, h), rows, out=out)

@@ -9,7 +9,6 @@ the same bits on every run, whatever the number of programs.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections import OrderedDict
@@ -22,8 +21,15 @@ from torch import Tensor
 
 from psyche_fast.kernels.accumulation import GRADIENT_DTYPES, AccumulationPlan
 from psyche_fast.kernels.triton.case import Case, Loop
+from psyche_fast.kernels.triton.launch import (
+    cpu_launch_options,
+    launch_options,
+    on_device,
+    programs,
+)
 
-LAUNCH = {"block": 4096, "part": 1024, "num_warps": 8, "programs_per_sm": 8}
+BLOCK = 4096
+PART = 1024
 
 _READ_GRADIENT, _READ_SUM, _ALIGNED = 1, 2, 4
 _DTYPE_SHIFT = 3
@@ -134,7 +140,7 @@ class _Tables:
     """What a plan's launches read: blocks, and tensors by their addresses."""
 
     def __init__(self, plan: AccumulationPlan) -> None:
-        block = LAUNCH["block"]
+        block = BLOCK
         counts = [-(-numel // block) for numel in plan.numels]
         # Stable: within a group in the plan's order.
         order = sorted(range(len(counts)), key=lambda number: plan.groups[number])
@@ -231,20 +237,21 @@ def _launch(
     if tables.blocks == 0:
         return torch.zeros(plan.group_count, device=plan.device) if norm else None
     partials = torch.empty(tables.blocks if norm else 1, device=plan.device)
-    grid = (min(tables.blocks, LAUNCH["programs_per_sm"] * _multiprocessors(plan.device)),)
-    accumulate_blocks[grid](
-        tables.tensors(rows),
-        tables.block_tensor,
-        partials,
-        tables.blocks,
-        DTYPES=dtypes,
-        SUMS=sums,
-        NORM=norm,
-        BLOCK=LAUNCH["block"],
-        PART=LAUNCH["part"],
-        num_warps=LAUNCH["num_warps"],
-        enable_fp_fusion=False,
-    )
+    options, own = launch_options("accumulate", plan.device)
+    grid = (programs(plan.device, own["ctas_per_sm"], tables.blocks),)
+    with on_device(plan.device):
+        accumulate_blocks[grid](
+            tables.tensors(rows),
+            tables.block_tensor,
+            partials,
+            tables.blocks,
+            DTYPES=dtypes,
+            SUMS=sums,
+            NORM=norm,
+            BLOCK=BLOCK,
+            PART=PART,
+            **options,
+        )
     if not norm:
         return None
     totals = [partials[a:b].sum(dtype=torch.float64) for a, b in tables.segments]
@@ -255,13 +262,6 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # interpreted
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compile_cases() -> list[Case]:
@@ -288,13 +288,13 @@ def compile_cases() -> list[Case]:
                         "DTYPES": dtypes,
                         "SUMS": sums,
                         "NORM": norm,
-                        "BLOCK": LAUNCH["block"],
-                        "PART": LAUNCH["part"],
+                        "BLOCK": BLOCK,
+                        "PART": PART,
                     },
-                    options={"num_warps": LAUNCH["num_warps"], "enable_fp_fusion": False},
+                    options=cpu_launch_options("accumulate")[0],
                     loops=(Loop("blocks", trips=100, inner=(Loop("parts", trips=0.04),)),),
                     tiles=100,
-                    elements=LAUNCH["block"],
+                    elements=BLOCK,
                 )
             )
     return cases

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from psyche_fast.kernels.triton.case import Case, Loop
+from psyche_fast.kernels.triton.launch import cpu_launch_options, launch_options, on_device
 
 if TYPE_CHECKING:
     from psyche_fast.kernels.wire import IndexCode
 
-LAUNCH = {"elements": 2048, "num_warps": 4}
 
 _PACK_BITS, _UNPACK_BITS = 32, 128  # at once; a word has 32
 _NO_SIGNS, _BOOL_SIGNS, _FLOAT_SIGNS = 0, 1, 2
@@ -184,14 +184,14 @@ def unpack_planes(
             tl.store(signs + target + entry, bits.to(tl.uint8), mask=mask)
 
 
-def _tile(code: IndexCode, most: int) -> tuple[int, int, int]:
+def _tile(code: IndexCode, most: int, elements: int) -> tuple[int, int, int]:
     """Groups per program, bits (up to `most`) and entries at once.
 
-    `[groups, 8, bits]` has the number of elements that `LAUNCH` says.
+    `[groups, 8, bits]` has the given number of elements.
     """
     tile = min(max(triton.next_power_of_2(max(code.upper, 1)), 8), most)
     entries = min(triton.next_power_of_2(code.k), tile)
-    return max(1, LAUNCH["elements"] // (8 * tile)), tile, entries
+    return max(1, elements // (8 * tile)), tile, entries
 
 
 def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor) -> None:
@@ -207,27 +207,28 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
         signs = signs if signs.stride(1) == 1 else signs.contiguous()
         mode = _BOOL_SIGNS if signs.dtype == torch.bool else _FLOAT_SIGNS
         signs = signs.view(torch.uint8) if mode == _BOOL_SIGNS else signs
-    per_program, tile, entries = _tile(code, _PACK_BITS)
-    pack_planes[(triton.cdiv(groups, per_program),)](
-        indices,
-        signs,
-        planes,
-        len(indices),
-        groups,
-        indices.stride(0),
-        signs.stride(0),
-        K=code.k,
-        LOW=code.low,
-        GAP=code.gap,
-        UPPER=code.upper,
-        SIGNS=mode,
-        BITS=bits,
-        G=per_program,
-        TILE=tile,
-        ENTRIES=entries,
-        num_warps=LAUNCH["num_warps"],
-        enable_fp_fusion=False,
-    )
+    options, own = launch_options("codec", planes.device)
+    per_program, tile, entries = _tile(code, _PACK_BITS, own["elements"])
+    with on_device(planes.device):
+        pack_planes[(triton.cdiv(groups, per_program),)](
+            indices,
+            signs,
+            planes,
+            len(indices),
+            groups,
+            indices.stride(0),
+            signs.stride(0),
+            K=code.k,
+            LOW=code.low,
+            GAP=code.gap,
+            UPPER=code.upper,
+            SIGNS=mode,
+            BITS=bits,
+            G=per_program,
+            TILE=tile,
+            ENTRIES=entries,
+            **options,
+        )
 
 
 def unpack(
@@ -239,28 +240,29 @@ def unpack(
 ) -> None:
     """See `psyche_fast.kernels.reference.codec.unpack`; `indices` and `signs` are contiguous."""
     peers, groups, bits = planes.shape
-    per_program, tile, entries = _tile(code, _UNPACK_BITS)
-    unpack_planes[(triton.cdiv(groups, per_program), peers)](
-        planes,
-        indices,
-        planes if signs is None else signs.view(torch.uint8),
-        planes if valid is None else valid.view(torch.uint8),
-        len(indices),
-        planes.stride(0),
-        TOTALK=code.totalk,
-        K=code.k,
-        LOW=code.low,
-        GAP=code.gap,
-        UPPER=code.upper,
-        SIGNS=signs is not None,
-        CHECK=valid is not None,
-        BITS=bits,
-        ROWS=8 * per_program,
-        TILE=tile,
-        ENTRIES=entries,
-        num_warps=LAUNCH["num_warps"],
-        enable_fp_fusion=False,
-    )
+    options, own = launch_options("codec", planes.device)
+    per_program, tile, entries = _tile(code, _UNPACK_BITS, own["elements"])
+    with on_device(planes.device):
+        unpack_planes[(triton.cdiv(groups, per_program), peers)](
+            planes,
+            indices,
+            planes if signs is None else signs.view(torch.uint8),
+            planes if valid is None else valid.view(torch.uint8),
+            len(indices),
+            planes.stride(0),
+            TOTALK=code.totalk,
+            K=code.k,
+            LOW=code.low,
+            GAP=code.gap,
+            UPPER=code.upper,
+            SIGNS=signs is not None,
+            CHECK=valid is not None,
+            BITS=bits,
+            ROWS=8 * per_program,
+            TILE=tile,
+            ENTRIES=entries,
+            **options,
+        )
 
 
 def compile_cases() -> list[Case]:
@@ -278,8 +280,8 @@ def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
         "UPPER": code.upper,
         "BITS": code.bits + k,
     }
-    options = {"num_warps": LAUNCH["num_warps"], "enable_fp_fusion": False}
-    groups, tile, entries = _tile(code, _PACK_BITS)
+    options, own = cpu_launch_options("codec")
+    groups, tile, entries = _tile(code, _PACK_BITS, own["elements"])
     pack_case = Case(
         kernel="pack",
         variant=f"64x64 k={k}, signs of fp32",
@@ -309,7 +311,7 @@ def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
         ),
         tiles=8 * groups,
     )  # fmt: skip
-    groups, tile, entries = _tile(code, _UNPACK_BITS)
+    groups, tile, entries = _tile(code, _UNPACK_BITS, own["elements"])
     unpack_case = Case(
         kernel="unpack",
         variant=f"64x64 k={k}, signs, checked",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -225,6 +226,11 @@ def launch_options(kernel: str, device: torch.device) -> tuple[dict[str, Any], d
     if maxnreg is not None and torch.version.hip is None:
         ours["maxnreg"] = maxnreg
     return ours, own
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, launches go to the device, whichever is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cpu_launch_options(kernel: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from psyche_fast.kernels.triton.launch import (
     encode_constants,
     entries_at_once,
     launch_options,
+    on_device,
     planned,
     programs,
     rates,
@@ -89,7 +89,7 @@ def encode(
         grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
         size = grid[0] * ready.rows_per_tile * ready.W
         scratch = ready.scratch(torch.float32, size, plan.device)
-        with _on(plan.device):
+        with on_device(plan.device):
             encode_rows[grid](
                 sources.addresses,
                 sources.table,
@@ -125,7 +125,7 @@ def encode(
     scratch = ready.scratch(
         torch.float32, grid[0] * together * (ready.H * ready.W + ready.H), plan.device
     )
-    with _on(plan.device):
+    with on_device(plan.device):
         encode_tiles[grid](
             sources.addresses,
             sources.table,
@@ -171,7 +171,7 @@ def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
     ready = planned(plan)
     grid, scratch, constants, options = _decoding(plan, ready, m)
     kernel = subtract_rows if ready.is_rows else subtract_tiles
-    with _on(plan.device):
+    with on_device(plan.device):
         kernel[grid](
             delta,
             ready.inverse_basis,
@@ -213,7 +213,7 @@ def apply(
     else:
         kernel = apply_tiles
         constants["SHRINK"] = shrinks is not None
-    with _on(plan.device):
+    with on_device(plan.device):
         kernel[grid](
             targets.addresses,
             targets.table,
@@ -260,7 +260,7 @@ def lookahead(
     if ready.is_rows:
         constants["STRIDED"] = ready.strided
     kernel = lookahead_rows if ready.is_rows else lookahead_tiles
-    with _on(plan.device):
+    with on_device(plan.device):
         kernel[grid](
             targets.addresses,
             targets.table,
@@ -329,7 +329,3 @@ def _uniform(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 def _values(entries: Entries) -> Tensor:
     values = entries.values.contiguous()
     return values.view(torch.uint8) if values.dtype == torch.bool else values
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
