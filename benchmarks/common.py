@@ -80,7 +80,6 @@ def milliseconds(
     device: torch.device,
     *,
     budget_ms: float = 200.0,
-    rounds: tuple[int, int] | None = None,
 ) -> list[float]:
     """Time a call again and again, after having it run once or more for warming up.
 
@@ -90,11 +89,12 @@ def milliseconds(
     Args:
         call: what is timed.
         device: where it runs.
-        budget_ms: about how long all rounds together may take.
-        rounds: at least and at most this many.
+        budget_ms: about how long all rounds together may take. 0 on a CPU: once, to see it run.
     """
-    least, most = rounds or (DEVICE_ROUNDS if device.type == "cuda" else HOST_ROUNDS)
+    least, most = DEVICE_ROUNDS if device.type == "cuda" else HOST_ROUNDS
     if device.type != "cuda":
+        if budget_ms == 0:
+            return [_host_time(call)]
         call()
         times = [_host_time(call)]
         while len(times) < least or (len(times) < most and sum(times) < budget_ms):

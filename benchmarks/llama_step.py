@@ -20,7 +20,7 @@ from benchmarks.step_cases import DECAY, RATE, WEIGHT_DECAY, release
 from psyche_fast.distro import Distro
 
 TINY = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
 }  # fmt: skip
 LLAMA_1B = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -101,18 +101,20 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def run(data: make.Data, backend: str, *, quick: bool = False) -> Iterator[dict[str, Any]]:
+def run(
+    data: make.Data, backend: str, *, budget_ms: float = 100.0, quick: bool = False
+) -> Iterator[dict[str, Any]]:
     """Measure everything, most wanted first.
 
     Args:
         data: what on.
         backend: of the kernels.
+        budget_ms: about how long each setting is timed.
         quick: only one setting of each sweep, and one of what is timed.
 
     Yields:
         A record per setting: with times if its results were right, with "fault" if it cannot run.
     """
-    gpu = gpu_name(data.device)
     with tempfile.TemporaryDirectory() as folder:
         files = (Path(folder) / f"{number}.toml" for number in count())
         for sweep in SWEEPS:
@@ -125,23 +127,31 @@ def run(data: make.Data, backend: str, *, quick: bool = False) -> Iterator[dict[
                         "sweep": sweep.name, "kernel": sweep.kernel, "case": label,
                         "options": changes, "default": changes.items() <= usual.items(),
                     }  # fmt: skip
-                    table = {k: v for k, v in changes.items() if k != "num_stages"}
-                    with (
-                        using(next(files), gpu, {sweep.kernel: {**default, **table}}),
-                        _stages(changes.get("num_stages")),
-                    ):
-                        yield record | _measured(work, backend, data)
+                    with applied(sweep, changes, next(files), data.device):
+                        yield record | _measured(work, backend, data, budget_ms)
                 del work
 
 
-def _measured(work: make.Work, backend: str, data: make.Data) -> dict[str, Any]:
+@contextmanager
+def applied(sweep: Sweep, changes: Options, path: Path, device: torch.device) -> Iterator[None]:
+    """Within, the sweep's kernel runs with these options; `path` is a new file's."""
+    table = {k: v for k, v in changes.items() if k != "num_stages"}
+    options = {**tuning.options(sweep.kernel, device), **table}
+    with (
+        using(path, gpu_name(device), {sweep.kernel: options}),
+        _stages(changes.get("num_stages")),
+    ):
+        yield
+
+
+def _measured(work: make.Work, backend: str, data: make.Data, budget_ms: float) -> dict[str, Any]:
     try:
         check = work.check(backend)
     except TritonError as error:  # registers or shared memory do not suffice
         return {"fault": str(error).splitlines()[0]}
     if not check["ok"]:
         return {"check": check}
-    ms = percentiles(milliseconds(work.calls[backend], data.device, budget_ms=100.0))
+    ms = percentiles(milliseconds(work.calls[backend], data.device, budget_ms=budget_ms))
     return {"check": check, "ms": ms, "gb_per_s": work.bytes / ms["p50"] / 1e6}
 
 

@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # other's bytes. Has to be set before torch is imported.
 os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
 
-import torch  # noqa: E402
+import torch
 
 # Without a GPU the Triton kernels are run by its interpreter. Has to be set before triton is
 # imported, by whomever.

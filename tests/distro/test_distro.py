@@ -335,7 +335,10 @@ def test_state_that_does_not_fit_is_refused_whole():
         ({"compression_chunk": 0}, "compression_chunk must be positive"),
         ({"compression_decay": 1.5}, "compression_decay must be"),
         ({"delta_dtype": torch.float16}, "delta_dtype must be"),
-        ({"backend": "tritn"}, "backend must be one of auto, triton, torch, interpret; got 'tritn'"),
+        (
+            {"backend": "tritn"},
+            "backend must be one of auto, triton, torch, interpret; got 'tritn'",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):

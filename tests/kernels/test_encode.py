@@ -121,7 +121,7 @@ def test_places_in_bigger_tensors(name, place, device, backend):
         (torch.float16, torch.float16, torch.float32),
     ],
 )
-@pytest.mark.parametrize("name", ["64x64", "22x38", "64x1", "1x64"])
+@pytest.mark.parametrize("name", ["64x64", "64x1", "1x64"])
 def test_dtypes(name, dtype, gradient_dtype, delta_dtype, device, backend):
     check(
         CLASSES[name][:1],
@@ -295,7 +295,7 @@ def test_a_state_that_is_not_finite_spoils_its_own_chunk_only(shape, k, bad, dev
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("as_tensor", [True, False])
-@pytest.mark.parametrize("name", ["64x64", "22x38", "1x64", "64x1"])
+@pytest.mark.parametrize("name", ["22x38", "1x64"])
 def test_scale_that_is_not_finite_leaves_gradients_out(name, as_tensor, scale, device, backend):
     shapes = CLASSES[name]
     plan = one_class(shapes, k=4, device=device)

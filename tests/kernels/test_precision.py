@@ -104,17 +104,16 @@ def test_kernels_compute_what_is_emulated(tiles, delta_dtype, device, backend):
     assert np.abs(values - chosen).max() <= 4e-6 * np.abs(coefficients).max()
 
 
-@pytest.mark.parametrize("k", [8, K])
 @pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
-def test_the_coefficients_that_are_kept(tiles, delta_dtype, k, device, backend):
+def test_the_coefficients_that_are_kept(tiles, delta_dtype, device, backend):
     """All but one in 10 000 are float64's, and the energy that is lost is next to nothing."""
     x = tiles.to(delta_dtype)
     exact = transform(f64(x))
-    if device.type == "cuda" and k == K:
+    if device.type == "cuda":
         indices, _ = encoded(x, device, backend)
     else:
-        indices = emulated(x).abs().topk(k).indices.numpy()
-    best = largest(exact, k)
+        indices = emulated(x).abs().topk(K).indices.numpy()
+    best = largest(exact, K)
     kept, wanted = np.zeros((2, *exact.shape), dtype=bool)
     np.put_along_axis(kept, indices, True, axis=1)
     np.put_along_axis(wanted, best, True, axis=1)
@@ -123,8 +122,8 @@ def test_the_coefficients_that_are_kept(tiles, delta_dtype, k, device, backend):
 
 
 CHUNK, TOPK, PEERS, STEPS, DECAY, WEIGHT_DECAY = 8, 4, 4, 100, 0.95, 0.1
-SHAPES = {"matrix": (6, 8), "rows": (11, 16)}
-"""One chunk, and 22 chunks of height 1."""
+SHAPES = {"matrix": (6, 8), "vector": (40,)}
+"""One chunk, and five of a vector."""
 
 
 def learning_rate(step):
@@ -185,10 +184,7 @@ def train_in_float64(weight):
     return weight, doubtful
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("matrix", torch.float32), ("matrix", torch.bfloat16), ("rows", torch.bfloat16)],
-)
+@pytest.mark.parametrize(("name", "dtype"), [("matrix", torch.float32), ("vector", torch.bfloat16)])
 def test_a_hundred_steps(name, dtype, device, backend):
     """Four peers that hear of each other in different orders stay the same to the bit, and end
     where float64 does, within the error that the reference backend makes in that dtype."""

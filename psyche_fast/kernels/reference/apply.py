@@ -8,7 +8,6 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
 from psyche_fast.kernels.reference.decode import Decoder
-from psyche_fast.kernels.reference.parallel import for_each_slice
 from psyche_fast.kernels.reference.transform import ieee_matmul
 from psyche_fast.kernels.reference.update import (
     Factors,
@@ -32,16 +31,15 @@ def apply(
     """See `psyche_fast.kernels.apply`."""
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
-    def work(part: Slice) -> None:
-        mean = Decoder(plan, entries, part.start, part.stop)
-        direction = mean.chunks(part.start, part.stop).sign_()
-        signed_step(plan, part, parameters, direction, rates, factors)
-        if ahead is not None:
-            assert delta is not None
-            _look_ahead(plan, part, parameters, delta, rates, ahead)
-
     with ieee_matmul():
-        for_each_slice(plan, work)
+        for group in groups(plan):
+            mean = Decoder(plan, entries, group[0].start, group[-1].stop)
+            for part in group:
+                direction = mean.chunks(part.start, part.stop).sign_()
+                signed_step(plan, part, parameters, direction, rates, factors)
+                if ahead is not None:
+                    assert delta is not None
+                    _look_ahead(plan, part, parameters, delta, rates, ahead)
 
 
 def lookahead(

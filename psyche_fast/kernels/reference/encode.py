@@ -10,7 +10,6 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
 from psyche_fast.kernels.reference.decode import Decoder
-from psyche_fast.kernels.reference.parallel import for_each_slice
 from psyche_fast.kernels.reference.topk import largest, run_length, run_maxima
 from psyche_fast.kernels.reference.transform import forward, ieee_matmul
 from psyche_fast.kernels.reference.update import (
@@ -43,27 +42,32 @@ def encode(
     values = torch.empty(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
     run = run_length(plan.totalk, plan.k)
     scale = _Gradients(plan, gradients, per_member(plan, learning_rates), gradient_scale)
-    def work(part: Slice) -> None:
-        stored = delta[part.start : part.stop]
-        if parameters is not None:
-            _undo(plan, part, stored, parameters, previous_rates, shrinks)
-        chunks = stored.to(plan.compute_dtype)  # the state itself unless kept narrower
-        if previous is not None:
-            Decoder(plan, previous, part.start, part.stop).subtract_from(chunks, part.start)
-        # A pass of its own: a `subtract` in advance then ends in the same bits.
-        chunks.mul_(decay)
-        scale.add_to(chunks, part)
-        if chunks is not stored:
-            stored.copy_(chunks)
-            chunks.copy_(stored)  # what is sent is read from the rounded state
-        coefficients = scratch(COEFFICIENTS, (part.stop - part.start, plan.totalk), plan.basis_w)
-        forward(plan, chunks, coefficients)
-        index, value = largest(coefficients, plan.k)
-        indices[part.start : part.stop] = index
-        values[part.start : part.stop] = value
-
     with ieee_matmul():
-        for_each_slice(plan, work)
+        for group in groups(plan):
+            first, last = group[0].start, group[-1].stop
+            sent = None if previous is None else Decoder(plan, previous, first, last)
+            coefficients = scratch(COEFFICIENTS, (last - first, plan.totalk), plan.basis_w)
+            maxima = []
+            for part in group:
+                stored = delta[part.start : part.stop]
+                if parameters is not None:
+                    _undo(plan, part, stored, parameters, previous_rates, shrinks)
+                chunks = stored.to(plan.compute_dtype)  # the state itself unless kept narrower
+                if sent is not None:
+                    sent.subtract_from(chunks, part.start)
+                # A pass of its own: a `subtract` in advance then ends in the same bits.
+                chunks.mul_(decay)
+                scale.add_to(chunks, part)
+                if chunks is not stored:
+                    stored.copy_(chunks)
+                    chunks.copy_(stored)  # what is sent is read from the rounded state
+                own = coefficients[part.start - first : part.stop - first]
+                forward(plan, chunks, own)
+                if run > 1:
+                    maxima.append(run_maxima(own, run))
+            index, value = largest(coefficients, plan.k, torch.cat(maxima) if maxima else None)
+            indices[first:last] = index
+            values[first:last] = value
     return Entries(indices, values, unique=True)
 
 

@@ -32,8 +32,10 @@ def of_pieces(part: Slice, factors: Factors) -> Factors:
 
 
 def piece_view(plan: ChunkPlan, piece: Piece, tensor: Tensor) -> Tensor:
-    """View of one piece of a parameter, or of a tensor of its shape: `[*lead, h, w]`, a vector
-    flat."""
+    """View of one piece of a parameter, or of a tensor of its shape.
+
+    `[*lead, h, w]`; a vector stays flat.
+    """
     if tensor.dim() < 2:
         flat = tensor if tensor.dim() == 1 else tensor.view(1)
         if not piece.index:

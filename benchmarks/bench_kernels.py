@@ -1,0 +1,336 @@
+"""Every kernel against its PyTorch twin and the plain formulation, and whole optimiser steps.
+
+    python benchmarks/bench_kernels.py --out results.json     # --set 1.2B, --case encode, ...
+    python -m pytest benchmarks/bench_kernels.py              # the same under pytest-benchmark
+    python benchmarks/plot.py results.json --out folder       # draws it
+
+On a CPU the twins run ("small", 5 M elements), on CUDA all, by default on the layers of a 1.2B
+model. Implementations: `triton` (`interpret` with --interpret: the same kernels in Triton's
+interpreter, whose times mean nothing), `torch`, the twin, and `plain`, what the reference DeMo does
+parameter by parameter (einsum, topk, scatter-mean), or a loop over parameters where DeMo has
+nothing. Nothing is timed that has not just been found right.
+
+GB/s counts the bytes that the operation has to move at least, whatever an implementation moves;
+`floor_ms` is how long a large copy takes to move as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if __name__ == "__main__":  # run as a script from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if "--interpret" in sys.argv:  # has to be set before triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from benchmarks import kernel_cases as make
+from benchmarks import step_cases
+from benchmarks.common import (
+    copy_bandwidth,
+    environment,
+    launches,
+    milliseconds,
+    percentiles,
+    write_json,
+)
+from benchmarks.shapes import SETS
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one kind of data.
+
+    Attributes:
+        kernel: its name.
+        variant: what else tells the case from others.
+        build: makes the work from data and the backend's name.
+        target: microseconds per million elements on an H200 that the project aims at.
+        quick: part of a dry run.
+    """
+
+    kernel: str
+    variant: str
+    build: Callable[[make.Data, str], make.Work]
+    target: float | None = None
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        return f"{self.kernel} {self.variant}"
+
+
+def _cases() -> Iterator[Case]:
+    targets = {4: 2.9, 8: 2.9, 32: 3.4, 64: 4.5}
+    for k, target in targets.items():
+        build = partial(make.encode, k=k)
+        yield Case("encode", f"k={k}", build, target, quick=k == 8)
+    fp32 = partial(make.encode, k=8, gradient=FP32)
+    yield Case("encode", "k=8, fp32 gradient", fp32)
+    for k in (8, 32):
+        bf16 = partial(make.encode, k=k, delta=BF16)
+        yield Case("encode", f"k={k}, bf16 delta", bf16, targets[k], quick=k == 8)
+    in_place = partial(make.encode, k=8, in_place=True)
+    yield Case("encode", "k=8, look-ahead undone in place", in_place, quick=True)
+    for peers in (4, 16, 64):
+        for signs in (True, False):
+            build = partial(make.apply, peers=peers, signs=signs)
+            what = f"n={peers}, k=8, {'signs' if signs else 'values'}"
+            target = 2.0 if peers == 16 else None
+            yield Case("apply", f"{what}, look-ahead copy", build, target, quick=peers == 4)
+    for look_ahead in ("no", "in place"):
+        build = partial(make.apply, peers=16, signs=True, look_ahead=look_ahead)
+        yield Case("apply", f"n=16, k=8, signs, look-ahead {look_ahead}", build)
+    wide = partial(make.apply, peers=16, signs=True, k=32)
+    yield Case("apply", "n=16, k=32, signs, look-ahead copy", wide)
+    yield Case("subtract", "k=8", make.subtract, quick=True)
+    for copy in (True, False):
+        build = partial(make.lookahead, copy=copy)
+        yield Case("lookahead", "copy" if copy else "in place", build, quick=True)
+    for which in ("first", "middle", "last"):
+        target = 2.6 if which != "first" else None
+        build = partial(make.accumulate, which=which)
+        yield Case("accumulate", which, build, target, quick=True)
+    for direction in ("pack", "unpack"):
+        for signs in (True, False):
+            build = partial(make.codec, direction=direction, signs=signs)
+            peers = f", n={make.PEERS}" if direction == "unpack" else ""
+            what = f"{direction} k=8, {'signs' if signs else 'values'}{peers}"
+            yield Case("codec", what, build, quick=signs)
+
+
+CASES = tuple(_cases())
+
+
+def measure(
+    case: Case,
+    data: make.Data,
+    work: make.Work,
+    implementation: str,
+    *,
+    copy_gb_per_s: float,
+    budget_ms: float = 200.0,
+) -> dict[str, Any]:
+    """Check and then time one implementation.
+
+    Returns:
+        What was found, for JSON; without times where the check failed.
+    """
+    record: dict[str, Any] = {
+        "dtype": str(data.dtype),
+        "kernel": case.kernel,
+        "variant": case.variant,
+        "implementation": implementation,
+        "elements": data.elements,
+        "bytes": work.bytes,
+        "bytes_per_element": work.bytes / data.elements,
+        "floor_ms": work.bytes / copy_gb_per_s / 1e6,
+        "target_us_per_million": case.target,
+        "check": work.check(implementation),
+    }
+    if not record["check"]["ok"]:
+        return record
+    call = work.calls[implementation]
+    record["ms"] = percentiles(milliseconds(call, data.device, budget_ms=budget_ms))
+    p50 = record["ms"]["p50"]
+    return record | {
+        "us_per_million": 1e9 * p50 / data.elements,
+        "gb_per_s": work.bytes / p50 / 1e6,
+        "copy_fraction": record["floor_ms"] / p50,
+        "launches": launches(call, data.device),
+    }
+
+
+def kernel_backend(device: torch.device) -> str | None:
+    """Name of the backend that runs the kernels here, if any does."""
+    if device.type == "cuda":
+        return "triton"
+    return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+def implementations(work: make.Work, device: torch.device) -> list[str]:
+    """What can be timed here, kernels first."""
+    backend = kernel_backend(device)
+    names = [backend] if backend else []
+    return names + [n for n in work.calls if n in ("torch", "plain")]
+
+
+def run(
+    cases: list[Case],
+    layers: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    copy_gb_per_s: float,
+    budget_ms: float = 200.0,
+    only: tuple[str, ...] = (),
+) -> Iterator[dict[str, Any]]:
+    """Measure cases one after the other.
+
+    Args:
+        cases: which.
+        layers: key of `SETS`.
+        device: where.
+        dtype: of parameters and values.
+        copy_gb_per_s: what `copy_bandwidth` has measured.
+        budget_ms: about how long each implementation is timed.
+        only: implementations; all where empty.
+
+    Yields:
+        A record per implementation, as `measure` returns it.
+    """
+    data = make.Data(SETS[layers], device, dtype)
+    for case in cases:
+        work = case.build(data, kernel_backend(device) or "torch")
+        for name in implementations(work, device):
+            if not only or name in only:
+                figures = measure(
+                    case, data, work, name, copy_gb_per_s=copy_gb_per_s, budget_ms=budget_ms
+                )
+                yield {"set": layers, **figures}
+
+
+def line(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    start = f"{record['kernel']:>11} {record['variant']:<44} {record['implementation']:>10}"
+    if "ms" not in record:
+        return f"{start}  WRONG {record['check']}"
+    target = record["target_us_per_million"]
+    return (
+        f"{start} {record['ms']['p50']:10.3f} {record['us_per_million']:9.3f} "
+        f"{f'{target:.1f}' if target else '':>6} {record['bytes_per_element']:6.2f} "
+        f"{record['gb_per_s']:8.1f} {100 * record['copy_fraction']:5.1f} "
+        f"{record['launches'] if record['launches'] is not None else '':>5}"
+    )
+
+
+HEADER = (
+    f"{'kernel':>11} {'variant':<44} {'':>10} {'p50 ms':>10} {'us/M':>9} {'target':>6} "
+    f"{'B/elem':>6} {'GB/s':>8} {'%copy':>5} {'launches':>5}"
+)
+
+
+def _here() -> tuple[torch.device, str, torch.dtype]:
+    """The device, and what layers and parameters are measured on it unless told otherwise."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), "1.2B", BF16
+    return torch.device("cpu"), "small", FP32
+
+
+@pytest.fixture(scope="module")
+def data() -> make.Data:
+    device, layers, dtype = _here()
+    return make.Data(SETS[layers], device, dtype)
+
+
+@pytest.fixture(scope="module")
+def bandwidth(data: make.Data) -> float:
+    return copy_bandwidth(data.device)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch", "plain"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel(benchmark, data, bandwidth, case, implementation):
+    if implementation == "triton" and data.device.type != "cuda":
+        pytest.skip("the kernels are timed on a GPU")
+    backend = "triton" if data.device.type == "cuda" else "torch"
+    work = case.build(data, backend)
+    if implementation not in work.calls:
+        pytest.skip("the plain formulation has nothing like it")
+    record = measure(case, data, work, implementation, copy_gb_per_s=bandwidth, budget_ms=0.0)
+    assert record["check"]["ok"], record["check"]
+    benchmark.group = case.name
+    benchmark.extra_info.update(environment() | record)
+
+    def finished() -> None:
+        work.calls[implementation]()
+        if data.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=5)
+
+
+@pytest.mark.parametrize("case", step_cases.CASES, ids=lambda case: case.name)
+def test_step(benchmark, data, case):
+    backend = "triton" if data.device.type == "cuda" else "torch"
+    assert step_cases.check(case, SETS["small"], data.device, backend)["ok"]
+    optimizer = step_cases.Stepper(
+        case, data.shapes, data.device, backend, case.dtype or data.dtype
+    )
+    benchmark.group = "optimiser step"
+    benchmark.extra_info.update(environment() | {"elements": data.elements})
+
+    def finished() -> None:
+        optimizer.step()
+        if data.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=5, warmup_rounds=1)
+
+
+def main() -> None:
+    device, layers, dtype = _here()
+    if kernel_backend(device) == "interpret":
+        dtype = BF16
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", default=layers, choices=SETS, help=f"layers, default {layers}")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", action="append", default=[], help="only this implementation")
+    parser.add_argument("--no-steps", action="store_true", help="leave out optimiser steps")
+    parser.add_argument("--interpret", action="store_true", help="run the kernels on a CPU too")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    bandwidth = copy_bandwidth(device)
+    report: dict[str, Any] = {
+        "benchmark": "kernels",
+        "environment": environment(),
+        "copy_gb_per_s": bandwidth,
+        "records": [],
+        "steps": [],
+    }
+    print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
+    print(f"{arguments.set}; a large copy moves {bandwidth:.0f} GB/s\n{HEADER}")
+    cases = [case for case in CASES if arguments.case in case.name]
+    only = tuple(arguments.only)
+    for record in run(
+        cases, arguments.set, device, dtype=dtype, copy_gb_per_s=bandwidth, only=only
+    ):
+        print(line(record), flush=True)
+        report["records"].append(record)
+    if not arguments.no_steps:
+        print(step_cases.HEADER)
+        backend = kernel_backend(device) or "torch"
+        for case in step_cases.CASES:
+            if arguments.case in case.name:
+                record = step_cases.measure(
+                    case,
+                    arguments.set,
+                    device,
+                    backend,
+                    dtype=dtype,
+                    copy_gb_per_s=bandwidth,
+                )
+                print(step_cases.line(record), flush=True)
+                report["steps"].append(record)
+    if arguments.out:
+        write_json(arguments.out, report)
+    wrong = [r for r in report["records"] + report["steps"] if not r["check"]["ok"]]
+    if wrong:
+        sys.exit(f"{len(wrong)} of the cases are wrong and have not been timed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Whole optimiser steps: AdamW, SGD, the plain DeMo, and ours."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_distro_step import PlainDeMo
+from benchmarks.common import launches, milliseconds, percentiles
+from benchmarks.shapes import SETS, Shapes, elements
+from psyche_fast.distro import DeMo, Distro
+
+RATE = 4e-4
+DECAY = 0.999
+WEIGHT_DECAY = 0.1
+BF16, FP32 = torch.bfloat16, torch.float32
+
+Step = Callable[[], object]
+
+
+class DistroLoop:
+    """`Distro` in the order of Psyche's train loop, without the model in between.
+
+    With `static` the own result is handed on in memory that stays where it is, as a CUDA graph
+    needs it.
+    """
+
+    def __init__(self, parameters: list[Tensor], *, static: bool = False, **options: Any) -> None:
+        named = {f"{i:04}": p for i, p in enumerate(parameters)}
+        self.distro = Distro(
+            named,
+            compression_decay=DECAY,
+            compression_chunk=64,
+            weight_decay=WEIGHT_DECAY,
+            **options,
+        )
+        self.own: Any = None
+        self._static = static
+
+    def step(self) -> None:
+        """One step, with the own result as the only peer's."""
+        self.distro.error_correction(RATE)
+        new = self.distro.generate(self.own, RATE, RATE)
+        self.distro.apply([new], RATE)
+        if self._static and self.own is not None:
+            torch._foreach_copy_([r.sparse_idx for r in self.own], [r.sparse_idx for r in new])
+            torch._foreach_copy_([r.sparse_val for r in self.own], [r.sparse_val for r in new])
+        else:
+            self.own = new
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One optimiser.
+
+    Attributes:
+        name: as it is shown.
+        build: from parameters and a backend's name to a function that takes a step, and one that
+            makes the parameters plain ones.
+        accesses: the least that has to be done for an element: reads and writes of numbers in the
+            parameters' dtype.
+        state_bytes: and bytes read and written of state in another dtype.
+        dtype: of parameters and gradients, None where it is for the caller to say.
+        ours: whether it is of this project, and checked against the plain one in float64.
+        quick: part of a dry run.
+    """
+
+    name: str
+    build: Callable[[list[Tensor], str], tuple[Step, Step]]
+    accesses: int
+    state_bytes: int
+    dtype: torch.dtype | None = None
+    ours: bool = False
+    quick: bool = True
+
+
+def _adamw(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
+    del backend
+    optimizer = torch.optim.AdamW(
+        parameters, RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    return optimizer.step, lambda: None
+
+
+def _sgd(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
+    del backend
+    optimizer = torch.optim.SGD(parameters, RATE, fused=True)
+    return optimizer.step, lambda: None
+
+
+def _plain(k: int) -> Callable[[list[Tensor], str], tuple[Step, Step]]:
+    def build(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
+        del backend
+        return PlainDeMo(parameters, RATE, k).step, lambda: None
+
+    return build
+
+
+def _demo(k: int) -> Callable[[list[Tensor], str], tuple[Step, Step]]:
+    def build(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
+        optimizer = DeMo(parameters, RATE, DECAY, k, 64, weight_decay=WEIGHT_DECAY, backend=backend)
+        return optimizer.step, lambda: None
+
+    return build
+
+
+def _distro(k: int, **options: Any) -> Callable[[list[Tensor], str], tuple[Step, Step]]:
+    def build(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
+        loop = DistroLoop(parameters, compression_topk=k, backend=backend, **options)
+        return loop.step, loop.distro.plain
+
+    return build
+
+
+# Distro reads gradient and parameter, writes parameter and look-ahead, reads delta twice and writes
+# it once. DeMo has no look-ahead.
+CASES = (
+    StepCase("AdamW fused, fp32", _adamw, 7, 0, FP32),
+    StepCase("AdamW fused, bf16", _adamw, 7, 0, BF16),
+    StepCase("SGD fused", _sgd, 3, 0),
+    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True), 4, 12, ours=True),
+    StepCase(
+        "Distro k=32, fused look-ahead", _distro(32, fused=True), 4, 12, ours=True, quick=False
+    ),
+    StepCase(
+        "Distro k=8, fused look-ahead, bf16 delta",
+        _distro(8, fused=True, delta_dtype=BF16), 4, 6, ours=True, quick=False,
+    ),
+    StepCase("Distro k=8", _distro(8), 4, 12, ours=True, quick=False),
+    StepCase(
+        "Distro k=8, no master copy", _distro(8, master_copy=False), 5, 12, ours=True, quick=False
+    ),
+    StepCase("DeMo k=8", _demo(8), 3, 8, ours=True),
+    StepCase("DeMo k=32", _demo(32), 3, 8, ours=True, quick=False),
+    StepCase("plain DeMo k=8", _plain(8), 5, 0),
+    StepCase("plain DeMo k=32", _plain(32), 5, 0, quick=False),
+)  # fmt: skip
+
+
+class Stepper:
+    """An optimiser on parameters of its own, with gradients that stay as they are."""
+
+    def __init__(
+        self,
+        case: StepCase,
+        shapes: Shapes,
+        device: torch.device,
+        backend: str,
+        dtype: torch.dtype,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        options = {"dtype": dtype, "device": device}
+        self.parameters = [
+            torch.empty(s, **options).normal_(0, 0.02, generator=generator).requires_grad_()
+            for s in shapes
+        ]
+        for p in self.parameters:
+            p.grad = torch.empty_like(p).detach().normal_(0, 1, generator=generator)
+        self.step, self.plain = case.build(self.parameters, backend)
+
+
+def check(case: StepCase, shapes: Shapes, device: torch.device, backend: str) -> dict[str, Any]:
+    """Three float32 steps of one of our optimisers against the plain formulation in float64.
+
+    Returns:
+        "ok" and the share of elements that have ended elsewhere: a selection that hangs on the last
+        bit of two coefficients turns some of a chunk's signs. "ok" alone for what is not ours.
+    """
+    if not case.ours:
+        return {"ok": True, "against": "nothing: it is what others are compared with"}
+    ours = Stepper(case, shapes, device, backend, FP32)
+    wide = [p.detach().double().requires_grad_() for p in ours.parameters]
+    for p, own in zip(wide, ours.parameters, strict=True):
+        p.grad = own.grad.double() if own.grad is not None else None
+    plain = PlainDeMo(wide, RATE, 32 if "k=32" in case.name else 8)
+    for _ in range(3):
+        ours.step()
+        with torch.no_grad():
+            torch._foreach_mul_(wide, 1 - RATE * WEIGHT_DECAY)
+        plain.step()
+    ours.plain()
+    off = [
+        int(((p.double() - q).abs() > 0.1 * RATE).sum())
+        for p, q in zip(ours.parameters, wide, strict=True)
+    ]
+    share = sum(off) / elements(shapes)
+    # A delta that is rounded to bf16 orders about one chunk's entries in twenty otherwise.
+    limit = 6e-2 if "bf16 delta" in case.name else 2e-3
+    return {"ok": share <= limit, "against": "plain DeMo in float64, 3 steps", "flips": share}
+
+
+def measure(
+    case: StepCase,
+    layers: str,
+    device: torch.device,
+    backend: str,
+    *,
+    dtype: torch.dtype,
+    copy_gb_per_s: float,
+    budget_ms: float = 400.0,
+    checked_on: str = "small",
+) -> dict[str, Any]:
+    """Check and then time one optimiser.
+
+    Returns:
+        What was found, for JSON; without times where the check failed. Memory counts parameters,
+        gradients and state; the peak has the step's temporary memory too.
+    """
+    shapes = SETS[layers]
+    dtype = case.dtype or dtype
+    least = case.accesses * dtype.itemsize + case.state_bytes
+    record: dict[str, Any] = {
+        "name": case.name,
+        "set": layers,
+        "dtype": str(dtype),
+        "elements": elements(shapes),
+        "bytes_per_element": least,
+        "floor_ms": least * elements(shapes) / copy_gb_per_s / 1e6,
+        "check": check(case, SETS[checked_on], device, backend),
+    }
+    if not record["check"]["ok"]:
+        return record
+    release(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    stepper = Stepper(case, shapes, device, backend, dtype)
+    record["ms"] = percentiles(milliseconds(stepper.step, device, budget_ms=budget_ms))
+    record["launches"] = launches(stepper.step, device)
+    record["floor_fraction"] = record["floor_ms"] / record["ms"]["p50"]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        stepper.step()
+        torch.cuda.synchronize(device)
+        record["gb_held"] = (torch.cuda.memory_allocated(device) - before) / 1e9
+        record["gb_peak"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    del stepper
+    release(device)
+    return record
+
+
+GRAPHS = (
+    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True, static=True), 4, 12),
+    StepCase("DeMo k=8", _demo(8), 3, 8),
+)
+
+
+def measure_graph(
+    case: StepCase,
+    layers: str,
+    device: torch.device,
+    backend: str,
+    *,
+    checked_on: str = "small",
+    budget_ms: float = 200.0,
+) -> dict[str, Any]:
+    """Time a step as a CUDA graph, if two replays give the same bits as two steps.
+
+    Parameters are in bfloat16. On a CPU, which has no graphs, the step itself stands in for one.
+    """
+    eager, graphed = (Stepper(case, SETS[checked_on], device, backend, BF16) for _ in range(2))
+    for _ in range(2):
+        eager.step()
+        graphed.step()
+    replay = capture(graphed.step, device)
+    for _ in range(2):
+        eager.step()
+        replay()
+    same = all(torch.equal(a, b) for a, b in zip(eager.parameters, graphed.parameters, strict=True))
+    record: dict[str, Any] = {
+        "name": case.name,
+        "set": layers,
+        "captured": device.type == "cuda",
+        "check": {"ok": same, "against": "two steps without a graph, bit for bit"},
+    }
+    if not same:
+        return record
+    del eager, graphed, replay
+    release(device)
+    stepper = Stepper(case, SETS[layers], device, backend, BF16)
+    for _ in range(2):
+        stepper.step()
+    replay = capture(stepper.step, device)
+    record["ms"] = percentiles(milliseconds(replay, device, budget_ms=budget_ms))
+    return record
+
+
+def capture(step: Step, device: torch.device) -> Step:
+    """A function that replays a step."""
+    if device.type != "cuda":
+        return step
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def release(device: torch.device) -> None:
+    """Give back memory of what is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+HEADER = (
+    f"{'optimiser step':<42} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'floor ms':>9} "
+    f"{'launches':>8} {'GB held':>8} {'GB peak':>8}"
+)
+
+
+def line(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "ms" not in record:
+        return f"{record['name']:<42} WRONG {record['check']}"
+    times = " ".join(f"{record['ms'][p]:9.3f}" for p in ("p20", "p50", "p80"))
+    held = " ".join(
+        f"{record[key]:8.2f}" if key in record else "" for key in ("gb_held", "gb_peak")
+    )
+    rest = f"{record['floor_ms']:9.3f} {record['launches'] or '':>8} {held}"
+    return f"{record['name']:<42} {times} {rest}"
