@@ -1,4 +1,4 @@
-"""Selection, quantisation, the byte form of indices, and the checks of peers' results."""
+"""The transform's basis, quantisation, the byte form of indices, and checks of peers' results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from psyche_fast.distro import Distro, DistroResult, quantize_1bit, validate_res
 from psyche_fast.distro.basis import dct_basis
 from psyche_fast.distro.layout import chunk_side
 from psyche_fast.kernels.plan import Member, cut_slices
-from psyche_fast.kernels.reference.topk import largest
 from tests import oracles
 from tests.distro.support import random_arrays, set_gradients, to_parameters
 
@@ -33,32 +32,6 @@ def test_basis(n):
 def test_chunk_side(target):
     for n in (1, 2, 6, 7, 49, 64, 67, 96, 106, 128, 1000, 50257):
         assert chunk_side(n, target) == oracles.chunk_side(n, target), n
-
-
-# Sizes that are ranked by runs and sizes that are not; 4096 is the usual chunk.
-@pytest.mark.parametrize(
-    ("totalk", "k"), [(1, 1), (12, 5), (13, 13), (61, 3), (160, 8), (4096, 8), (4096, 64)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_largest_is_exact_whatever_the_ties(totalk, k, dtype):
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randint(-3, 4, (6, totalk), generator=generator).to(dtype)  # ties everywhere
-    rows = torch.stack(
-        [
-            *whole,
-            torch.zeros(totalk, dtype=dtype),
-            torch.full((totalk,), -2.5, dtype=dtype),
-            torch.arange(totalk, dtype=dtype) % 2 * 1e-40,  # denormals
-            torch.randn(totalk, generator=generator, dtype=torch.float64).to(dtype),
-        ]
-    )
-    expected = [oracles.top_k(row.double().numpy(), k)[0] for row in rows]
-    assert largest(rows.unsqueeze(-1), k).tolist() == expected
-
-
-def test_largest_takes_nan_and_infinity_first():
-    row = torch.tensor([[1.0, float("inf"), 3.0, float("nan"), -2.0]])
-    assert largest(row.unsqueeze(-1), 2).tolist() == [[1, 3]]
 
 
 def test_quantise_keeps_signs():
