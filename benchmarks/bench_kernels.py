@@ -4,7 +4,7 @@
     python -m pytest benchmarks/bench_kernels.py              # the same under pytest-benchmark
     python benchmarks/plot.py results.json --out folder       # draws it
 
-On a CPU the twins run ("small", 5 M elements), on CUDA all, by default on the layers of a 1.2B
+On a CPU the twins run ("small", 5.5 M elements), on CUDA all, by default on the layers of a 1.2B
 model. Implementations: `triton` (`interpret` with --interpret: the same kernels in Triton's
 interpreter, whose times mean nothing), `torch`, the twin, and `plain`, what the reference DeMo does
 parameter by parameter (einsum, topk, scatter-mean), or a loop over parameters where DeMo has
@@ -44,6 +44,7 @@ from benchmarks.common import (
     percentiles,
     write_json,
 )
+from benchmarks.kernel_data import Data, Work
 from benchmarks.shapes import SETS
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -63,7 +64,7 @@ class Case:
 
     kernel: str
     variant: str
-    build: Callable[[make.Data, str], make.Work]
+    build: Callable[[Data, str], Work]
     target: float | None = None
     quick: bool = False
 
@@ -117,8 +118,8 @@ CASES = tuple(_cases())
 
 def measure(
     case: Case,
-    data: make.Data,
-    work: make.Work,
+    data: Data,
+    work: Work,
     implementation: str,
     *,
     copy_gb_per_s: float,
@@ -161,7 +162,7 @@ def kernel_backend(device: torch.device) -> str | None:
     return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
-def implementations(work: make.Work, device: torch.device) -> list[str]:
+def implementations(work: Work, device: torch.device) -> list[str]:
     """What can be timed here, kernels first."""
     backend = kernel_backend(device)
     names = [backend] if backend else []
@@ -192,7 +193,7 @@ def run(
     Yields:
         A record per implementation, as `measure` returns it.
     """
-    data = make.Data(SETS[layers], device, dtype)
+    data = Data(SETS[layers], device, dtype)
     for case in cases:
         work = case.build(data, kernel_backend(device) or "torch")
         for name in implementations(work, device):
@@ -231,13 +232,13 @@ def _here() -> tuple[torch.device, str, torch.dtype]:
 
 
 @pytest.fixture(scope="module")
-def data() -> make.Data:
+def data() -> Data:
     device, layers, dtype = _here()
-    return make.Data(SETS[layers], device, dtype)
+    return Data(SETS[layers], device, dtype)
 
 
 @pytest.fixture(scope="module")
-def bandwidth(data: make.Data) -> float:
+def bandwidth(data: Data) -> float:
     return copy_bandwidth(data.device)
 
 

@@ -215,7 +215,7 @@ def sweeps(run: Run) -> None:
     import torch
 
     from benchmarks import sweeps as questions
-    from benchmarks.kernel_cases import Data
+    from benchmarks.kernel_data import Data
     from benchmarks.shapes import SETS
 
     data = Data(SETS[run.layers], run.device, torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_distro_step import dct
+from benchmarks.plain_demo import dct
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 
 RATE = 4e-4

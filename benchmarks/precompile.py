@@ -15,7 +15,7 @@ import torch
 from triton.errors import TritonError
 
 from benchmarks import bench_kernels, step_cases, sweeps
-from benchmarks.kernel_cases import Data
+from benchmarks.kernel_data import Data
 from benchmarks.shapes import SETS
 from psyche_fast.kernels import autotune, tuning
 from psyche_fast.kernels.workloads import workload

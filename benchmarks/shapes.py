@@ -35,8 +35,8 @@ def llama(
 SETS: dict[str, Shapes] = {
     # For Triton's interpreter: two chunks of 64 x 64, some of 1 x 64, a vector.
     "tiny": [(64, 128), (67, 64), (192,)],
-    # For CPUs: 5.0 million elements.
-    "small": gpt2(vocabulary=1024, positions=64, width=256, layers=6),
+    # For CPUs: 5.5 million elements.
+    "small": gpt2(vocabulary=3008, positions=64, width=256, layers=6),
     # GPT-2. Its vocabulary is a prime number: the embedding falls into chunks of 1 x 64.
     "125M": gpt2(vocabulary=50257, positions=1024, width=768, layers=12),
     # The worst class alone.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_distro_step import PlainDeMo
 from benchmarks.common import launches, milliseconds, percentiles
+from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import SETS, Shapes, elements
 from psyche_fast.distro import DeMo, Distro
 

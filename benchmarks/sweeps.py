@@ -17,6 +17,7 @@ from triton.errors import TritonError
 
 from benchmarks import kernel_cases as make
 from benchmarks.common import milliseconds, percentiles
+from benchmarks.kernel_data import Data, Work
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.autotune import gpu_name, using
 from psyche_fast.kernels.triton import operations
@@ -37,11 +38,11 @@ class Sweep:
 
     name: str
     kernel: str
-    builds: tuple[tuple[str, Callable[[make.Data, str], make.Work]], ...]
+    builds: tuple[tuple[str, Callable[[Data, str], Work]], ...]
     settings: tuple[Options, ...]
 
 
-def _encode(*ks: int) -> tuple[tuple[str, Callable[[make.Data, str], make.Work]], ...]:
+def _encode(*ks: int) -> tuple[tuple[str, Callable[[Data, str], Work]], ...]:
     return tuple((f"encode k={k}", partial(make.encode, k=k)) for k in ks)
 
 
@@ -102,7 +103,7 @@ SWEEPS = (
 
 
 def run(
-    data: make.Data, backend: str, *, budget_ms: float = 100.0, quick: bool = False
+    data: Data, backend: str, *, budget_ms: float = 100.0, quick: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Measure everything, most wanted first.
 
@@ -144,7 +145,7 @@ def applied(sweep: Sweep, changes: Options, path: Path, device: torch.device) ->
         yield
 
 
-def _measured(work: make.Work, backend: str, data: make.Data, budget_ms: float) -> dict[str, Any]:
+def _measured(work: Work, backend: str, data: Data, budget_ms: float) -> dict[str, Any]:
     try:
         check = work.check(backend)
     except TritonError as error:  # registers or shared memory do not suffice
