@@ -34,26 +34,40 @@ def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple
     n, totalk = coefficients.shape
     if k == totalk:
         return torch.arange(k, device=coefficients.device).expand(n, k), coefficients
-    run = run_length(totalk, k)
-    if coefficients.dtype != torch.float32:
+    if coefficients.dtype == torch.float32:
+        index = _chosen(coefficients, k, maxima)
+    else:
         # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the
         # lower index first.
-        order = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices
-        index = order[:, :k].sort(dim=-1).values
-        return index, coefficients.gather(1, index)
+        index = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    index = index.sort(dim=-1).values
+    return index, coefficients.gather(1, index)
+
+
+def _chosen(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
+    """Indices of each row's `k` largest magnitudes in no particular order, int64 `[n, k]`."""
+    n, totalk = coefficients.shape
+    if k == totalk:
+        return torch.arange(k, device=coefficients.device).expand(n, k)
+    run = run_length(totalk, k)
+    # An index counted from the end: the lower of two comes first by having the larger number.
+    reverse = torch.arange(totalk - 1, -1, -1, device=coefficients.device)
     if run == 1:
-        return _by_key(coefficients, k)
-    if maxima is None:
-        maxima = run_maxima(coefficients, run)
-    # The runs are in order, and so are their members: candidates with a lower number have a lower
-    # index.
-    chosen, _ = largest(maxima, k)
-    first = torch.arange(0, n * maxima.shape[1], maxima.shape[1], device=chosen.device)
-    members = (chosen + first.unsqueeze(1)).view(-1)
-    candidates = coefficients.view(-1, run).index_select(0, members).view(n, k * run)
-    number, values = _by_key(candidates, k)
-    slot = number.div(run, rounding_mode="floor")
-    return chosen.gather(1, slot).sub_(slot).mul_(run).add_(number), values
+        keys = _magnitude_keys(coefficients).bitwise_or_(reverse)
+    else:
+        runs = _chosen(run_maxima(coefficients, run) if maxima is None else maxima, k)
+        first = torch.arange(0, n * (totalk // run), totalk // run, device=runs.device)
+        members = runs.add(first.unsqueeze(1)).view(-1)
+        keys = _magnitude_keys(coefficients.view(-1, run).index_select(0, members))
+        own = reverse.view(-1, run).index_select(0, runs.reshape(-1))
+        keys = keys.bitwise_or_(own).view(n, k * run)
+    best = keys.topk(k, dim=-1, sorted=False).values.bitwise_and_(0xFFFFFFFF)
+    return best.neg_().add_(totalk - 1)
+
+
+def _magnitude_keys(values: Tensor) -> Tensor:
+    """Magnitudes' bits in the upper half of int64 numbers."""
+    return (values.view(torch.int32) & _MAGNITUDE_BITS).to(torch.int64).bitwise_left_shift_(32)
 
 
 def run_maxima(coefficients: Tensor, run: int) -> Tensor:
@@ -62,16 +76,6 @@ def run_maxima(coefficients: Tensor, run: int) -> Tensor:
     # Pooling takes the maxima in one vectorised pass; a reduction over a short last dimension takes
     # twice as long.
     return max_pool1d(magnitudes.unsqueeze(1), run).squeeze(1)
-
-
-def _by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Column numbers of each row's `k` largest magnitudes, ascending, and the values there."""
-    last = values.shape[1] - 1
-    keys = (values.view(torch.int32) & _MAGNITUDE_BITS).to(torch.int64).bitwise_left_shift_(32)
-    keys.bitwise_or_(torch.arange(last, -1, -1, device=keys.device))
-    best = keys.topk(k, dim=-1, sorted=False).values.bitwise_and_(0xFFFFFFFF)
-    number = best.neg_().add_(last).sort(dim=-1).values
-    return number, values.gather(1, number)
 
 
 @lru_cache(maxsize=256)
