@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from psyche_fast.distro.layout import Layout
+from psyche_fast.distro.layout import Layout, ParameterLayout
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
 
@@ -86,7 +86,7 @@ def collect(
         For each plan, the peers' entries side by side in peer order.
     """
     for peer, own in enumerate(results):
-        _check_form(own, layout, f"{sender} {peer}")
+        check_form(own, layout.parameters, f"{sender} {peer}")
     entries = [_gather(plan, results) for plan in layout.plans]
     flags: dict[torch.device, list[Tensor]] = {}
     for plan, e in zip(layout.plans, entries, strict=True):
@@ -96,13 +96,20 @@ def collect(
     return entries
 
 
-def _check_form(results: Sequence[DistroResult], layout: Layout, who: str) -> None:
-    if len(results) != len(layout.parameters):
+def check_form(
+    results: Sequence[DistroResult], parameters: Sequence[ParameterLayout], who: str
+) -> None:
+    """Check count, shapes, dtypes and `totalk` of one peer's results.
+
+    Raises:
+        ValueError: naming the peer and the parameter.
+    """
+    if len(results) != len(parameters):
         raise ValueError(
             f"{who} sent {len(results)} results, expected one for each of "
-            f"{len(layout.parameters)} parameters"
+            f"{len(parameters)} parameters"
         )
-    for r, p in zip(results, layout.parameters, strict=True):
+    for r, p in zip(results, parameters, strict=True):
         expected = (
             ("xshape", tuple(r.xshape), p.xshape),
             ("totalk", r.totalk, p.totalk),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,12 @@ def chunk_side(n: int, target: int) -> int:
     if n == 0:
         return 1
     return next(side for side in range(min(n, target), 0, -1) if n % side == 0)
+
+
+def _encoded(sizes: tuple[int, ...], h: int, w: int) -> tuple[int, ...]:
+    if len(sizes) == 1:
+        return (sizes[0] // w, w)
+    return (*sizes[:-2], sizes[-2] // h, sizes[-1] // w, h, w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +81,16 @@ class ParameterLayout:
             raise ValueError(f"parameter {name} must be floating point, got {dtype}")
         sizes = tuple(shape) or (1,)
         w = chunk_side(sizes[-1], compression_chunk)
-        xshape: tuple[int, ...]
-        if len(sizes) == 1:
-            h, xshape = 1, (sizes[0] // w, w)
-        else:
-            h = chunk_side(sizes[-2], compression_chunk)
-            xshape = (*sizes[:-2], sizes[-2] // h, sizes[-1] // w, h, w)
+        h = 1 if len(sizes) == 1 else chunk_side(sizes[-2], compression_chunk)
         k = min(compression_topk, h * w)
-        return cls(name, tuple(shape), dtype, device, h, w, k, xshape)
+        return cls(name, tuple(shape), dtype, device, h, w, k, _encoded(sizes, h, w))
+
+    def part(self, shape: Sequence[int]) -> ParameterLayout:
+        """The same chunks for a part of the parameter that cuts none of them."""
+        shape = tuple(shape)
+        assert shape[-1] % self.w == 0
+        assert len(shape) == 1 or shape[-2] % self.h == 0
+        return replace(self, shape=shape, xshape=_encoded(shape, self.h, self.w))
 
     @property
     def totalk(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
 from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.codec import DistroResult, collect, to_results
+from psyche_fast.distro.codec import DistroResult, check_form, collect, to_results
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
-from psyche_fast.distro.placement import full_gradient, local_tensor, signed_update
+from psyche_fast.distro.placement import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
@@ -42,8 +42,11 @@ class Distro:
     (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the
     parameter's dtype.
 
-    DTensor parameters are taken: state and results then cover the whole parameter on every rank of
-    its mesh, and `generate` is a collective over it.
+    DTensor parameters are taken (FSDP2, tensor parallelism): a rank's state and results are those
+    of its own chunks, and the peers that it exchanges them with are the ranks with the same place
+    in other replicas. Shards whose edges are edges of chunks are worked on where they lie. Chunks
+    that are cut are divided among the ranks that share them, and the methods are collectives of
+    these.
 
     Args:
         named_parameters: (name, tensor) pairs or a dict. Those that require gradients are taken,
@@ -55,8 +58,7 @@ class Distro:
         weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
             in `generate`.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
-        fused: keep the parameters in the look-ahead between steps; not for DTensor parameters,
-            which are handled as without it.
+        fused: keep the parameters in the look-ahead between steps.
         master_copy: undo the look-ahead from a copy. False saves the copy's memory and adds the
             look-ahead back instead, which rounding makes inexact for parameters in half precision:
             peers then drift apart (Psyche's way).
@@ -67,7 +69,7 @@ class Distro:
         backends: the backend of every chunk class.
         refused: 0-d int64, how many gradients were left out because `grad_scale` was a tensor that
             was not finite; on the device.
-        layout: how they are cut; what `validate_results` wants.
+        layout: how this rank's part of them is cut; what `validate_results` wants.
 
     Raises:
         ValueError: an argument out of range, a name twice, no parameter that requires gradients.
@@ -104,7 +106,7 @@ class Distro:
             if name == following:
                 raise ValueError(f"named_parameters holds {name} twice")
         self._parameters = [p for _, p in taken]
-        layouts = [
+        wholes = [
             ParameterLayout.of(
                 name,
                 p.shape,
@@ -115,12 +117,13 @@ class Distro:
             )
             for name, p in taken
         ]
-        warn_of_tiny_chunks(layouts, compression_chunk)
-        self.layout = Layout(layouts, delta_dtype=delta_dtype)
+        warn_of_tiny_chunks(wholes, compression_chunk)
+        self._wholes = wholes
+        self._parts = Parts(self._parameters, wholes)
+        self.layout = Layout(self._parts.layouts, delta_dtype=delta_dtype)
         self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
         self._delta = self.layout.zeros()
-        self._sharded = any(isinstance(p, DTensor) for p in self._parameters)
-        self._fused = fused and not self._sharded
+        self._fused = fused
         self._master_copy = master_copy
         self._master: list[Tensor] = []
         self._looking_ahead = False
@@ -152,12 +155,14 @@ class Distro:
             if self._current and _same(self._ahead_rate, prev_lr):
                 return
             self.plain()
+        self._parts.pull()
         if self._master_copy:
-            local = [local_tensor(p) for p in self._parameters]
+            own = self._parts.tensors()
             if not self._master:
-                self._master = [torch.empty_like(t) for t in local]
-            torch._foreach_copy_(self._master, local)
+                self._master = [torch.empty_like(t) for t in own]
+            torch._foreach_copy_(self._master, own)
         self._signed(self._delta, prev_lr)
+        self._parts.push()
         self._looking_ahead, self._current, self._ahead_rate = True, True, prev_lr
 
     @torch.no_grad()
@@ -169,10 +174,11 @@ class Distro:
         if not self._looking_ahead:
             return
         if self._master_copy:
-            torch._foreach_copy_([local_tensor(p) for p in self._parameters], self._master)
+            torch._foreach_copy_(self._parts.tensors(), self._master)
         else:
             rate = self._ahead_rate
             self._signed(self._delta, -rate)
+        self._parts.push()
         self._looking_ahead = False
 
     def plain(self) -> None:
@@ -218,7 +224,7 @@ class Distro:
         if isinstance(grad_scale, Tensor):
             self.refused += ~grad_scale.isfinite()
         # Without a master copy the kernel that reads delta undoes the look-ahead in passing.
-        in_place = self._looking_ahead and not self._master_copy and not self._sharded
+        in_place = self._looking_ahead and not self._master_copy
         shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
         if not in_place:
             if not self._fused:
@@ -228,15 +234,16 @@ class Distro:
             if not self._fused:
                 self._finish_decay()
         entries = []
+        tensors, gradients = self._parts.tensors(), self._parts.gradients()
         for plan, backend, delta, own in zip(
             self.layout.plans, self.backends, self._delta, previous, strict=True
         ):
-            members = [self._parameters[m.position] for m in plan.members]
+            members = [tensors[m.position] for m in plan.members]
             entries.append(
                 kernels.encode(
                     plan,
                     delta,
-                    [full_gradient(p) for p in members],
+                    [gradients[m.position] for m in plan.members],
                     _every(lr, plan),
                     decay=self.compression_decay,
                     gradient_scale=grad_scale,
@@ -250,6 +257,7 @@ class Distro:
         self._current = False
         if in_place:
             self._looking_ahead = False
+            self._parts.push()
         return to_results(self.layout, entries)
 
     @torch.no_grad()
@@ -274,16 +282,20 @@ class Distro:
         if not results:
             return
         entries = collect(results, self.layout)
+        if not self._looking_ahead:
+            self._parts.pull()
         if not self._fused:
             self._signed(entries, lr)
+            self._parts.push()
             return
         # The plain parameters are the master copy where there is one and it is in use.
-        plain: Sequence[Tensor] = self._parameters
+        tensors = self._parts.tensors()
+        plain: Sequence[Tensor] = tensors
         if self._master_copy:
             if not self._master:
-                self._master = [p.detach().clone() for p in self._parameters]
+                self._master = [t.clone() for t in tensors]
             elif not self._looking_ahead:
-                torch._foreach_copy_(self._master, [p.detach() for p in self._parameters])
+                torch._foreach_copy_(self._master, tensors)
             plain = self._master
         for plan, backend, delta, e in zip(
             self.layout.plans, self.backends, self._delta, entries, strict=True
@@ -294,10 +306,11 @@ class Distro:
                 e,
                 _every(lr, plan),
                 shrinks=None if self._shrink is None else _every(self._shrink, plan),
-                ahead=[self._parameters[m.position] for m in plan.members],
+                ahead=[tensors[m.position] for m in plan.members],
                 delta=delta,
                 backend=backend,
             )
+        self._parts.push()
         self._shrink = None
         self._looking_ahead, self._current, self._ahead_rate = True, True, lr
 
@@ -308,18 +321,26 @@ class Distro:
             delta.zero_()
 
     def deltas(self) -> dict[str, Tensor]:
-        """The momentum by parameter name, in the encoded shape; views, not copies."""
-        return dict(zip(self.names, self.layout.views(self._delta), strict=True))
+        """The momentum by parameter name, in the encoded shape; views where they can be.
 
+        Of a sharded parameter a DTensor, or the whole where its chunks have been divided among
+        ranks, which makes this a collective.
+        """
+        views = enumerate(self.layout.views(self._delta))
+        return dict(zip(self.names, (self._parts.whole(i, v) for i, v in views), strict=True))
+
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state on the CPU: `{"delta": {name: tensor in the encoded shape}}`.
 
         The encoded shape is `[..., R/h, C/w, h, w]`, `[N/w, w]` for a vector. Parameters are not
-        part of it.
+        part of it. That of a sharded parameter is whole on every rank; a collective then.
         """
-        deltas = self.deltas().items()
-        return {"delta": {name: delta.to("cpu", copy=True) for name, delta in deltas}}
+        return {
+            "delta": {n: _full(delta).to("cpu", copy=True) for n, delta in self.deltas().items()}
+        }
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned; deltas of another dtype are converted.
 
@@ -333,11 +354,46 @@ class Distro:
         for name in sorted(set(saved) ^ set(self.names)):
             where = "no such parameter here" if name in saved else "missing from the saved state"
             raise ValueError(f"delta of parameter {name}: {where}")
-        for p in self.layout.parameters:
+        for p in self._wholes:
             check_delta_shape(p, saved[p.name])
         self.plain()
-        for p, delta in zip(self.layout.parameters, self.layout.views(self._delta), strict=True):
-            delta.copy_(saved[p.name])
+        for i, (name, delta) in enumerate(
+            zip(self.names, self.layout.views(self._delta), strict=True)
+        ):
+            delta.copy_(self._parts.own(i, saved[name].to(delta.device)).view(delta.shape))
+
+    @torch.no_grad()
+    def whole_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
+        """Results over whole parameters, the same on every rank, from each rank's own.
+
+        For exchanges that know nothing of shards. A collective over the ranks of a replica.
+        """
+        return [
+            replace(
+                r,
+                sparse_idx=_full(self._parts.whole(i, r.sparse_idx)),
+                sparse_val=_full(self._parts.whole(i, r.sparse_val)),
+                xshape=whole.xshape,
+            )
+            for i, (r, whole) in enumerate(zip(results, self._wholes, strict=True))
+        ]
+
+    def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
+        """This rank's part of results over whole parameters.
+
+        Raises:
+            ValueError: they are not over these parameters.
+        """
+        check_form(results, self._wholes, "whole results")
+        return [
+            replace(
+                r,
+                sparse_idx=self._parts.own(i, r.sparse_idx).view(part.index_shape),
+                sparse_val=self._parts.own(i, r.sparse_val).view(part.value_shape),
+                xshape=part.xshape,
+            )
+            for i, (r, part) in enumerate(zip(results, self.layout.parameters, strict=True))
+        ]
 
     def _previous(
         self, results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None
@@ -361,33 +417,27 @@ class Distro:
         if self._shrink is None:
             return
         with torch.no_grad():
-            local = [local_tensor(p) for p in self._parameters]
-            plain = self._master if self._looking_ahead and self._master_copy else local
-            torch._foreach_mul_(plain, self._shrink)
+            in_master = self._looking_ahead and self._master_copy
+            if not in_master:
+                self._parts.pull()
+            torch._foreach_mul_(self._master if in_master else self._parts.tensors(), self._shrink)
+            if not in_master:
+                self._parts.push()
         self._shrink = None
 
     def _signed(self, what: Sequence[Tensor | Entries], rate: float | Tensor) -> None:
         """`parameters -= rate * sign` of delta, or of the decoded mean of entries."""
+        tensors = self._parts.tensors()
         for plan, backend, source in zip(self.layout.plans, self.backends, what, strict=True):
-            members = [self._parameters[m.position] for m in plan.members]
-            if self._sharded:
-                signed_update(members, float(rate), partial(_step, plan, backend, source))
+            targets = [tensors[m.position] for m in plan.members]
+            if isinstance(source, Entries):
+                kernels.apply(plan, targets, source, _every(rate, plan), backend=backend)
             else:
-                _step(plan, backend, source, members, _every(rate, plan))
+                kernels.lookahead(plan, targets, source, _every(rate, plan), backend=backend)
 
 
-def _step(
-    plan: ChunkPlan,
-    backend: str,
-    source: Tensor | Entries,
-    targets: Sequence[Tensor],
-    rates: Rates,
-) -> None:
-    """`targets -= rates * sign` of a delta or of the decoded mean of entries."""
-    if isinstance(source, Entries):
-        kernels.apply(plan, targets, source, rates, backend=backend)
-    else:
-        kernels.lookahead(plan, targets, source, rates, backend=backend)
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:

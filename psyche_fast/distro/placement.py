@@ -1,23 +1,29 @@
-"""Sharded parameters (DTensor: FSDP2, tensor parallelism) in their plain form.
+"""Sharded parameters (DTensor: FSDP2, tensor parallelism): which chunks this rank works on.
 
-State and results cover the whole parameter on every rank: gradients are gathered, the arithmetic is
-repeated by every rank of the mesh, and each takes its shard of the sign update. Everything that
+A chunk is transformed on one rank only (but for ranks that hold the same data). Where the cut into
+shards falls on the chunks' edges, a rank works on its own shard where it lies, and nothing travels.
+The chunks of other parameters are divided among the ranks that share them: gradients travel from
+shards to chunks, parameters back, those of all such parameters together.
+
+Whole tensors are made for `state_dict` and for results that leave the replica only. Everything that
 knows about DTensor is in this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-def full_gradient(parameter: Tensor) -> Tensor | None:
-    """The gradient of the whole parameter or None; a collective for sharded parameters."""
-    gradient = parameter.grad
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+from psyche_fast.distro.layout import ParameterLayout
+from psyche_fast.distro.scattered import Scattered, Slab
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -25,32 +31,186 @@ def local_tensor(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def signed_update(
-    parameters: Sequence[Tensor],
-    learning_rate: float,
-    update: Callable[[Sequence[Tensor], Sequence[float]], None],
-) -> None:
-    """Run an update of the form `parameter -= learning_rate * sign` on shards too.
-
-    A plain parameter is its own target. A sharded one gets a whole tensor of zeros and the rate -1,
-    which leaves the sign itself there; the shard of it is then subtracted from the local part by
-    the same arithmetic.
+def is_aligned(whole: ParameterLayout, parameter: DTensor) -> bool:
+    """Whether no chunk of a parameter is cut by the edge of a shard, on any rank.
 
     Args:
-        parameters: plain tensors or DTensors.
-        learning_rate: the rate.
-        update: subtracts in place, one target and rate per parameter.
+        whole: how the whole parameter is cut into chunks.
+        parameter: sharded.
     """
-    targets, rates = [], []
-    for p in parameters:
-        sharded = isinstance(p, DTensor)
-        targets.append(torch.zeros(p.shape, dtype=p.dtype, device=p.device) if sharded else p)
-        rates.append(-1.0 if sharded else learning_rate)
-    update(targets, rates)
-    for p, target in zip(parameters, targets, strict=True):
-        if isinstance(p, DTensor):
-            # src_data_rank=None: every rank holds the same whole tensor, so cutting it needs no
-            # communication.
-            shard = distribute_tensor(target, p.device_mesh, p.placements, src_data_rank=None)
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            p.to_local().sub_(shard.to_local().to(wide), alpha=learning_rate)
+    sides = (*[1] * (len(whole.shape) - 2), whole.h, whole.w)[-len(whole.shape) :]
+    sizes = list(whole.shape)
+    for dim, ranks in _cuts(parameter):
+        # As torch.chunk: all but the last ones are of this size.
+        part = -(-sizes[dim] // ranks)
+        if part % sides[dim] and part < sizes[dim]:
+            return False
+        sizes[dim] = part
+    return True
+
+
+def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
+    """Dimension and number of ranks of each cut, in the order in which they are made."""
+    mesh, cuts = parameter.device_mesh, []
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if dim is None:
+            raise ValueError(f"a parameter placed as {placement} cannot be trained with DisTrO")
+        # FSDP2's cut of what tensor parallelism has cut before stands first in the mesh.
+        strided = getattr(placement, "split_factor", 1) > 1
+        cuts.append((strided, dim % parameter.dim(), mesh.size(axis)))
+    return [(dim, ranks) for _, dim, ranks in sorted(cuts, key=lambda cut: cut[0])]
+
+
+def sharing_group(parameter: DTensor) -> dist.ProcessGroup:
+    """The ranks that hold different parts of a parameter; a collective where it has to be made."""
+    mesh = parameter.device_mesh
+    axes = [i for i, p in enumerate(parameter.placements) if not p.is_replicate()]
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
+    assert len(axes) == mesh.ndim, "sharded along some axes of a mesh of more than two"
+    return _group_of_mesh(mesh)
+
+
+@cache
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    ranks = mesh.mesh.flatten().tolist()
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def slab(parameter: DTensor) -> Slab:
+    """Where this rank's shard begins in the whole parameter, and its sizes."""
+    shape, start = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return Slab(tuple(start), tuple(shape))
+
+
+class Parts:
+    """What this rank works on in place of each parameter: plain tensors of whole chunks.
+
+    Args:
+        parameters: plain tensors or DTensors; a collective over the ranks that share those of the
+            latter whose chunks are cut.
+        wholes: how the whole parameters are cut into chunks.
+
+    Attributes:
+        layouts: how this rank's part of each parameter is cut.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], wholes: Sequence[ParameterLayout]) -> None:
+        self._parameters = list(parameters)
+        self._wholes = list(wholes)
+        shared: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[int]] = {}
+        self.layouts: list[ParameterLayout] = []
+        for i, (p, whole) in enumerate(zip(parameters, wholes, strict=True)):
+            if not isinstance(p, DTensor):
+                self.layouts.append(whole)
+            elif is_aligned(whole, p):
+                self.layouts.append(whole.part(p.to_local().shape))
+            else:
+                self.layouts.append(whole)  # until its chunks are divided
+                shared.setdefault((sharing_group(p), p.dtype, p.device), []).append(i)
+        self._scattered: list[tuple[list[int], Scattered]] = []
+        self._chunks: dict[int, Tensor] = {}
+        self._where: dict[int, tuple[Scattered, int]] = {}
+        for (group, dtype, device), members in shared.items():
+            slabs = [slab(parameters[i]) for i in members]  # type: ignore[arg-type]
+            moved = Scattered([wholes[i] for i in members], slabs, group, device)
+            self._scattered.append((members, moved))
+            for number, i in enumerate(members):
+                self.layouts[i] = moved.layouts[number]
+                self._where[i] = (moved, number)
+                self._chunks[i] = torch.empty(
+                    moved.layouts[number].shape, dtype=dtype, device=device
+                )
+
+    @property
+    def any_scattered(self) -> bool:
+        """Whether chunks of some parameter have been divided among ranks."""
+        return bool(self._scattered)
+
+    def tensors(self) -> list[Tensor]:
+        """This rank's part of each parameter, sharing the parameter's memory where it can."""
+        return [
+            self._chunks[i] if i in self._chunks else local_tensor(p.detach())
+            for i, p in enumerate(self._parameters)
+        ]
+
+    def gradients(self) -> list[Tensor | None]:
+        """This rank's part of each gradient; a collective where chunks have been divided."""
+        found: list[Tensor | None] = []
+        for p in self._parameters:
+            gradient = p.grad
+            if isinstance(gradient, DTensor):
+                assert isinstance(p, DTensor)
+                if gradient.placements != p.placements:
+                    gradient = gradient.redistribute(placements=p.placements)
+                gradient = gradient.to_local()
+            found.append(gradient)
+        for members, moved in self._scattered:
+            dtype = self._parameters[members[0]].dtype
+            given = [g for i in members if (g := found[i]) is not None]
+            for gradient in given:
+                dtype = torch.promote_types(dtype, gradient.dtype)
+            shards = [
+                moved.zeros(number, dtype) if (g := found[i]) is None else g.to(dtype)
+                for number, i in enumerate(members)
+            ]
+            for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
+                found[i] = chunks
+        return found
+
+    def pull(self) -> None:
+        """Bring divided chunks up to date with the parameters; a collective."""
+        for members, moved in self._scattered:
+            shards = [local_tensor(self._parameters[i].detach()) for i in members]
+            for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
+                self._chunks[i].copy_(chunks)
+
+    def push(self) -> None:
+        """Bring parameters up to date with their divided chunks; a collective."""
+        for members, moved in self._scattered:
+            shards = moved.to_shards([self._chunks[i] for i in members])
+            for i, shard in zip(members, shards, strict=True):
+                local_tensor(self._parameters[i].detach()).copy_(shard)
+
+    def whole(self, position: int, part: Tensor) -> Tensor:
+        """A tensor over all chunks of a parameter, of which each rank has its part.
+
+        Args:
+            position: the parameter's number.
+            part: `[*chunks, ...]` as `layouts[position].lead` has the chunks; any dtype.
+
+        Returns:
+            `[*chunks of the whole, ...]`: a DTensor for a shard that lies where the parameter does,
+            else plain and the same on every rank. A collective for divided chunks.
+        """
+        p, lead = self._parameters[position], self._wholes[position].lead
+        if not isinstance(p, DTensor):
+            return part
+        shape = torch.Size((*lead, *part.shape[len(self.layouts[position].lead) :]))
+        if position in self._where:
+            moved, number = self._where[position]
+            return moved.gather(number, part).view(shape)
+        stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return DTensor.from_local(
+            part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=tuple(stride)
+        )
+
+    def own(self, position: int, whole: Tensor) -> Tensor:
+        """This rank's part of a plain tensor over all chunks of a parameter; see `whole`."""
+        p = self._parameters[position]
+        if not isinstance(p, DTensor):
+            return whole
+        if position in self._where:
+            moved, number = self._where[position]
+            rest = whole.shape[len(self._wholes[position].lead) :]
+            return moved.own(number, whole.reshape(-1, *rest))
+        # src_data_rank=None: every rank holds the same whole tensor.
+        shard = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+        return shard.to_local()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -19,7 +20,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from psyche_fast.distro.layout import chunk_side
+
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep"}
+# The usual compression_chunk, which is not known when a model is loaded. What is on the edges of
+# these chunks is, but for odd sizes, on those of chunks of 32 and 16 too.
+_CHUNK = 64
 _SUM_GRADIENT = "replicated_with_grad_allreduce"
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
@@ -74,9 +80,24 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
             "use --param-dtype float32"
         )
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    place = partial(_placement, ranks=mesh.size())
     for block in blocks(module).values():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+    fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+
+
+def _placement(param: nn.Parameter, ranks: int) -> Shard | None:
+    """A dimension whose even cut is on the edges of DisTrO's chunks; None for FSDP2's choice.
+
+    What is cut there each rank compresses where it lies. The first dimension goes first, since
+    FSDP2 gathers the others with a copy more, and takes even cuts of these only.
+    """
+    local = param.to_local().shape if isinstance(param, DTensor) else param.shape
+    for dim, (whole, size) in enumerate(zip(param.shape, local, strict=True)):
+        side = chunk_side(whole, _CHUNK) if dim >= param.dim() - 2 else 1
+        if size % ranks == 0 and size // ranks % side == 0:
+            return Shard(dim)
+    return None
 
 
 def tensor_parallel(

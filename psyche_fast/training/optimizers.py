@@ -150,6 +150,8 @@ class DistroOptimizer(Optimizer):
         self._quantize = settings.quantize_1bit
         self._peers = peers
         self._exchanges = exchanges
+        # Psyche's rank 0 knows results over whole parameters only.
+        self._shared = any(isinstance(p, DTensor) for p in parameters.values())
         self._own: list[DistroResult] = []
         self._pending: deque[tuple[list[DistroResult], exchange.Pending]] = deque()
 
@@ -164,6 +166,8 @@ class DistroOptimizer(Optimizer):
         if self._exchanges and self._own:
             assert not results, "own results are kept by the ranks"
             results = [self._own]
+        elif self._shared:
+            results = [self._distro.own_results(own) for own in results]
         own = self._distro.generate(results, prev_lr, lr, grad_scale=factor)
         if self._exchanges:
             self._own = own
@@ -172,6 +176,8 @@ class DistroOptimizer(Optimizer):
             pending = exchange.start(tensors, self._peers)
             self._pending.append((sent, pending))
             self.bytes_sent = pending.bytes_sent
+        elif self._shared:
+            own = self._distro.whole_results(own)
         return own
 
     def step(self, results: Results | None, lr: float) -> None:
@@ -185,6 +191,8 @@ class DistroOptimizer(Optimizer):
                 raise ValueError("optimize: the first train's results are applied after the next")
             own, pending = self._pending.popleft()
             results = [_like(own, tensors) for tensors in pending.wait()]
+        elif self._shared:
+            results = [self._distro.own_results(peer) for peer in results]
         self._distro.apply(results, lr)
 
     def plain(self) -> None:
