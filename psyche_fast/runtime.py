@@ -111,22 +111,30 @@ class Counts:
         nonfinite_losses: micro-batches left out because their loss was not finite.
         refused_gradients: replicas whose gradient was refused because it was not finite.
         kept: the weight of the losses that were kept: the loss's own sum is to be divided by it.
+        bytes_sent: what one replica's ranks have sent to other replicas, together.
     """
 
     nonfinite_losses: int
     refused_gradients: int
     kept: float
+    bytes_sent: int
 
 
-def counts(output: TrainOutput, topology: Topology) -> Counts:
+def counts(output: TrainOutput, trainer: Trainer) -> Counts:
     """Adds up over all ranks."""
-    left_out_here = output.kept.new_tensor([float(output.nonfinite_losses)])
-    total = torch.cat([left_out_here, output.refused.float().view(1), output.kept])
+    # float64 holds any number of bytes exactly.
+    here = output.kept.new_tensor(
+        [output.nonfinite_losses, trainer.bytes_sent], dtype=torch.float64
+    )
+    total = torch.cat([here, output.refused.double().view(1), output.kept.double()])
     dist.all_reduce(total)
-    left_out, refused, kept = total.tolist()
+    left_out, sent, refused, kept = total.tolist()
     warn_of_refusal(output)
+    topology = trainer.topology
     ranks = topology.dp * topology.tp
-    return Counts(round(left_out / ranks), round(refused / ranks), kept)
+    return Counts(
+        round(left_out / ranks), round(refused / ranks), kept, round(sent / topology.replicas)
+    )
 
 
 def warn_of_refusal(output: TrainOutput) -> None:
@@ -202,6 +210,6 @@ def _train(
     )
     dist.all_reduce(output.loss)
     if settings.replicas is not None:
-        counts(output, trainer.topology)
+        counts(output, trainer)
     else:
         warn_of_refusal(output)

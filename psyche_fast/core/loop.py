@@ -97,7 +97,7 @@ class StepLoop:
             output = trainer.train(step, batch)
         with timer.phase("loss"):
             dist.all_reduce(output.loss)
-            counts = runtime.counts(output, trainer.topology)
+            counts = runtime.counts(output, trainer)
         # DisTrO's results land one step late: nothing is applied after the very first train.
         if not self._config.distro or step > self._first:
             with timer.phase("optimize"):
@@ -114,7 +114,7 @@ class StepLoop:
             "tokens_per_second": batch.input_ids.numel() / seconds,
             "step_seconds": seconds,
             "seconds": timer.take(),
-            "bytes_sent": trainer.bytes_sent * self._config.ranks_per_replica,
+            "bytes_sent": counts.bytes_sent,
             "dense_bytes": self._dense_bytes,
             "nonfinite_losses": counts.nonfinite_losses,
             "refused_gradients": counts.refused_gradients,

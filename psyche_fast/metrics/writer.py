@@ -83,9 +83,9 @@ class MetricsWriter:
     """Appends one JSON object per step to a file and flushes it, so that a killed run keeps them.
 
     The fields of a line, where they are known: `step`, `loss`, `grad_norm`, `learning_rate`,
-    `num_tokens`, `tokens_per_second`, `seconds` (by phase), `step_seconds`, `bytes_sent`,
-    `dense_bytes` (what an exchange of whole gradients would have sent), `nonfinite_losses`,
-    `memory` (bytes by kind).
+    `num_tokens`, `tokens_per_second`, `seconds` (by phase), `step_seconds`, `bytes_sent` (to other
+    replicas, by one replica's ranks together), `dense_bytes` (what an exchange of whole gradients
+    would have sent), `nonfinite_losses`, `memory` (bytes by kind).
 
     An existing file is continued. Its torn last line, if a killed run left one, is removed.
 
