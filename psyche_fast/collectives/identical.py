@@ -34,10 +34,15 @@ def hash_bits(tensor: Tensor) -> Tensor:
     Integer arithmetic modulo 2^64: the same in any order of additions.
     """
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-    weights = _weights(tensor.device)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in words.split(weights.numel()):
-        total = total * _MULTIPLIER + (part * weights[: part.numel()]).sum()
+    return hash_rows(words.unsqueeze(0))[0]
+
+
+def hash_rows(words: Tensor) -> Tensor:
+    """`hash_bits` of each row: int64 `[n]` of integers `[n, words]`."""
+    weights = _weights(words.device)
+    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
+    for part in words.split(weights.numel(), dim=1):
+        total = total * _MULTIPLIER + (part * weights[: part.shape[1]]).sum(dim=1)
     return total
 
 

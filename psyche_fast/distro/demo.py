@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,11 @@ from psyche_fast import kernels
 from psyche_fast.collectives import exchange
 from psyche_fast.distro.checks import check_compression, check_delta_shape
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+
+logger = logging.getLogger(__name__)
 
 _HYPERPARAMETERS = ("compression_decay", "compression_topk", "compression_chunk", "process_group")
 
@@ -59,7 +63,7 @@ class DeMo(torch.optim.Optimizer):
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
-        data_transmit: bytes of results that this rank sent in the last step.
+        data_transmit: bytes of the message with this rank's results in the last step.
         data_receive: bytes of results that it received, its own included.
 
     Raises:
@@ -193,25 +197,30 @@ class DeMo(torch.optim.Optimizer):
         self._plan = None
 
     def _gather(self) -> list[Entries]:
-        """All peers' entries side by side, in rank order, one `Entries` per chunk class."""
+        """The peers' entries side by side, in rank order, one `Entries` per chunk class.
+
+        What a peer has sent that cannot be right is left out, with a warning that names it. All
+        peers have received the same, so that all leave it out.
+
+        Raises:
+            ValueError: no peer's result can be right.
+        """
         assert self._plan is not None
-        classes = self._plan.classes
-        own = [c.own for c in classes]
-        self.data_transmit = sum(e.indices.nbytes + e.values.nbytes for e in own)
+        own = [c.own for c in self._plan.classes]
         alone = not (dist.is_available() and dist.is_initialized())
         peers = 1 if alone else dist.get_world_size(self.process_group)
+        self.data_transmit = self._plan.format.size
         self.data_receive = peers * self.data_transmit
         if peers == 1:
             return own
-        tensors = [t for e in own for t in (e.indices, e.values)]
-        results = exchange.start(tensors, self.process_group or dist.group.WORLD).wait()
-        return [
-            Entries(
-                torch.cat([result[2 * i] for result in results], dim=1).to(c.plan.device),
-                torch.cat([result[2 * i + 1] for result in results], dim=1).to(c.plan.device),
-            )
-            for i, c in enumerate(classes)
-        ]
+        message = self._plan.format.pack(own)
+        received = exchange.start(message, self.process_group or dist.group.WORLD).wait()
+        entries, faults = self._plan.format.unpack(received)
+        for peer, what in faults.items():
+            logger.warning("DeMo: the result of peer %d is refused: %s", peer, what)
+        if entries is None:
+            raise ValueError(f"the results of all {peers} peers are refused: {faults[0]}")
+        return entries
 
     def _saved_deltas(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The saved delta of every parameter here, checked."""
@@ -294,16 +303,18 @@ class _Plan:
             if "delta" in optimizer.state[p]:
                 delta.copy_(optimizer.state[p]["delta"])
             optimizer.state[p]["delta"] = delta
+        backends = [backend_of(plan, optimizer.backend)[0] for plan in self.layout.plans]
+        self.format = MessageFormat(self.layout, backends, signs=False)
         self.classes = [
             _Class(
                 plan,
-                backend_of(plan, optimizer.backend)[0],
+                backend,
                 [parameters[m.position] for m in plan.members],
                 [groups[m.position] for m in plan.members],
                 delta,
                 _nothing_sent(plan),
             )
-            for plan, delta in zip(self.layout.plans, deltas, strict=True)
+            for plan, backend, delta in zip(self.layout.plans, backends, deltas, strict=True)
         ]
 
 

@@ -221,6 +221,26 @@ class Distro:
                 finite. Nothing has been changed then.
         """
         previous = self._previous(prev_self_results)
+        return to_results(self.layout, self.compress(previous, lr, grad_scale=grad_scale))
+
+    @torch.no_grad()
+    def compress(
+        self,
+        previous: Sequence[Entries] | None,
+        lr: float | Tensor,
+        *,
+        grad_scale: float | Tensor = 1.0,
+    ) -> list[Entries]:
+        """`generate` for those who keep the entries of each chunk class: nothing is checked.
+
+        Args:
+            previous: what the last call returned; None for the first.
+            lr: learning rate of this step.
+            grad_scale: as `generate` has it.
+
+        Returns:
+            One `Entries` per plan of `layout`, the indices ascending.
+        """
         if isinstance(grad_scale, Tensor):
             self.refused += ~grad_scale.isfinite()
         # Without a master copy the kernel that reads delta undoes the look-ahead in passing.
@@ -234,9 +254,10 @@ class Distro:
             if not self._fused:
                 self._finish_decay()
         entries = []
+        taken: Sequence[Entries | None] = previous or [None] * len(self.layout.plans)
         tensors, gradients = self._parts.tensors(), self._parts.gradients()
         for plan, backend, delta, own in zip(
-            self.layout.plans, self.backends, self._delta, previous, strict=True
+            self.layout.plans, self.backends, self._delta, taken, strict=True
         ):
             members = [tensors[m.position] for m in plan.members]
             entries.append(
@@ -258,7 +279,7 @@ class Distro:
         if in_place:
             self._looking_ahead = False
             self._parts.push()
-        return to_results(self.layout, entries)
+        return entries
 
     @torch.no_grad()
     def apply(self, results: Sequence[Sequence[DistroResult]], lr: float | Tensor) -> None:
@@ -279,9 +300,12 @@ class Distro:
         """
         if self._looking_ahead and not self._fused:
             raise RuntimeError("apply was called before generate had undone the look-ahead")
-        if not results:
-            return
-        entries = collect(results, self.layout)
+        if results:
+            self.update(collect(results, self.layout), lr)
+
+    @torch.no_grad()
+    def update(self, entries: Sequence[Entries], lr: float | Tensor) -> None:
+        """`apply` for entries that have been checked, the peers' side by side in each plan's."""
         if not self._looking_ahead:
             self._parts.pull()
         if not self._fused:
@@ -397,9 +421,9 @@ class Distro:
 
     def _previous(
         self, results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None
-    ) -> Sequence[Entries | None]:
+    ) -> list[Entries] | None:
         if not results:
-            return [None] * len(self.layout.plans)
+            return None
         lists: list[Sequence[DistroResult]] = (
             [results] if isinstance(results[0], DistroResult) else list(results)  # type: ignore[list-item,arg-type]
         )

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
 from psyche_fast.collectives import exchange
-from psyche_fast.distro import Distro, DistroResult, quantize_1bit
+from psyche_fast.distro import Distro, DistroResult
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.plan import Entries
 from psyche_fast.training.gradients import drop_gradients, gradients, scale_
+
+log = logging.getLogger(__name__)
 
 Results = list[list[DistroResult]]
 
@@ -147,13 +151,16 @@ class DistroOptimizer(Optimizer):
             weight_decay=settings.weight_decay or 0.0,
             fused=True,
         )
-        self._quantize = settings.quantize_1bit
         self._peers = peers
-        self._exchanges = exchanges
         # Psyche's rank 0 knows results over whole parameters only.
         self._shared = any(isinstance(p, DTensor) for p in parameters.values())
-        self._own: list[DistroResult] = []
-        self._pending: deque[tuple[list[DistroResult], exchange.Pending]] = deque()
+        self._format: MessageFormat | None = None
+        if exchanges:
+            self._format = MessageFormat(
+                self._distro.layout, self._distro.backends, signs=settings.quantize_1bit
+            )
+        self._own: list[Entries] | None = None
+        self._pending: deque[exchange.Pending] = deque()
 
     def before_forward(self, prev_lr: float) -> None:
         """Look-ahead."""
@@ -163,37 +170,39 @@ class DistroOptimizer(Optimizer):
         self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
         """Generates this step's result and, where ranks exchange, sends it on its way."""
-        if self._exchanges and self._own:
-            assert not results, "own results are kept by the ranks"
-            results = [self._own]
-        elif self._shared:
-            results = [self._distro.own_results(own) for own in results]
-        own = self._distro.generate(results, prev_lr, lr, grad_scale=factor)
-        if self._exchanges:
-            self._own = own
-            sent = quantize_1bit(own) if self._quantize else own
-            tensors = [t for r in sent for t in (r.sparse_idx, r.sparse_val)]
-            pending = exchange.start(tensors, self._peers)
-            self._pending.append((sent, pending))
-            self.bytes_sent = pending.bytes_sent
-        elif self._shared:
-            own = self._distro.whole_results(own)
-        return own
+        if self._format is None:
+            if self._shared:
+                results = [self._distro.own_results(own) for own in results]
+            own = self._distro.generate(results, prev_lr, lr, grad_scale=factor)
+            return self._distro.whole_results(own) if self._shared else own
+        assert not results, "own results are kept by the ranks"
+        self._own = self._distro.compress(self._own, lr, grad_scale=factor)
+        pending = exchange.start(self._format.pack(self._own), self._peers)
+        self._pending.append(pending)
+        self.bytes_sent = pending.bytes_sent
+        return []
 
     def step(self, results: Results | None, lr: float) -> None:
         """Applies the previous step's results of all peers.
 
+        What a replica has sent that cannot be right is left out, with a warning that names it. All
+        replicas have received the same, so that all leave it out.
+
         Raises:
-            ValueError: no result is there to be applied, or one is malformed.
+            ValueError: no result is there to be applied, or one from rank 0 is malformed.
         """
-        if results is None:
-            if len(self._pending) < 2:
-                raise ValueError("optimize: the first train's results are applied after the next")
-            own, pending = self._pending.popleft()
-            results = [_like(own, tensors) for tensors in pending.wait()]
-        elif self._shared:
-            results = [self._distro.own_results(peer) for peer in results]
-        self._distro.apply(results, lr)
+        if results is not None:
+            if self._shared:
+                results = [self._distro.own_results(peer) for peer in results]
+            self._distro.apply(results, lr)
+            return
+        if self._format is None or len(self._pending) < 2:
+            raise ValueError("optimize: the first train's results are applied after the next")
+        entries, faults = self._format.unpack(self._pending.popleft().wait())
+        for replica, what in faults.items():
+            log.warning("the result of replica %d is refused: %s", replica, what)
+        if entries is not None:
+            self._distro.update(entries, lr)
 
     def plain(self) -> None:
         """Undoes the look-ahead, in which the parameters are between steps."""
@@ -202,19 +211,11 @@ class DistroOptimizer(Optimizer):
     def zero(self) -> None:
         """Zeroes delta; what was in it is no longer to be taken out of it."""
         self._distro.zero_optim()
-        self._own = []
+        self._own = None
 
     def momentum(self) -> Mapping[str, Tensor]:
         """Delta."""
         return self._distro.deltas()
-
-
-def _like(own: list[DistroResult], tensors: list[Tensor]) -> list[DistroResult]:
-    """A peer's results from its indices and values, one pair per parameter, cut as our own are."""
-    return [
-        replace(result, sparse_idx=idx, sparse_val=val)
-        for result, idx, val in zip(own, tensors[::2], tensors[1::2], strict=True)
-    ]
 
 
 def make_optimizer(

@@ -209,4 +209,7 @@ def test_two_processes_follow_the_oracle_and_stay_identical():
     for name, p in first["parameters"].items():
         assert torch.equal(p, second["parameters"][name]), name
     entries = sum(len(indices) for result in sent[0].values() for indices, _ in result)
-    assert first["bytes"] == (9 * entries, 18 * entries)  # a byte of index and 8 of value each
+    transmitted, received = first["bytes"]
+    # 8 bytes of value each, indices in less than a byte, a header.
+    assert 8 * entries < transmitted < 9 * entries
+    assert received == 2 * transmitted
