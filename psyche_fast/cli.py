@@ -95,13 +95,23 @@ def train(
 @click.option("--output", type=click.Path(path_type=Path), help="default: runs/demo-DATE-TIME")
 @click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True,
               help="DisTrO peers")  # fmt: skip
+@click.option("--data-parallelism", type=click.IntRange(min=1), default=1, show_default=True,
+              help="ranks that share each replica's model (FSDP2)")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="as of train")
-def demo(max_steps: int | None, output: Path | None, replicas: int, device: str) -> None:
+def demo(
+    max_steps: int | None, output: Path | None, replicas: int, data_parallelism: int, device: str
+) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
     lifecycle.quiet_torch()
     from psyche_fast.core.demo import run_demo
 
-    run_demo(max_steps=max_steps, output=output, replicas=replicas, device=device)
+    run_demo(
+        max_steps=max_steps,
+        output=output,
+        replicas=replicas,
+        data_parallelism=data_parallelism,
+        device=device,
+    )
 
 
 @cli.command()

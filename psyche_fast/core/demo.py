@@ -73,14 +73,22 @@ def sample(checkpoint: Path, prompt: str, tokens: int = 60) -> str:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, device: str) -> None:
+def run_demo(
+    *,
+    max_steps: int | None,
+    output: Path | None,
+    replicas: int,
+    data_parallelism: int = 1,
+    device: str,
+) -> None:
     """Tokenises, trains, samples and plots; prints what it did.
 
     Args:
         max_steps: steps to train; None for the default.
         output: run directory.
         replicas: DisTrO peers.
-        device: as of ``train``; ``auto`` takes the CPU where there are fewer GPUs than replicas.
+        data_parallelism: ranks that share a replica's model.
+        device: as of ``train``; ``auto`` takes the CPU where there are fewer GPUs than ranks.
 
     Raises:
         ValueError: the output folder is in use.
@@ -89,8 +97,9 @@ def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, devic
     output = output or Path(datetime.now().strftime("runs/demo-%Y%m%d-%H%M%S"))
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty; name another folder")
-    if device == "auto" and 0 < torch.cuda.device_count() < replicas:
-        _say(f"{torch.cuda.device_count()} GPU for {replicas} replicas: running on the CPU")
+    ranks = replicas * data_parallelism
+    if device == "auto" and 0 < torch.cuda.device_count() < ranks:
+        _say(f"{torch.cuda.device_count()} GPU for {ranks} ranks: running on the CPU")
         device = "cpu"
     _say("reading Python's standard library and training a tokenizer on it ...")
     files = standard_library()
@@ -106,7 +115,7 @@ def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, devic
             model=str(output / "model"),
             data_path=str(output / "data"),
             sequence_length=SEQUENCE_LENGTH,
-            micro_batch=8,
+            micro_batch=-(-8 // data_parallelism),  # on each rank of the 8 rows of a replica
             total_batch=8 * replicas,
             learning_rate=1e-3,
             warmup_steps=min(20, steps // 4),
@@ -118,6 +127,7 @@ def run_demo(*, max_steps: int | None, output: Path | None, replicas: int, devic
             compression_topk=4,
             compression_decay=0.95,
             replicas=replicas,
+            data_parallelism=data_parallelism,
             param_dtype="float32",
             device=device,
             seed=1,

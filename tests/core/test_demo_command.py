@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import transformers
 
 
-def test_forty_steps_of_the_demo_learn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_forty_steps_of_the_demo_learn(tmp_path: Path, shards: str) -> None:
     output = tmp_path / "demo"
     result = subprocess.run(
         [
             sys.executable, "-m", "psyche_fast", "demo", "--max-steps", "40", "--device", "cpu",
-            "--output", str(output),
+            "--output", str(output), "--data-parallelism", shards,
         ],
         capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip

@@ -29,8 +29,8 @@ def layout(shapes=SHAPES, dtype=torch.float32, *, chunk=8, k=3):
     )
 
 
-def form(of, *, signs):
-    return MessageFormat(of, ["torch"] * len(of.plans), signs=signs)
+def form(of, *, signs, backend="torch"):
+    return MessageFormat(of, [backend] * len(of.plans), signs=signs)
 
 
 def random_entries(of, seed=0):
@@ -110,6 +110,20 @@ def _not_finite(row):
 def _no_indices(row):
     row[-8 * 20 :] = 0
     resealed(row)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on CPU tensors")
+def test_kernels_and_reference_understand_each_other():
+    of = layout({"a": (32, 24), "b": (40,)})
+    reference, kernels = (form(of, signs=True, backend=b) for b in ("torch", "interpret"))
+    sent = [random_entries(of, seed) for seed in range(2)]
+    rows = torch.stack([reference.pack(entries) for entries in sent])
+    assert torch.equal(torch.stack([kernels.pack(entries) for entries in sent]), rows)
+    rows[1, HEADER] ^= 1
+    for found, wanted in zip(kernels.unpack(rows)[0], reference.unpack(rows)[0], strict=True):
+        assert torch.equal(found.indices, wanted.indices)
+        assert torch.equal(found.values, wanted.values)
+    assert kernels.unpack(rows)[1] == reference.unpack(rows)[1]
 
 
 @pytest.mark.parametrize(
