@@ -96,6 +96,33 @@ def collect(
     return entries
 
 
+def collect_own(
+    results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None, layout: Layout
+) -> list[Entries] | None:
+    """Check and join own results with their unquantised values; None where there are none.
+
+    Args:
+        results: of one step, or several lists, which count with their mean.
+        layout: what is expected.
+
+    Raises:
+        ValueError: they are quantised, or do not fit.
+    """
+    if not results:
+        return None
+    lists: list[Sequence[DistroResult]] = (
+        [results] if isinstance(results[0], DistroResult) else list(results)  # type: ignore[list-item,arg-type]
+    )
+    for own in lists:
+        for result, p in zip(own, layout.parameters, strict=False):
+            if result.sparse_val.dtype == torch.bool:
+                raise ValueError(
+                    f"own result, parameter {p.name}: generate wants the unquantised values, "
+                    "got torch.bool"
+                )
+    return collect(lists, layout, sender="own result")
+
+
 def check_form(
     results: Sequence[DistroResult], parameters: Sequence[ParameterLayout], who: str
 ) -> None:

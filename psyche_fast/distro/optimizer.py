@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
 from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.codec import DistroResult, check_form, collect, to_results
+from psyche_fast.distro.codec import DistroResult, collect, collect_own, to_results
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
-from psyche_fast.distro.placement import Parts
+from psyche_fast.distro.placement import Parts, full_tensor
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
@@ -220,7 +218,7 @@ class Distro:
             ValueError: `prev_self_results` are quantised, do not fit the parameters or are not
                 finite. Nothing has been changed then.
         """
-        previous = self._previous(prev_self_results)
+        previous = collect_own(prev_self_results, self.layout)
         return to_results(self.layout, self.compress(previous, lr, grad_scale=grad_scale))
 
     @torch.no_grad()
@@ -361,7 +359,9 @@ class Distro:
         part of it. That of a sharded parameter is whole on every rank; a collective then.
         """
         return {
-            "delta": {n: _full(delta).to("cpu", copy=True) for n, delta in self.deltas().items()}
+            "delta": {
+                n: full_tensor(delta).to("cpu", copy=True) for n, delta in self.deltas().items()
+            }
         }
 
     @torch.no_grad()
@@ -392,15 +392,7 @@ class Distro:
 
         For exchanges that know nothing of shards. A collective over the ranks of a replica.
         """
-        return [
-            replace(
-                r,
-                sparse_idx=_full(self._parts.whole(i, r.sparse_idx)),
-                sparse_val=_full(self._parts.whole(i, r.sparse_val)),
-                xshape=whole.xshape,
-            )
-            for i, (r, whole) in enumerate(zip(results, self._wholes, strict=True))
-        ]
+        return self._parts.whole_results(results)
 
     def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
         """This rank's part of results over whole parameters.
@@ -408,33 +400,7 @@ class Distro:
         Raises:
             ValueError: they are not over these parameters.
         """
-        check_form(results, self._wholes, "whole results")
-        return [
-            replace(
-                r,
-                sparse_idx=self._parts.own(i, r.sparse_idx).view(part.index_shape),
-                sparse_val=self._parts.own(i, r.sparse_val).view(part.value_shape),
-                xshape=part.xshape,
-            )
-            for i, (r, part) in enumerate(zip(results, self.layout.parameters, strict=True))
-        ]
-
-    def _previous(
-        self, results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None
-    ) -> list[Entries] | None:
-        if not results:
-            return None
-        lists: list[Sequence[DistroResult]] = (
-            [results] if isinstance(results[0], DistroResult) else list(results)  # type: ignore[list-item,arg-type]
-        )
-        for own in lists:
-            for result, name in zip(own, self.names, strict=False):
-                if result.sparse_val.dtype == torch.bool:
-                    raise ValueError(
-                        f"own result, parameter {name}: generate wants the unquantised values, "
-                        "got torch.bool"
-                    )
-        return collect(lists, self.layout, sender="own result")
+        return self._parts.own_results(results)
 
     def _finish_decay(self) -> None:
         """Do the weight decay that no `apply` has done in passing."""
@@ -458,10 +424,6 @@ class Distro:
                 kernels.apply(plan, targets, source, _every(rate, plan), backend=backend)
             else:
                 kernels.lookahead(plan, targets, source, _every(rate, plan), backend=backend)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:

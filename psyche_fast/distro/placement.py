@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from psyche_fast.distro.codec import DistroResult, check_form
 from psyche_fast.distro.layout import ParameterLayout
 from psyche_fast.distro.scattered import Scattered, Slab
 
@@ -29,6 +31,11 @@ from psyche_fast.distro.scattered import Scattered, Slab
 def local_tensor(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank holds, sharing its memory."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, a collective; a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_aligned(whole: ParameterLayout, parameter: DTensor) -> bool:
@@ -214,3 +221,32 @@ class Parts:
         # src_data_rank=None: every rank holds the same whole tensor.
         shard = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
         return shard.to_local()
+
+    def whole_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
+        """Results over whole parameters from each rank's own; a collective."""
+        return [
+            replace(
+                r,
+                sparse_idx=full_tensor(self.whole(i, r.sparse_idx)),
+                sparse_val=full_tensor(self.whole(i, r.sparse_val)),
+                xshape=whole.xshape,
+            )
+            for i, (r, whole) in enumerate(zip(results, self._wholes, strict=True))
+        ]
+
+    def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
+        """This rank's part of results over whole parameters.
+
+        Raises:
+            ValueError: they are not over these parameters.
+        """
+        check_form(results, self._wholes, "whole results")
+        return [
+            replace(
+                r,
+                sparse_idx=self.own(i, r.sparse_idx).view(part.index_shape),
+                sparse_val=self.own(i, r.sparse_val).view(part.value_shape),
+                xshape=part.xshape,
+            )
+            for i, (r, part) in enumerate(zip(results, self.layouts, strict=True))
+        ]
