@@ -8,8 +8,9 @@ momentum, transform it on every rank; broadcast the own result of the step befor
 values), decode it and scatter it; broadcast the peers' results, twice, decode and scatter them. How
 its results come from one replica to the other is not in it. Ours has all of its exchange in it.
 
-Bytes are those that collectives leave on a rank, its own part among them; collectives are seen by torch's dispatcher, so that those
-inside of DTensor count too. Time is what a rank spends in exchanges, waiting for others included.
+Bytes are those that collectives leave on a rank, its own part among them; collectives are seen by
+torch's dispatcher, so that those inside of DTensor count too. Time is what a rank spends in
+exchanges, waiting for others included.
 Both must arrive at the same parameters, but for a rare sign that hangs on the last bit.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import transformers
 from psyche_fast import config, runtime
 from psyche_fast.batch import Batch
 from psyche_fast.collectives.identical import ReplicasDiffer
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.plan import Entries
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.schedules import Constant
@@ -240,6 +243,39 @@ def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str
         if step > 1:
             tested.optimize(step)
     return losses, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("psyche_fast").addHandler(handler)
+    pack = MessageFormat.pack
+
+    def damaged(self: MessageFormat, entries: list[Entries]) -> torch.Tensor:
+        message = pack(self, entries)
+        if rank == 1 and step == 2:
+            message[-20] ^= 1
+        return message
+
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    with mock.patch.object(MessageFormat, "pack", damaged):
+        for step in (1, 2, 3, 4):
+            tested.train(step, Batch(random_tokens(2, 10, seed=step)))
+            if step > 1:
+                tested.optimize(step)  # compares the replicas' bits
+    moved = any(not torch.equal(before[n], p) for n, p in tested.parameters.items())
+    return [text for text in said if "refused" in text], moved
+
+
+def test_a_replica_that_sends_damaged_results_is_left_out_by_name(folder: Path) -> None:
+    for said, moved in run_ranks(_lying, 2, folder):
+        assert said == [
+            "the result of replica 1 is refused: its checksum does not match its content"
+        ]
+        assert moved
 
 
 def _diverging(rank: int, folder: Path) -> str:
