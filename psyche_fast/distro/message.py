@@ -37,7 +37,7 @@ _VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32, torch.float
 
 
 class MessageFormat:
-    """How the results of a layout travel.
+    """How the results of a layout travel: on the device of its first chunk class.
 
     Args:
         layout: whose results; equal on all peers.
@@ -72,7 +72,11 @@ class MessageFormat:
         for plan, e, values, size, backend in zip(
             self._plans, entries, self._values, self._sizes, self._backends, strict=True
         ):
-            wire.pack(plan, e, values, out=message[at : at + size], backend=backend)
+            part = message[at : at + size]
+            if e.indices.device == message.device:
+                wire.pack(plan, e, values, out=part, backend=backend)
+            else:
+                part.copy_(wire.pack(plan, e, values, backend=backend))
             at += size
         words = message.view(torch.int64)
         words[_HEADER // 8 - 1] = hash_rows(words[None, _HEADER // 8 :])[0]
@@ -130,10 +134,10 @@ class MessageFormat:
         for plan, values, size, backend in zip(
             self._plans, self._values, self._sizes, self._backends, strict=True
         ):
-            rows = messages[:, at : at + size]
+            rows = messages[:, at : at + size].to(plan.device)
             found, valid = wire.unpack_checked(plan, rows, values, backend=backend)
             entries.append(found)
-            good &= valid.all(dim=1)
+            good &= valid.all(dim=1).to(good.device)
             at += size
         return entries, good
 
