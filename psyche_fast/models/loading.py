@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from psyche_fast.models import building, huggingface, parallel, registry, weights
 from psyche_fast.models.causal_lm import CausalLM
 from psyche_fast.models.source import ModelSource, read_config
+from psyche_fast.models.tensor_parallel import tensor_parallel
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def load_model(
         if activation_checkpointing:
             _checkpoint_activations(module)
         if tensor_mesh is not None:
-            parallel.tensor_parallel(module, tensor_mesh, getattr(module, "config", None), aliases)
+            tensor_parallel(module, tensor_mesh, getattr(module, "config", None), aliases)
         if shard_mesh is not None:
             parallel.shard(module, shard_mesh)
         building.materialise(module, device, aliases)
