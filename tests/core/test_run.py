@@ -125,19 +125,18 @@ def test_distro_replicas(place: Path, tmp_path: Path, split: tuple[str, str]) ->
 
 
 def test_distro_is_the_same_however_a_replica_is_split(place: Path, tmp_path: Path) -> None:
-    splits = [("1", "1"), ("2", "1"), ("1", "2"), ("2", "2")]
-    whole, *split = (
+    splits = [("1", "1"), ("2", "2")]
+    whole, split = (
         train(
             place, tmp_path / "".join(by), *DISTRO, "--replicas", "2", "--check-every", "1",
             "--data-parallelism", by[0], "--tensor-parallelism", by[1], "--total-steps", "5",
         )
         for by in splits
     )  # fmt: skip
-    for metrics in split:
-        assert losses(metrics) == pytest.approx(losses(whole), abs=1e-3)
-        # Each chunk is sent by one rank of a replica; what tensor parallelism leaves whole (norms)
-        # by each of its ranks, and every rank rounds its message up.
-        assert metrics[-1]["bytes_sent"] < 1.25 * whole[-1]["bytes_sent"]
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-3)
+    # Each chunk is sent by one rank of a replica; what tensor parallelism leaves whole (norms) by
+    # each of its ranks, and every rank rounds its message up.
+    assert split[-1]["bytes_sent"] < 1.25 * whole[-1]["bytes_sent"]
 
 
 def test_checkpoints_and_save_path(place: Path, tmp_path: Path) -> None:
