@@ -1,16 +1,24 @@
 """All-gather of one flat message per rank, asynchronous.
 
 A message costs as much as many KiB (on gloo 150 messages of 4 KiB take 160 times as long as one
-of the same bytes), so that whatever peers exchange travels as one. The exchange begins as soon as
-there is something to send and is waited for where it is used, so that compute runs meanwhile.
+of the same bytes), so that whatever peers exchange travels as one, cut only where it is larger than
+a bucket. The exchange begins as soon as there is something to send and is waited for where it is
+used, so that compute runs meanwhile: on CUDA a process group has a communicator and a stream of
+its own, on gloo a thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
+few MiB gain nothing from being larger on gloo; NCCL has buffers and rings to fill."""
 
 
 @dataclass(frozen=True)
@@ -22,35 +30,43 @@ class Pending:
     """
 
     bytes_sent: int
-    _sent: Tensor  # kept alive until the collective has read it
-    _received: Tensor
-    _work: dist.Work | None
+    _device: torch.device
+    _sent: Sequence[Tensor]  # kept alive until the collectives have read them
+    _received: Sequence[Tensor]
+    _works: Sequence[dist.Work | None]
 
     def wait(self) -> Tensor:
         """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer."""
-        if self._work is not None:
-            self._work.wait()
-        return self._received
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        whole = self._received[0] if len(self._received) == 1 else torch.cat(self._received, dim=1)  # type: ignore[arg-type]
+        return whole.to(self._device)
 
 
 def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     """Begins an exchange.
 
     Args:
-        message: `[n]`, of the same size and type on every peer.
+        message: `[n]`, of the same size and type on every peer. Where it lies on a GPU and the
+            peers talk over gloo, it goes through host memory and the device is waited for.
         peers: the group to exchange with; None where there is nobody (nothing is sent).
     """
     if peers is None:
-        return Pending(0, message, message.unsqueeze(0), None)
-    received = message.new_empty(dist.get_world_size(peers), message.numel())
-    work = all_gather_flat(received.view(-1), message, peers, async_op=True)
-    return Pending(message.nbytes, message, received, work)
+        return Pending(0, message.device, [], [message.unsqueeze(0)], [])
+    staged = message.cpu() if dist.get_backend(peers) == "gloo" else message
+    limit = BUCKET_BYTES[staged.device.type] // message.element_size()
+    sent = staged.split(limit)
+    ranks = dist.get_world_size(peers)
+    received = [part.new_empty(ranks, part.numel()) for part in sent]
+    works = [
+        _all_gather(into.view(-1), part, peers) for into, part in zip(received, sent, strict=True)
+    ]
+    return Pending(message.nbytes, message.device, sent, received, works)
 
 
-def all_gather_flat(
-    received: Tensor, sent: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
-) -> dist.Work | None:
+def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
     """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
     # torch 2.13 renamed it and warns of the old name; 2.11 has only that.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(received, sent, group=group, async_op=async_op)
+    return gather(received, sent, group=group, async_op=True)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psyche_fast.collectives.exchange import all_gather_flat
+from psyche_fast.collectives import exchange
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd, so invertible modulo 2^64: a change of one word always changes the hash.
@@ -60,8 +60,7 @@ def check_identical(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, ste
     if not tensors:
         return
     own = torch.stack([hash_bits(t) for t in tensors.values()])
-    hashes = own.new_empty(dist.get_world_size(peers), own.numel())
-    all_gather_flat(hashes.view(-1), own, peers)
+    hashes = exchange.start(own, peers).wait()
     differ = hashes.ne(hashes[0]).any(dim=0).tolist()
     names = [name for name, bad in zip(tensors, differ, strict=True) if bad]
     if names:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from psyche_fast.collectives import exchange
 from psyche_fast.collectives.identical import ReplicasDiffer, check_identical, hash_bits, hash_rows
+from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.message import MessageFormat
 from tests.groups import run_ranks
 
 
@@ -23,6 +28,49 @@ def test_every_peer_receives_all_in_rank_order() -> None:
     expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
     for received in run_ranks(_exchange, 3):
         assert torch.equal(received, expected)
+
+
+def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
+    with (
+        mock.patch.dict(exchange.BUCKET_BYTES, cpu=4 * 96),
+        mock.patch.object(exchange, "_all_gather", wraps=exchange._all_gather) as gathers,
+    ):
+        received = exchange.start(torch.arange(250) * (rank + 1), dist.group.WORLD).wait()
+    return received, gathers.call_count
+
+
+def test_what_is_larger_than_a_bucket_travels_in_several() -> None:
+    expected = torch.stack([torch.arange(250) * (rank + 1) for rank in range(2)])
+    for received, count in run_ranks(_exchange_in_buckets, 2):
+        assert torch.equal(received, expected)
+        assert count == 6  # of 48 int64 each, 10 in the last
+
+
+@pytest.mark.parametrize(("k", "signs"), [(8, True), (32, True), (8, False)])
+def test_a_step_of_a_billion_parameters_is_at_most_four_collectives(k: int, signs: bool) -> None:
+    # Llama 3.2 1B: 1.24 G parameters in 146 tensors, on the smaller buckets of gloo.
+    width, deep, vocabulary, inner = 2048, 16, 128_256, 8192
+    layer = {
+        "q_proj": (width, width), "k_proj": (512, width), "v_proj": (512, width),
+        "o_proj": (width, width), "gate_proj": (inner, width), "up_proj": (inner, width),
+        "down_proj": (width, inner), "input_layernorm": (width,), "post_layernorm": (width,),
+    }  # fmt: skip
+    shapes = {f"{i}.{name}": shape for i in range(deep) for name, shape in layer.items()}
+    shapes |= {"embed_tokens": (vocabulary, width), "norm": (width,)}
+    assert sum(math.prod(shape) for shape in shapes.values()) > 1e9
+    layout = Layout(
+        [
+            ParameterLayout.of(
+                name, shape, torch.bfloat16, torch.device("cpu"),
+                compression_chunk=64, compression_topk=k,
+            )
+            for name, shape in shapes.items()
+        ]
+    )  # fmt: skip
+    size = MessageFormat(layout, ["torch"] * len(layout.plans), signs=signs).size
+    buckets = math.ceil(size / exchange.BUCKET_BYTES["cpu"])
+    all_to_alls = 2  # where shards' edges cut chunks: tests/distro/test_placement.py counts them
+    assert buckets + all_to_alls <= 4
 
 
 def test_a_lonely_rank_sends_nothing() -> None:
