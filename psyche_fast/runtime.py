@@ -76,6 +76,7 @@ def load(
         param_dtype=_DTYPES[settings.param_dtype],
         shard_mesh=topology.shard_mesh,
         tensor_mesh=topology.tensor_mesh,
+        group=topology.copy,
         attn_implementation=choose_attention(
             settings.attn_implementation, device.type, read_config(source).get("model_type")
         ),

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.models import huggingface, packing
+from psyche_fast.models.gathering import gather_whole
 from psyche_fast.models.parallel import blocks
 
 
@@ -33,6 +34,12 @@ class CausalLM:
         device: where it is.
         shard_mesh: the ranks of FSDP2, or None.
         tensor_mesh: the ranks of tensor parallelism, or None.
+
+    Args:
+        module, config, device, attn_implementation, shard_mesh, tensor_mesh: see above.
+        class_name: the module's class, whose name FSDP2 has changed.
+        group: all ranks that hold parts of the model; None for one.
+        fused_loss: whether the module computes the loss without logits (Liger).
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class CausalLM:
         class_name: str,
         shard_mesh: DeviceMesh | None = None,
         tensor_mesh: DeviceMesh | None = None,
+        group: dist.ProcessGroup | None = None,
         fused_loss: bool = False,
     ) -> None:
         self.module = module
@@ -53,6 +61,7 @@ class CausalLM:
         self.attn_implementation = attn_implementation
         self.shard_mesh = shard_mesh
         self.tensor_mesh = tensor_mesh
+        self._group = group
         self._class_name = class_name
         self._fused_loss = fused_loss
         self._keeps_documents_apart: bool | None = None
@@ -60,8 +69,7 @@ class CausalLM:
     @property
     def is_root(self) -> bool:
         """Whether this is the rank of its replica that full tensors are gathered on."""
-        meshes = (mesh for mesh in (self.shard_mesh, self.tensor_mesh) if mesh is not None)
-        return all(mesh.get_local_rank() == 0 for mesh in meshes)
+        return self._group is None or dist.get_rank(self._group) == 0
 
     def train(self) -> None:
         """Training mode: dropout and activation checkpointing on."""
@@ -222,7 +230,7 @@ class CausalLM:
         Yields:
             checkpoint name, and on ``is_root`` the full tensor on the CPU, None elsewhere; tied
             weights once. Never more than one transformer block is held at a time, and only one
-            tensor where the checkpoint's form is the model's own.
+            bucket of parts (`collectives.exchange`) where the checkpoint's form is the model's.
         """
         tensors = self.module.state_dict(keep_vars=True)
         known: set[int] = set()
@@ -231,8 +239,10 @@ class CausalLM:
             if id(tensor) not in known:
                 known.add(id(tensor))
                 names.append(name)
-        for group in self._groups(names):
-            full = {name: self._full(tensors[name]) for name in group}
+        groups = list(self._groups(names))
+        whole = gather_whole([tensors[name] for group in groups for name in group], self._group)
+        for group in groups:
+            full = {name: next(whole) for name in group}
             if isinstance(self.module, PreTrainedModel):
                 pairs = huggingface.revert(self.module, full)
             else:
@@ -252,14 +262,6 @@ class CausalLM:
             key = next((prefix for prefix in prefixes if name.startswith(prefix)), name)
             groups.setdefault(key, []).append(name)
         yield from groups.values()
-
-    def _full(self, tensor: Tensor) -> Tensor:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if not self.is_root:
-            # The others only need the names that conversion gives.
-            return torch.empty_like(full, device="meta")
-        own = not isinstance(tensor, DTensor) and full.device.type == "cpu"
-        return full.detach().clone() if own else full.detach().cpu()
 
     def save_config(self, folder: Path) -> None:
         """Writes ``config.json`` into ``folder``."""

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,7 @@ def load_model(
     param_dtype: torch.dtype = torch.bfloat16,
     shard_mesh: DeviceMesh | None = None,
     tensor_mesh: DeviceMesh | None = None,
+    group: dist.ProcessGroup | None = None,
     attn_implementation: str = "sdpa",
     sequence_length: int | None = None,
     activation_checkpointing: bool = False,
@@ -45,6 +47,7 @@ def load_model(
         shard_mesh: ranks to shard over with FSDP2; None for one.
         tensor_mesh: ranks to split each layer over; None for one. Where both are given they are
             slices of one mesh.
+        group: all ranks of both meshes; to be given where there are two.
         attn_implementation: ``eager``, ``sdpa`` or ``flash_attention_2``.
         sequence_length: tokens per row, which the model's positions have to cover.
         activation_checkpointing: recompute activations in backward.
@@ -53,6 +56,10 @@ def load_model(
     Raises:
         ValueError: the model cannot be loaded as asked; what and why.
     """
+    meshes = [mesh for mesh in (shard_mesh, tensor_mesh) if mesh is not None]
+    if group is None and meshes:
+        assert len(meshes) == 1, "two meshes want the group of their ranks"
+        group = meshes[0].get_group()
     config = read_config(source)
     builder = registry.resolve(architecture)
     if builder is None:
@@ -88,6 +95,7 @@ def load_model(
         class_name=class_name,
         shard_mesh=shard_mesh,
         tensor_mesh=tensor_mesh,
+        group=group,
         fused_loss=liger,
     )
 

@@ -15,16 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from psyche_fast.models.gathering import Ranges, local_part
 from psyche_fast.models.source import (
     ModelSource,
     TensorsSource,
     tensor_shapes,
     weight_files,
 )
-
-Ranges = tuple[slice, ...]
 
 
 class Reader(Protocol):
@@ -114,30 +112,6 @@ def plan_by_name(module: nn.Module, names: Iterable[str]) -> LoadPlan:
         direct={name: name for name in names if name in known},
         unexpected=[name for name in names if name not in known],
     )
-
-
-def local_part(tensor: DTensor) -> Ranges:
-    """This rank's own part of a distributed tensor, one range per dimension."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not part of the tensor's mesh"
-    ranges = [(0, size) for size in tensor.shape]
-    # FSDP2 divides what tensor parallelism has left, although its mesh dimension stands first: it
-    # marks that with a strided placement, which therefore comes last here.
-    placements = sorted(
-        enumerate(tensor.placements), key=lambda item: isinstance(item[1], _StridedShard)
-    )
-    for mesh_dim, placement in placements:
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            continue
-        start, stop = ranges[dim]
-        size = -(-(stop - start) // tensor.device_mesh.size(mesh_dim))
-        first = min(start + size * coordinate[mesh_dim], stop)
-        ranges[dim] = (first, min(first + size, stop))
-    part = tuple(slice(start, stop) for start, stop in ranges)
-    expected = tuple(stop - start for start, stop in ranges)
-    assert expected == tuple(tensor.to_local().shape), "placements are not what FSDP2 and TP make"
-    return part
 
 
 @torch.no_grad()

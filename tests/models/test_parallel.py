@@ -91,6 +91,7 @@ def worker() -> None:
                 folder,
                 shard_mesh=shard_mesh,
                 tensor_mesh=tensor_mesh,
+                group=dist.group.WORLD if layout == "fsdp+tp" else None,
                 activation_checkpointing=layout == "fsdp+tp",
             )
             loaded = {k: t for k, t in model.full_state_dict_iter() if t is not None}

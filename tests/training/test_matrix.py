@@ -64,6 +64,7 @@ def load(folder: Path, topology: Topology) -> CausalLM:
         param_dtype=torch.float32,
         shard_mesh=topology.shard_mesh,
         tensor_mesh=topology.tensor_mesh,
+        group=topology.copy,
     )
 
 
