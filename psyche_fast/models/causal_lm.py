@@ -242,13 +242,20 @@ class CausalLM:
         groups = list(self._groups(names))
         whole = gather_whole([tensors[name] for group in groups for name in group], self._group)
         for group in groups:
-            full = {name: next(whole) for name in group}
-            if isinstance(self.module, PreTrainedModel):
-                pairs = huggingface.revert(self.module, full)
-            else:
-                pairs = iter(full.items())
-            for name, tensor in pairs:
-                yield name, tensor if self.is_root else None
+            yield from self._in_checkpoint_form(group, whole)
+
+    def _in_checkpoint_form(
+        self, group: list[str], whole: Iterator[Tensor]
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        # A generator of its own: what it holds is gone when the next group's bucket arrives.
+        full = {name: next(whole) for name in group}
+        if isinstance(self.module, PreTrainedModel):
+            pairs = huggingface.revert(self.module, full)
+            del full
+        else:
+            pairs = iter(full.items())
+        for name, tensor in pairs:
+            yield name, tensor if self.is_root else None
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         """What has to be converted together: the tensors of a block, where anything has."""

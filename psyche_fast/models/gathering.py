@@ -75,8 +75,11 @@ def gather_whole(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
         a new CPU tensor on the first rank, an empty one on the meta device elsewhere.
     """
     root = group is None or dist.get_rank(group) == 0
+    parts: list[Tensor] | None
     for bucket in _buckets(tensors):
-        parts = _gather(bucket, group) if bucket[-1].size else None
+        parts = None  # before the next ones arrive
+        if bucket[-1].size:
+            parts = _gather(bucket, group)
         for slot in bucket:
             if not root:
                 yield torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device="meta")

@@ -25,6 +25,8 @@ from psyche_fast.models.building import parameters_on_meta
 from psyche_fast.models.source import check_huggingface_config
 from psyche_fast.models.weights import Conversion, LoadPlan
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
 
 def build(
     config_dict: dict[str, Any],
@@ -137,8 +139,9 @@ def _conversion(
     converter: Any,
     sources: list[tuple[str, str]],
 ) -> Conversion:
-    def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
-        for (name, pattern), tensor in zip(sources, tensors, strict=True):
+    def convert(tensors: dict[int, Tensor]) -> dict[str, Tensor]:
+        for at, tensor in tensors.items():
+            name, pattern = sources[at]
             converter.add_tensor(target, name, pattern, tensor)
         try:
             converted = converter.convert(target, model=model, config=model.config)
@@ -149,7 +152,10 @@ def _conversion(
             ) from error
         return {n: t[0] if isinstance(t, list) else t for n, t in converted.items()}
 
-    return Conversion([name for name, _ in sources], convert)
+    names = [name for name, _ in sources]
+    numbers = [_EXPERT.search(name) for name in names]
+    experts = [int(number[1]) for number in numbers if number is not None]
+    return Conversion(target, names, convert, experts if len(experts) == len(names) else None)
 
 
 def _ignorable(model: PreTrainedModel, name: str) -> bool:

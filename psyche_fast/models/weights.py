@@ -6,7 +6,7 @@ full copy of the model in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,12 +79,18 @@ class Conversion:
     """Checkpoint tensors that make up model tensors only together (experts, fused projections).
 
     Attributes:
-        sources: the names to read, in the order in which ``convert`` takes the tensors.
-        convert: full tensors to full tensors by model name.
+        target: the model's name that the sources are read for.
+        sources: the names to read.
+        convert: full tensors, by the place of their name in ``sources``, to tensors by model name.
+        experts: the number of the expert that each source belongs to; None where any belongs to
+            none. Stacked in the order of their numbers along the first dimension, they may be
+            converted a few at a time.
     """
 
+    target: str
     sources: list[str]
-    convert: Callable[[list[Tensor]], dict[str, Tensor]]
+    convert: Callable[[dict[int, Tensor]], dict[str, Tensor]]
+    experts: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,24 +160,55 @@ def load_weights(
             target.copy_(reader.read(source))
         loaded.add(aliases.get(name, name))
     for conversion in plan.conversions:
-        converted = conversion.convert([reader.read(source) for source in conversion.sources])
-        for name, tensor in converted.items():
-            if name not in targets:
-                raise ValueError(f"--model: the model has no place for {name}")
+        for name, tensor, first in _converted(conversion, reader, targets):
             target = targets[name]
-            if tensor.shape != target.shape:
-                raise ValueError(
-                    f"--model: {name}, made of {_some(conversion.sources)}, has the shape "
-                    f"{list(tensor.shape)}, the configuration wants {list(target.shape)}"
-                )
             if isinstance(target, DTensor):
-                target.to_local().copy_(tensor[local_part(target)])
+                rows, *rest = local_part(target)
+                rows = slice(rows.start - first, rows.stop - first)
+                target.to_local().copy_(tensor[(rows, *rest)])
             else:
                 target.copy_(tensor)
             loaded.add(aliases.get(name, name))
     missing = [n for n in targets if aliases.get(n, n) not in loaded and n not in plan.optional]
     if missing:
         raise ValueError(f"--model: the checkpoint lacks {_some(missing)}")
+
+
+def _converted(
+    conversion: Conversion, reader: Reader, targets: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, int]]:
+    """Converted tensors by name, each from the row on that this rank needs first.
+
+    Raises:
+        ValueError: a name or a shape that is not the model's.
+    """
+    target = targets.get(conversion.target)
+    chosen, first, own = list(range(len(conversion.sources))), 0, None
+    if (
+        isinstance(target, DTensor)
+        and conversion.experts is not None
+        and sorted(set(conversion.experts)) == list(range(target.shape[0]))
+    ):
+        # Only this rank's experts are read.
+        rows = local_part(target)[0]
+        chosen = [i for i in chosen if rows.start <= conversion.experts[i] < rows.stop]
+        first, own = rows.start, rows.stop - rows.start
+        if not chosen:
+            yield conversion.target, target.to_local(), first
+            return
+    converted = conversion.convert({i: reader.read(conversion.sources[i]) for i in chosen})
+    for name, tensor in converted.items():
+        if name not in targets:
+            raise ValueError(f"--model: the model has no place for {name}")
+        wanted = list(targets[name].shape)
+        if own is not None:
+            wanted[0] = own
+        if list(tensor.shape) != wanted:
+            raise ValueError(
+                f"--model: {name}, made of {_some(conversion.sources)}, has the shape "
+                f"{list(tensor.shape)}, the configuration wants {wanted}"
+            )
+        yield name, tensor, first
 
 
 def _check_tied(reader: Reader, plan: LoadPlan, aliases: dict[str, str]) -> None:
