@@ -21,6 +21,7 @@ import msgspec
 from psyche_fast import strict
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+DeltaDtype = Literal["float32", "bfloat16"]
 ParamDtype = Literal["bfloat16", "float32"]
 TrackerName = Literal["none", "wandb", "trackio", "tensorboard"]
 
@@ -107,9 +108,12 @@ class RunConfig:
     optim_stats: bool = _option(False, "log norms of gradient and momentum per parameter")
     device: str = _option("auto", "auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")
     grad_accum_in_fp32: bool = _option(False, "add up micro-batches' gradients in fp32")
+    defer_grad_sync: bool = _option(False, "FSDP2: reduce gradients once per step; see README")
     compression_chunk: int = _option(64, "DisTrO: side of a DCT chunk")
     compression_topk: int = _option(4, "DisTrO: coefficients sent per chunk")
     compression_decay: float = _option(0.999, "DisTrO: decay of the momentum")
+    delta_dtype: DeltaDtype = _option("float32", "DisTrO: the momentum's type")
+    offload_delta: bool = _option(False, "DisTrO: keep the momentum in host memory (CUDA)")
     distro: bool = _option(False, "train with DisTrO instead of AdamW")
     distro_quantization: bool = _option(False, "DisTrO: send signs only (1 bit)")
     attn_implementation: Attention = _option("auto", "the same one on every rank")
@@ -161,8 +165,9 @@ class RunConfig:
             raise ValueError(
                 f"--replicas {self.replicas} needs --distro: AdamW has no exchange between peers"
             )
-        if self.distro_quantization and not self.distro:
-            raise ValueError("--distro-quantization needs --distro")
+        for name in ("distro_quantization", "offload_delta"):
+            if getattr(self, name) and not self.distro:
+                raise ValueError(f"{flag(name)} needs --distro")
         if self.local_ranks > self.world_size:
             raise ValueError(
                 f"--local-ranks {self.local_ranks} is more than the run's {self.world_size} ranks"

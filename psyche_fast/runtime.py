@@ -59,10 +59,7 @@ def load(
     if settings.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(settings.threads)
-    if settings.param_dtype not in _DTYPES:
-        raise ValueError(
-            f"param_dtype: wanted one of {', '.join(_DTYPES)}, got {settings.param_dtype!r}"
-        )
+    param_dtype = _dtype("param_dtype", settings.param_dtype)
     topology = Topology.build(dp, tp, device)
     if settings.replicas is not None and settings.replicas != topology.replicas:
         raise ValueError(
@@ -73,7 +70,7 @@ def load(
         source,
         architecture=architecture,
         device=device,
-        param_dtype=_DTYPES[settings.param_dtype],
+        param_dtype=param_dtype,
         shard_mesh=topology.shard_mesh,
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
@@ -101,7 +98,16 @@ def build_trainer(
         exchanges=settings.replicas is not None,
         check_every=settings.check_every,
         optim_stats=settings.optim_stats,
+        delta_dtype=_dtype("delta_dtype", settings.delta_dtype),
+        offload_delta=settings.offload_delta,
+        defer_grad_sync=settings.defer_grad_sync,
     )
+
+
+def _dtype(field: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{field}: wanted one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psyche_fast.config import RunConfig
+from psyche_fast.config import RunConfig, flag
 from psyche_fast.data import Dataset, open_dataset
 from psyche_fast.devices import Devices, choose_devices, cores
 from psyche_fast.metrics.formatting import format_count
@@ -68,8 +68,9 @@ def make_plan(config: RunConfig) -> Plan:
         dataset.check_vocabulary(vocabulary)
     on_cpu = devices.backend == "gloo"
     _check_parallelism(model.config, config.tensor_parallelism)
-    if config.liger and on_cpu:
-        raise ValueError("--liger needs a CUDA device")
+    for name in ("liger", "offload_delta"):
+        if getattr(config, name) and on_cpu:
+            raise ValueError(f"{flag(name)} needs a CUDA device")
     threads = config.threads or (max(1, cores() // config.ranks_here) if on_cpu else 0)
     settings = Settings(
         replicas=config.replicas,
@@ -80,6 +81,9 @@ def make_plan(config: RunConfig) -> Plan:
         liger=config.liger,
         optim_stats=config.optim_stats,
         check_every=config.check_every,
+        delta_dtype=config.delta_dtype,
+        offload_delta=config.offload_delta,
+        defer_grad_sync=config.defer_grad_sync,
         threads=threads or None,
         timeout=config.timeout,
     )

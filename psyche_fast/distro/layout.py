@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,19 +125,44 @@ class Layout:
         parameters: one `ParameterLayout` per parameter, in the optimiser's order.
         plans: one `ChunkPlan` per chunk shape, dtype and device.
         state_dtypes: dtype of `delta`, one per plan.
+
+    Args:
+        parameters: see above.
+        delta_dtype: dtype of `delta`; float64 parameters have float64 whatever it is.
+        max_elements: a class of more is cut into several plans, between parameters.
     """
 
     def __init__(
-        self, parameters: Sequence[ParameterLayout], *, delta_dtype: torch.dtype = torch.float32
+        self,
+        parameters: Sequence[ParameterLayout],
+        *,
+        delta_dtype: torch.dtype = torch.float32,
+        max_elements: int | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
         classes: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
         for position, p in enumerate(self.parameters):
             classes.setdefault((p.h, p.w, p.dtype, p.device), []).append(position)
-        self.plans = tuple(self._plan(positions) for positions in classes.values())
+        self.plans = tuple(
+            self._plan(run)
+            for positions in classes.values()
+            for run in self._runs(positions, max_elements)
+        )
         self.state_dtypes = tuple(
             torch.float64 if plan.dtype == torch.float64 else delta_dtype for plan in self.plans
         )
+
+    def _runs(self, positions: list[int], limit: int | None) -> Iterator[list[int]]:
+        run: list[int] = []
+        elements = 0
+        for position in positions:
+            size = self.parameters[position].chunks * self.parameters[position].totalk
+            if run and limit is not None and elements + size > limit:
+                yield run
+                run, elements = [], 0
+            run.append(position)
+            elements += size
+        yield run
 
     def _plan(self, positions: Sequence[int]) -> ChunkPlan:
         first = self.parameters[positions[0]]
@@ -166,10 +191,21 @@ class Layout:
             slices=cut_slices(members, first.totalk, limit),
         )
 
-    def zeros(self) -> list[torch.Tensor]:
-        """Fresh state, one chunk-major `[chunks, h, w]` buffer per plan."""
+    def zeros(self, *, on_host: bool = False) -> list[torch.Tensor]:
+        """Fresh state, one chunk-major `[chunks, h, w]` buffer per plan.
+
+        Args:
+            on_host: in host memory, pinned for plans of a GPU.
+        """
         return [
-            torch.zeros(plan.chunks, plan.h, plan.w, dtype=dtype, device=plan.device)
+            torch.zeros(
+                plan.chunks,
+                plan.h,
+                plan.w,
+                dtype=dtype,
+                device="cpu" if on_host else plan.device,
+                pin_memory=on_host and plan.device.type == "cuda",
+            )
             for plan, dtype in zip(self.plans, self.state_dtypes, strict=True)
         ]
 

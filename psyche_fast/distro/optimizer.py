@@ -12,9 +12,13 @@ from psyche_fast import kernels
 from psyche_fast.distro.checks import check_compression, check_delta_shape
 from psyche_fast.distro.codec import DistroResult, collect, collect_own, to_results
 from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.momentum import Momentum
 from psyche_fast.distro.placement import Parts, full_tensor
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+
+MAX_OFFLOADED_ELEMENTS = 1 << 26
+"""Elements of delta on the device at once where it is offloaded, or those of one parameter."""
 
 
 class Distro:
@@ -56,6 +60,7 @@ class Distro:
         weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
             in `generate`.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
+        offload_delta: keep delta in host memory, and on the device only what is being worked on.
         fused: keep the parameters in the look-ahead between steps.
         master_copy: undo the look-ahead from a copy. False saves the copy's memory and adds the
             look-ahead back instead, which rounding makes inexact for parameters in half precision:
@@ -82,6 +87,7 @@ class Distro:
         compression_topk: int,
         weight_decay: float = 0.0,
         delta_dtype: torch.dtype = torch.float32,
+        offload_delta: bool = False,
         fused: bool = False,
         master_copy: bool = True,
         backend: str = "auto",
@@ -118,9 +124,13 @@ class Distro:
         warn_of_tiny_chunks(wholes, compression_chunk)
         self._wholes = wholes
         self._parts = Parts(self._parameters, wholes)
-        self.layout = Layout(self._parts.layouts, delta_dtype=delta_dtype)
+        self.layout = Layout(
+            self._parts.layouts,
+            delta_dtype=delta_dtype,
+            max_elements=MAX_OFFLOADED_ELEMENTS if offload_delta else None,
+        )
         self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
-        self._delta = self.layout.zeros()
+        self._delta = Momentum(self.layout, offload=offload_delta)
         self._fused = fused
         self._master_copy = master_copy
         self._master: list[Tensor] = []
@@ -159,7 +169,7 @@ class Distro:
             if not self._master:
                 self._master = [torch.empty_like(t) for t in own]
             torch._foreach_copy_(self._master, own)
-        self._signed(self._delta, prev_lr)
+        self._signed(None, prev_lr)
         self._parts.push()
         self._looking_ahead, self._current, self._ahead_rate = True, True, prev_lr
 
@@ -175,7 +185,7 @@ class Distro:
             torch._foreach_copy_(self._parts.tensors(), self._master)
         else:
             rate = self._ahead_rate
-            self._signed(self._delta, -rate)
+            self._signed(None, -rate)
         self._parts.push()
         self._looking_ahead = False
 
@@ -254,9 +264,10 @@ class Distro:
         entries = []
         taken: Sequence[Entries | None] = previous or [None] * len(self.layout.plans)
         tensors, gradients = self._parts.tensors(), self._parts.gradients()
-        for plan, backend, delta, own in zip(
-            self.layout.plans, self.backends, self._delta, taken, strict=True
+        for at, (plan, backend, own) in enumerate(
+            zip(self.layout.plans, self.backends, taken, strict=True)
         ):
+            delta = self._delta.fetch(at)
             members = [tensors[m.position] for m in plan.members]
             entries.append(
                 kernels.encode(
@@ -273,6 +284,7 @@ class Distro:
                     backend=backend,
                 )
             )
+            self._delta.keep(at, delta)
         self._current = False
         if in_place:
             self._looking_ahead = False
@@ -319,8 +331,8 @@ class Distro:
             elif not self._looking_ahead:
                 torch._foreach_copy_(self._master, tensors)
             plain = self._master
-        for plan, backend, delta, e in zip(
-            self.layout.plans, self.backends, self._delta, entries, strict=True
+        for at, (plan, backend, e) in enumerate(
+            zip(self.layout.plans, self.backends, entries, strict=True)
         ):
             kernels.apply(
                 plan,
@@ -329,7 +341,7 @@ class Distro:
                 _every(lr, plan),
                 shrinks=None if self._shrink is None else _every(self._shrink, plan),
                 ahead=[tensors[m.position] for m in plan.members],
-                delta=delta,
+                delta=self._delta.fetch(at),
                 backend=backend,
             )
         self._parts.push()
@@ -339,8 +351,7 @@ class Distro:
     def zero_optim(self) -> None:
         """Forget all momentum: delta becomes zero."""
         self.plain()  # what undoes a look-ahead without a master copy is delta
-        for delta in self._delta:
-            delta.zero_()
+        self._delta.zero()
 
     def deltas(self) -> dict[str, Tensor]:
         """The momentum by parameter name, in the encoded shape; views where they can be.
@@ -348,8 +359,10 @@ class Distro:
         Of a sharded parameter a DTensor, or the whole where its chunks have been divided among
         ranks, which makes this a collective.
         """
-        views = enumerate(self.layout.views(self._delta))
-        return dict(zip(self.names, (self._parts.whole(i, v) for i, v in views), strict=True))
+        return {name: self._whole_delta(i) for i, name in enumerate(self.names)}
+
+    def _whole_delta(self, position: int) -> Tensor:
+        return self._parts.whole(position, self._delta.of_parameter(position))
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -360,7 +373,8 @@ class Distro:
         """
         return {
             "delta": {
-                n: full_tensor(delta).to("cpu", copy=True) for n, delta in self.deltas().items()
+                name: full_tensor(self._whole_delta(i)).to("cpu", copy=True)
+                for i, name in enumerate(self.names)
             }
         }
 
@@ -381,10 +395,8 @@ class Distro:
         for p in self._wholes:
             check_delta_shape(p, saved[p.name])
         self.plain()
-        for i, (name, delta) in enumerate(
-            zip(self.names, self.layout.views(self._delta), strict=True)
-        ):
-            delta.copy_(self._parts.own(i, saved[name].to(delta.device)).view(delta.shape))
+        for i, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
+            self._delta.set(i, self._parts.own(i, saved[name].to(parameter.device)))
 
     @torch.no_grad()
     def whole_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
@@ -415,15 +427,15 @@ class Distro:
                 self._parts.push()
         self._shrink = None
 
-    def _signed(self, what: Sequence[Tensor | Entries], rate: float | Tensor) -> None:
-        """`parameters -= rate * sign` of delta, or of the decoded mean of entries."""
+    def _signed(self, entries: Sequence[Entries] | None, rate: float | Tensor) -> None:
+        """`parameters -= rate * sign` of the decoded mean of entries, or of delta."""
         tensors = self._parts.tensors()
-        for plan, backend, source in zip(self.layout.plans, self.backends, what, strict=True):
-            targets = [tensors[m.position] for m in plan.members]
-            if isinstance(source, Entries):
-                kernels.apply(plan, targets, source, _every(rate, plan), backend=backend)
+        for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
+            targets, rates = [tensors[m.position] for m in plan.members], _every(rate, plan)
+            if entries is None:
+                kernels.lookahead(plan, targets, self._delta.fetch(at), rates, backend=backend)
             else:
-                kernels.lookahead(plan, targets, source, _every(rate, plan), backend=backend)
+                kernels.apply(plan, targets, entries[at], rates, backend=backend)
 
 
 def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:

@@ -201,5 +201,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     liger: bool = False
     optim_stats: bool = False
     check_every: int = 0
+    delta_dtype: str = "float32"
+    offload_delta: bool = False
+    defer_grad_sync: bool = False
     threads: int | None = None
     timeout: int | None = None

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -134,6 +135,7 @@ class DistroOptimizer(Optimizer):
         settings: config.Distro,
         peers: dist.ProcessGroup | None,
         exchanges: bool,
+        **momentum: Any,
     ) -> None:
         """Takes the parameters by name.
 
@@ -142,6 +144,7 @@ class DistroOptimizer(Optimizer):
             settings: the protocol's.
             peers: this rank's counterparts in the other replicas.
             exchanges: whether ranks keep and exchange their own results.
+            **momentum: ``delta_dtype`` and ``offload_delta`` of ``Distro``.
         """
         self._distro = Distro(
             parameters,
@@ -150,6 +153,7 @@ class DistroOptimizer(Optimizer):
             compression_topk=settings.compression_topk,
             weight_decay=settings.weight_decay or 0.0,
             fused=True,
+            **momentum,
         )
         self._peers = peers
         # Psyche's rank 0 knows results over whole parameters only.
@@ -223,10 +227,11 @@ def make_optimizer(
     parameters: Mapping[str, Tensor],
     peers: dist.ProcessGroup | None,
     exchanges: bool,
+    **momentum: Any,
 ) -> Optimizer:
-    """Builds the optimiser that the hyperparameters name."""
+    """Builds the optimiser that the hyperparameters name; see ``DistroOptimizer``."""
     if isinstance(settings, config.Distro):
-        return DistroOptimizer(parameters, settings, peers, exchanges)
+        return DistroOptimizer(parameters, settings, peers, exchanges, **momentum)
     if isinstance(settings, config.AdamW):
         return AdamWOptimizer(parameters, settings)
     return Optimizer()

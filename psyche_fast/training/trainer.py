@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from psyche_fast.batch import Batch
 from psyche_fast.collectives.identical import check_identical
@@ -68,6 +69,10 @@ class Trainer:
             every replica trains the whole batch and results come from rank 0.
         check_every: steps between checks that the replicas hold the same bits; 0 for none.
         optim_stats: keep norms of gradient and momentum per parameter in ``stats``.
+        delta_dtype: DisTrO's momentum's type.
+        offload_delta: keep DisTrO's momentum in host memory.
+        defer_grad_sync: FSDP2 reduces gradients with the last micro-batch only. Until then each
+            rank holds the gradient of all of the replica's (or its slice's) parameters, in fp32.
     """
 
     def __init__(
@@ -82,13 +87,23 @@ class Trainer:
         exchanges: bool = False,
         check_every: int = 0,
         optim_stats: bool = False,
+        delta_dtype: torch.dtype = torch.float32,
+        offload_delta: bool = False,
+        defer_grad_sync: bool = False,
     ) -> None:
         self.model = model
         self.topology = topology
         self.schedule = schedule
         self.parameters = {n: p for n, p in model.named_parameters().items() if p.requires_grad}
         self._clip = optimizer.clip_grad_norm
-        self._optimizer = make_optimizer(optimizer, self.parameters, topology.peers, exchanges)
+        self._optimizer = make_optimizer(
+            optimizer,
+            self.parameters,
+            topology.peers,
+            exchanges,
+            delta_dtype=delta_dtype,
+            offload_delta=offload_delta,
+        )
         self._micro_batch_size = micro_batch_size
         # Autograd adds up in the parameters' own type: nothing to gain where that is fp32.
         wants = grad_accum_in_fp32 and any(
@@ -96,6 +111,7 @@ class Trainer:
         )
         self._accumulator = Fp32Accumulator(self.parameters) if wants else None
         self._exchanges = exchanges
+        self._defers = defer_grad_sync and isinstance(model.module, FSDPModule)
         self._check_every = check_every
         self._optim_stats = optim_stats
         self._step = 0
@@ -164,6 +180,7 @@ class Trainer:
         tokens = int(batch.real_tokens().sum())
         total, kept = torch.zeros(2, 1, device=self.model.device)
         left_out = 0
+        kept_one: Batch | None = None
         micros = list(batch.micro_batches(self._micro_batch_size)) if batch.rows else []
         for number, micro in enumerate(micros, start=1):
             mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
@@ -171,19 +188,39 @@ class Trainer:
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
             weight = place.dp * int(mine.real_tokens().sum()) / max(tokens, 1)
             loss = self.model.loss(mine) * weight
+            last = number == len(micros)
             if not self._agree(bool(loss.isfinite())):
                 left_out += 1
+                if last and self._defers and kept_one is not None:
+                    self._reduce_deferred(kept_one)
                 continue
+            if self._defers:
+                self._sync_gradients(last)
+                kept_one = mine
             loss.backward()
             total += loss.detach().float()
             kept += weight
-            if self._accumulator is not None:
-                self._accumulator.add(last=number == len(micros))
+            if self._accumulator is not None and (last or not self._defers):
+                self._accumulator.add(last=last)
         if self._exchanges:
             share = place.replicas * tokens / max(all_tokens, 1)
             total *= share
             kept *= share
         return total, kept, left_out
+
+    def _sync_gradients(self, now: bool) -> None:
+        assert isinstance(self.model.module, FSDPModule)
+        self.model.module.set_requires_gradient_sync(now)
+
+    def _reduce_deferred(self, kept: Batch) -> None:
+        """Reduces what micro-batches have left where the last of them is left out.
+
+        FSDP2 reduces in a backward only; this one adds nothing.
+        """
+        self._sync_gradients(True)
+        (self.model.loss(kept) * 0.0).backward()
+        if self._accumulator is not None:
+            self._accumulator.add(last=True)
 
     def _agree(self, finite: bool) -> bool:
         """Whether the loss is finite on all ranks of the replica: backward is collective."""

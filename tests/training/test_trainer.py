@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import config, runtime
 from psyche_fast.batch import Batch
@@ -309,3 +310,51 @@ def test_replicas_stay_bit_identical(folder: Path, rows: int) -> None:
     model = reference(folder)
     first = random_tokens(rows, 10, seed=1)
     assert losses[0] == pytest.approx(float(model(first, labels=first).loss), abs=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _deferred(rank: int, folder: Path, bad: int | None) -> list[tuple[object, ...]]:
+    topology = Topology.build(2, 1, torch.device("cpu"))
+    found: list[tuple[object, ...]] = []
+    for defer in (False, True):
+        model = load_model(
+            resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=torch.float32,
+            shard_mesh=topology.shard_mesh,
+        )  # fmt: skip
+        schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
+        own = Trainer(
+            model, topology, schedule, config.Dummy(), micro_batch_size=2, defer_grad_sync=defer
+        )
+        calls, loss = iter(range(100)), model.loss
+
+        def spoilt(batch: Batch, loss=loss, calls=calls) -> torch.Tensor:
+            return loss(batch) * (torch.nan if next(calls) == bad else 1.0)
+
+        with Operators() as operators, mock.patch.object(model, "loss", spoilt):
+            output = own.train(1, Batch(random_tokens(6, 16)))
+        reduced = sum("reduce_scatter" in name for name in operators.names)
+        grads = {n: p.grad.to_local() for n, p in own.parameters.items() if p.grad is not None}
+        found.append((grads, float(output.loss), output.nonfinite_losses, reduced))
+    return found
+
+
+@pytest.mark.parametrize("bad", [None, 1, 2])
+def test_deferred_gradients_are_the_same_with_one_reduction(folder: Path, bad: int | None) -> None:
+    for each, deferred in run_ranks(_deferred, 2, folder, bad):
+        assert deferred[1:3] == each[1:3]
+        assert deferred[0].keys() == each[0].keys()
+        for name, gradient in each[0].items():
+            torch.testing.assert_close(deferred[0][name], gradient, rtol=1e-4, atol=1e-6)
+        # two blocks and what is left, for each of the micro-batches that were kept
+        assert (each[3], deferred[3]) == (3 * (3 if bad is None else 2), 3)
