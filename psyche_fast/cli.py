@@ -18,6 +18,7 @@ import click
 
 from psyche_fast import __version__, lifecycle
 from psyche_fast.config import RunConfig, flag, read_toml
+from psyche_fast.environment import Launched, launched, meet
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -73,9 +74,18 @@ def train(
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
     lifecycle.quiet_torch()
+    place = launched()
+    if place is not None:
+        resolved = _launched(resolved, place)
+        if place.rank > 0:
+            if not dry_run:
+                _serve(resolved, place)
+            return
     from psyche_fast.core.plan import make_plan
 
-    plan = make_plan(resolved)
+    plan = make_plan(
+        resolved, ranks_on_this_machine=None if place is None else place.local_world_size
+    )
     for line in plan.summary:
         click.echo(line, err=True)
     if dry_run:
@@ -83,11 +93,44 @@ def train(
         return
     from psyche_fast.core.run import run
 
-    result = run(plan)
+    result = run(plan, place)
     click.echo(f"run         {result.output}")
     click.echo(f"checkpoint  {result.checkpoint}")
     if result.signal is not None:
         sys.exit(128 + result.signal)
+
+
+def _launched(config: RunConfig, place: Launched) -> RunConfig:
+    """The run where each rank was started by torchrun or Slurm: the core starts none."""
+    if place.world_size != config.world_size:
+        raise ValueError(
+            f"{place.world_size} ranks were started, but --replicas {config.replicas} x "
+            f"--data-parallelism {config.data_parallelism} x --tensor-parallelism "
+            f"{config.tensor_parallelism} are {config.world_size}"
+        )
+    changes: dict[str, Any] = {"local_ranks": 1}
+    if place.host is not None and config.host == RunConfig.host:
+        changes["host"] = place.host
+    if place.port is not None and config.port == 0:
+        changes["port"] = place.port
+    return dataclasses.replace(config, **changes)
+
+
+def _serve(config: RunConfig, place: Launched) -> None:
+    """A rank after the first."""
+    from psyche_fast import sidecar
+    from psyche_fast.devices import choose_devices
+
+    devices = choose_devices(config.device, place.local_world_size)
+    device = devices.devices[place.local_rank]
+    host, port = meet(dataclasses.replace(place, port=config.port or None), config.timeout)
+    os.environ.setdefault(sidecar.TIMEOUT, str(config.timeout))
+    arguments = ["--backend", devices.backend, "--world-size", str(place.world_size)]
+    arguments += ["--init-method", f"tcp://{f'[{host}]' if ':' in host else host}:{port}"]
+    arguments += ["--rank", str(place.rank)]
+    if device.index is not None:
+        arguments += ["--device", str(device.index)]
+    sidecar.run(sidecar.parse(arguments))
 
 
 @cli.command()

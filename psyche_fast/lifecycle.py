@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,11 +33,37 @@ def quiet_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
-def use_loopback(host: str) -> None:
-    """Keeps gloo on the loopback interface too where the store is, unless the user chose one."""
-    if host in ("127.0.0.1", "localhost", "::1"):
-        name = "lo0" if sys.platform == "darwin" else "lo"
+def use_interface(host: str) -> None:
+    """Keeps gloo and NCCL on the interface through which ``host`` is reached.
+
+    gloo would take the one that this machine's name resolves to, which on machines with several
+    networks, or none by that name, is another one. What the user has set stays.
+
+    Args:
+        host: rank 0's address; one of this machine's own there. All addresses (``0.0.0.0``) say
+            nothing.
+    """
+    name = _interface(host)
+    if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if name not in ("lo", "lo0"):  # inside one machine NCCL needs none
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _interface(host: str) -> str | None:
+    if host in ("0.0.0.0", "::", ""):
+        return None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing: the kernel only chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return None  # whoever connects in earnest says so
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return name
+    return None
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -48,7 +48,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a sidecar until ``exit``; status 0 then, 1 after an error that was said."""
-    args = parse(argv)
+    run(parse(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """``main`` for arguments that are parsed."""
     lifecycle.quiet_torch()
     # SIGTERM and Ctrl-C act at once, inside a collective too: there is nothing here to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -107,6 +111,7 @@ def serve(args: argparse.Namespace) -> None:
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
         raise ValueError(f"--init-method: wanted tcp://HOST:PORT, got {args.init_method!r}")
+    lifecycle.use_interface(address.hostname)
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     store = SidecarStore(address.hostname, address.port, args.world_size, timeout)

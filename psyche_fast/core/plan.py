@@ -39,8 +39,12 @@ class Plan:
     summary: tuple[str, ...]
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) -> Plan:
     """Resolves and checks a run.
+
+    Args:
+        config: the run.
+        ranks_on_this_machine: those that share its cores, where others than the core start them.
 
     Raises:
         ValueError: what is wrong, in one line with its flag.
@@ -71,7 +75,8 @@ def make_plan(config: RunConfig) -> Plan:
     for name in ("liger", "offload_delta"):
         if getattr(config, name) and on_cpu:
             raise ValueError(f"{flag(name)} needs a CUDA device")
-    threads = config.threads or (max(1, cores() // config.ranks_here) if on_cpu else 0)
+    sharing = ranks_on_this_machine or config.ranks_here
+    threads = config.threads or (max(1, cores() // sharing) if on_cpu else 0)
     settings = Settings(
         replicas=config.replicas,
         param_dtype=config.param_dtype,

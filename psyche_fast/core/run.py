@@ -21,6 +21,7 @@ from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.signals import StopRequest, stop_on_signal
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.environment import Launched, announce
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -57,8 +58,12 @@ class RunResult:
     signal: int | None
 
 
-def run(plan: Plan) -> RunResult:
+def run(plan: Plan, place: Launched | None = None) -> RunResult:
     """Runs a plan to its end.
+
+    Args:
+        plan: the run.
+        place: where the other ranks were started with this one (torchrun, Slurm).
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -75,15 +80,16 @@ def run(plan: Plan) -> RunResult:
     logging.getLogger("psyche_fast").addHandler(handler)
     logging.getLogger("psyche_fast").setLevel(logging.INFO)
     try:
-        return _Core(plan, output).run()
+        return _Core(plan, output, place).run()
     finally:
         logging.getLogger("psyche_fast").removeHandler(handler)
         handler.close()
 
 
 class _Core:
-    def __init__(self, plan: Plan, output: Path) -> None:
+    def __init__(self, plan: Plan, output: Path, place: Launched | None) -> None:
         self.plan = plan
+        self.place = place
         self.config: RunConfig = plan.config
         self.output = output
         self.device = plan.devices.devices[0]
@@ -95,7 +101,7 @@ class _Core:
         config, plan = self.config, self.plan
         sock = listen(config.host, config.port)
         host, port = sock.getsockname()[:2]
-        lifecycle.use_loopback(host)
+        lifecycle.use_interface(host)
         environment = {TIMEOUT: str(config.timeout)}
         if plan.settings.threads:
             environment["OMP_NUM_THREADS"] = str(plan.settings.threads)
@@ -112,7 +118,9 @@ class _Core:
                 sidecars.spawn(rank, device.index, log_file)
             sidecars.watch(grace=_DEATH_SECONDS + 1)
             missing = config.world_size - config.ranks_here
-            if missing:
+            if self.place is not None:
+                announce(self.place, host, port)
+            elif missing:
                 self.console.message(
                     f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
                     f"--main-host {_reachable(host)} --port {port} "

@@ -9,7 +9,11 @@ deleted once every rank has read it, so that their number does not grow with the
 from __future__ import annotations
 
 import json
+import logging
+import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -21,6 +25,8 @@ from psyche_fast import strict
 from psyche_fast.models.source import FilesSource, ModelSource, TensorsSource
 from psyche_fast.protocol.messages import Operation, Settings, decode, encode
 from psyche_fast.protocol.tensors import receive_tensors, send_tensors
+
+log = logging.getLogger("psyche_fast.sidecar")
 
 _REPLICAS = "replicas"
 _SETTINGS = "psyche_fast_settings"
@@ -122,7 +128,11 @@ class CoreStore:
 
 
 class SidecarStore:
-    """A further rank's side. Waits in short slices, so that a signal or a lost store ends it."""
+    """A further rank's side. Waits in short slices, so that a signal or a lost store ends it.
+
+    A store whose machine is cut off answers nothing, not even the end of a slice, and torch would
+    wait for the kernel to give up (a quarter of an hour): a thread ends this process then.
+    """
 
     def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
         """Connects to the store on rank 0.
@@ -142,14 +152,31 @@ class SidecarStore:
         except dist.DistError as error:
             raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
         self._number = 0
+        self._seconds = timeout.total_seconds()
+        self._asked_at: float | None = None
+        threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
 
     def _get(self, key: str) -> str:
+        try:
+            while True:
+                self._asked_at = time.monotonic()
+                try:
+                    self.store.wait([key], _SLICE)
+                except dist.DistStoreError:
+                    continue
+                return str(self.store.get(key).decode())
+        finally:
+            self._asked_at = None
+
+    def _watch(self) -> None:
         while True:
-            try:
-                self.store.wait([key], _SLICE)
-            except dist.DistStoreError:
-                continue
-            return str(self.store.get(key).decode())
+            time.sleep(_SLICE.total_seconds() / 2)
+            asked = self._asked_at
+            if asked is not None and time.monotonic() - asked > self._seconds:
+                log.error(
+                    "lost another rank: the core's store has not answered for %g s", self._seconds
+                )
+                os._exit(1)
 
     def _optional(self, key: str) -> str | None:
         return self._get(key) if self.store.check([key]) else None
@@ -195,6 +222,8 @@ class SidecarStore:
         replicas = self._optional(_REPLICAS)
         if replicas is not None:
             settings = msgspec.structs.replace(settings, replicas=_positive(_REPLICAS, replicas))
+        if settings.timeout is not None:
+            self._seconds = settings.timeout
         return dp, tp, settings
 
     def receive(self, device: torch.device) -> Operation:

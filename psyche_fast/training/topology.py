@@ -12,13 +12,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """Sets the timeout of every process group made from now on.
+    """Sets the timeout of the default process group and of every group made from now on.
 
     Groups of a device mesh and of ``new_group`` ignore ``init_process_group``'s own, so the
     module's default is what counts, and it has to change before the groups are made.
     """
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
+    if dist.is_initialized():
+        world = dist.group.WORLD
+        assert world is not None
+        for device in world._device_types:
+            backend = world._get_backend(device)
+            # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+            getattr(backend, "wrapped_pg", backend)._set_default_timeout(timeout)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,257 @@
+"""Ranks started by torchrun or srun, and ranks on machines of their own: network namespaces."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from psyche_fast import lifecycle
+from psyche_fast.environment import Launched, first_host, launched
+from tests.core.test_machines import free_port
+from tests.tiny import save_llama, save_tokens
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launched")
+    save_llama(folder / "model")
+    save_tokens(folder / "data")
+    return folder
+
+
+def flags(place: Path, output: Path, replicas: int = 2, steps: int = 3) -> list[str]:
+    return [
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
+        "--device", "cpu", "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "6",
+        "--total-steps", str(steps), "--param-dtype", "float32", "--threads", "1", "--distro",
+        "--replicas", str(replicas), "--compression-chunk", "16", "--output", str(output),
+    ]  # fmt: skip
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(s)["loss"] for s in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_machine(place: Path, output: Path, replicas: int) -> list[float]:
+    command = [sys.executable, "-m", "psyche_fast", *flags(place, output, replicas)]
+    subprocess.run(command, check=True, capture_output=True)
+    return losses(output)
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_PROCID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1",
+}  # fmt: skip
+
+
+def test_torchruns_variables_are_understood_and_go_first() -> None:
+    there = Launched(5, 8, 1, 4, "node1", None, ("node1", 29500, "psyche_fast/2"))
+    assert launched(TORCHRUN) == launched({**SLURM, **TORCHRUN}) == there
+    assert launched({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}).host is None  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="RANK: wanted a number in the environment, got 'x'"):
+        launched({**TORCHRUN, "RANK": "x"})
+
+
+def test_sruns_variables_are_understood() -> None:
+    found = launched(SLURM)
+    assert found is not None
+    assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
+    assert (found.local_world_size, found.host, found.meeting) == (2, "gpu003", None)
+    assert found.port == launched({**SLURM, "SLURM_PROCID": "0"}).port  # type: ignore[union-attr]
+    assert 20_000 <= found.port < 30_000
+    # A batch script, or one task, is no launch.
+    assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+    assert launched({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert launched({}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[01-04],g1", "n01"), ("n[7]", "n7"), ("a-b[2,5]", "a-b2")],
+)
+def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@pytest.mark.slow
+def test_two_torchruns_make_one_run(place: Path, tmp_path: Path) -> None:
+    port = free_port()
+    agents = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr", "127.0.0.1",
+                "--master-port", str(port), "-m", "psyche_fast", *flags(place, tmp_path / "run"),
+            ],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert losses(tmp_path / "run") == one_machine(place, tmp_path / "alone", 2)
+
+
+@pytest.mark.slow
+def test_srun_makes_one_run_and_counts_ranks(place: Path, tmp_path: Path) -> None:
+    def srun(*command: str) -> list[subprocess.Popen[str]]:
+        # One that is not in use now; a run's own is made of its numbers.
+        step = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "psyche_fast", *command],
+                stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **step, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)},
+            )
+            for r in range(2)
+        ]  # fmt: skip
+
+    ranks = srun(*flags(place, tmp_path / "run"), "--port", str(free_port()))
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert len(losses(tmp_path / "run")) == 3
+    ranks = srun(*flags(place, tmp_path / "other", replicas=3))
+    for rank in ranks:
+        said_last = rank.communicate(timeout=60)[1]
+        assert rank.returncode == 2
+        assert "2 ranks were started, but --replicas 3 x" in said_last
+
+
+def test_the_interface_is_the_one_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what is set below goes again
+        monkeypatch.delenv(name)
+    lifecycle.use_interface("0.0.0.0")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    lifecycle.use_interface("127.0.0.1")
+    addresses = psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]
+    assert "127.0.0.1" in [entry.address for entry in addresses]
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    lifecycle.use_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+@contextmanager
+def hosts(count: int) -> Iterator[list[str]]:
+    """Names of network namespaces, each with the address 10.99.7.(number + 1)."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    tag = f"pf{os.getpid() % 100_000}"
+    names = [f"{tag}h{n}" for n in range(count)]
+    switch = f"{tag}s"  # a namespace of its own, so that nothing is left behind
+    try:
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for n, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "add", "wan0", "type", "veth", "peer", f"to{n}", "netns", switch)
+            ip("-n", switch, "link", "set", f"to{n}", "master", "bridge", "up")
+            ip("-n", name, "addr", "add", f"10.99.7.{n + 1}/24", "dev", "wan0")
+            ip("-n", name, "link", "set", "wan0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in [*names, switch]:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def _namespaces() -> bool:
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    try:
+        with hosts(1):
+            return True
+    except subprocess.CalledProcessError:
+        return False
+
+
+needs_namespaces = pytest.mark.skipif(
+    not _namespaces(), reason="network namespaces need root and iproute2"
+)
+
+
+def on(host: str, *command: str) -> subprocess.Popen[str]:
+    # Without the checks between ranks that tests ask for too: they have timeouts of their own.
+    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISTRIBUTED_DEBUG")
+    return subprocess.Popen(
+        ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *command],
+        stderr=subprocess.PIPE, text=True,
+        env={name: value for name, value in os.environ.items() if name not in chosen},
+    )  # fmt: skip
+
+
+def run_on(names: list[str], run: list[str], timeout: int) -> list[subprocess.Popen[str]]:
+    network = ["--host", "10.99.7.1", "--port", "34567", "--local-ranks", "1"]
+    core = on(names[0], *run, *network, "--timeout", str(timeout))
+    return [core] + [
+        on(
+            name, "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
+            str(len(names)), "--start-rank", str(rank), "--backend", "gloo",
+        )
+        for rank, name in enumerate(names[1:], start=1)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_three_hosts_make_one_run(place: Path, tmp_path: Path) -> None:
+    with hosts(3) as names:
+        processes = run_on(names, flags(place, tmp_path / "run", 3), timeout=60)
+        said = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert losses(tmp_path / "run") == one_machine(place, tmp_path / "alone", 3)
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_a_host_that_is_cut_off_ends_the_run_in_one_line(place: Path, tmp_path: Path) -> None:
+    output, timeout = tmp_path / "run", 6
+    with hosts(3) as names:
+        run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
+        processes = run_on(names, run, timeout)
+        try:
+            checkpoint = output / "checkpoints" / "step-000005"
+            deadline = time.monotonic() + 90
+            while not checkpoint.exists():
+                assert processes[0].poll() is None, processes[0].communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            subprocess.run(["ip", "-n", names[2], "link", "set", "wan0", "down"], check=True)
+            began = time.monotonic()
+            _, said = processes[0].communicate(timeout=60)
+            assert time.monotonic() - began < timeout + 15
+            assert processes[0].returncode == 1
+            last = said.strip().splitlines()[-1]
+            assert last.startswith("psyche-fast: error: ")
+            assert "another rank did not answer" in last or "lost another rank" in last
+            for process in processes[1:]:
+                _, said = process.communicate(timeout=60)
+                assert process.returncode == 1
+                assert "another rank" in said
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    assert len(losses(output)) >= 5
+    assert (checkpoint / "model.safetensors").exists()
+    assert not list((output / "checkpoints").glob(".*"))
