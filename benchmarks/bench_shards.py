@@ -10,7 +10,8 @@ its results come from one replica to the other is not in it. Ours has all of its
 
 Bytes are those that collectives leave on a rank, its own part among them; collectives are seen by
 torch's dispatcher, so that those inside of DTensor count too. Time is what a rank spends in
-exchanges, waiting for others included.
+exchanges, waiting for others included. Peak memory is what tensors made in a step have held at one
+time, beside parameters, gradients, momentum and what is kept from step to step.
 Both must arrive at the same parameters, but for a rare sign that hangs on the last bit.
 """
 
@@ -32,6 +33,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":  # run as a script from a checkout that is not installed
@@ -53,17 +55,35 @@ ASKED = {"collectives": 10.0, "bytes_in_replica": 100.0, "exchange_ms": 5.0}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts collectives and the bytes that they give this rank, by group."""
+    """Counts collectives and the bytes that they give this rank, by group, and memory taken.
+
+    `peak` is the most bytes that tensors made inside have held at one time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives = 0
         self.bytes: dict[int, int] = {}
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._given: set[int] = set()
+
+    def _weigh(self, taken: Any, given: Any) -> None:
+        for t in torch.utils._pytree.tree_leaves(taken):
+            if _is_tensor(t) and (key := t.untyped_storage()._cdata) not in self._made:
+                self._given.add(key)
+        for t in torch.utils._pytree.tree_leaves(given):
+            if _is_tensor(t) and (key := t.untyped_storage()._cdata) not in self._given:
+                storage = t.untyped_storage()
+                self._made[key] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {k: made for k, made in self._made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # its own collectives come back here
         result = func(*args, **(kwargs or {}))
+        self._weigh((args, kwargs), result)
         functional = func.namespace == "_c10d_functional"
         if (functional and not func.__name__.startswith(("wait", "_wrap"))) or (
             func.namespace == "c10d"
@@ -239,6 +259,7 @@ def _measure(rank: int, folder: str, steps: int) -> None:
             "collectives": traffic.collectives,
             "bytes_in_replica": traffic.bytes.get(1, 0),
             "bytes_between_replicas": traffic.bytes.get(0, 0),
+            "peak_bytes": traffic.peak,
             "exchange_ms": percentiles(exchanges)["p50"],
             "step_ms": percentiles(whole)["p50"],
         }
@@ -261,7 +282,7 @@ def measure(steps: int = 20) -> dict[str, Any]:
         raise RuntimeError(f"{found['disagreement']:.2%} of the elements differ")
     found["ratio"] = {
         key: found["psyche"][key] / ours if (ours := found["ours"][key]) else None
-        for key in (*ASKED, "step_ms")
+        for key in (*ASKED, "peak_bytes", "step_ms")
     }
     return found
 
