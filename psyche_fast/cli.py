@@ -7,10 +7,12 @@ Nothing heavy is imported before a command runs, so that ``--help`` is instant. 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,10 +34,12 @@ def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
 
-def config_options(function: F) -> F:
-    """Adds one option for each field of ``RunConfig``."""
+def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
+    """Adds one option for each field of ``RunConfig``, or for ``only`` some."""
     hints = get_type_hints(RunConfig)
     for field in reversed(dataclasses.fields(RunConfig)):
+        if only is not None and field.name not in only:
+            continue
         kind = hints[field.name]
         if get_origin(kind) in (Union, types.UnionType):
             kind = next(k for k in get_args(kind) if k is not type(None))
@@ -155,6 +159,59 @@ def demo(
         data_parallelism=data_parallelism,
         device=device,
     )
+
+
+_ESTIMATED = (
+    "model", "sequence_length", "micro_batch", "tensor_parallelism", "data_parallelism", "replicas",
+    "grad_accum_in_fp32", "compression_chunk", "compression_topk", "delta_dtype", "offload_delta",
+    "distro", "distro_quantization", "attn_implementation", "param_dtype",
+    "activation_checkpointing",
+)  # fmt: skip
+
+
+@cli.command()
+@click.option("--bandwidth", default="1Gbit", show_default=True, help="of a host's link, a second")
+@click.option("--latency-ms", type=click.FloatRange(min=0), default=50.0, show_default=True)
+@click.option("--ranks-per-host", type=click.IntRange(min=1),
+              help="ranks that share a link (default: a replica's, at most 8)")  # fmt: skip
+@click.option("--device-type", type=click.Choice(["cuda", "cpu"]), default="cuda",
+              show_default=True, help="kernels on a CPU need memory of their own")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
+@partial(config_options, only=_ESTIMATED)
+def estimate(
+    bandwidth: str,
+    latency_ms: float,
+    ranks_per_host: int | None,
+    device_type: str,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Say what a run would need: memory, bytes a step, time. Reads only the model's config."""
+    lifecycle.quiet_torch()
+    run = RunConfig(**flags)
+    from psyche_fast.core import estimate as estimates
+
+    rate = estimates.parse_bandwidth(bandwidth)
+    found = estimates.estimate(estimates.read_model(run.model), run, device_type)
+    ranks = ranks_per_host or min(run.ranks_per_replica, 8)
+    seconds = estimates.exchange_seconds(found, ranks, rate, latency_ms / 1e3)
+    if as_json:
+        fields = {**dataclasses.asdict(found), "memory": found.memory, "exchange_seconds": seconds}
+        click.echo(json.dumps(fields))
+        return
+    from psyche_fast.metrics.formatting import format_bytes, format_count
+
+    click.echo(f"model       {format_count(found.total_parameters)} parameters")
+    for name in ("parameters", "gradients", "optimizer", "activations", "workspace", "unsharded"):
+        click.echo(f"{name:<11} {format_bytes(getattr(found, name)):>8} per rank")
+    click.echo(f"memory      {format_bytes(found.memory):>8} per rank, at most at one time")
+    if found.sent:
+        less = f"{found.dense / found.sent:.0f} times less than a dense exchange"
+        click.echo(f"sent        {format_bytes(found.sent):>8} per rank and step, {less}")
+        click.echo(
+            f"exchange    {seconds:.3g} s at {bandwidth} and {latency_ms:g} ms for {ranks} ranks "
+            "of a host; it hides behind the next step where that takes longer"
+        )
 
 
 @cli.command()

@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from psyche_fast.distro.codec import DistroResult, check_form
 from psyche_fast.distro.layout import ParameterLayout
-from psyche_fast.distro.scattered import Scattered, Slab
+from psyche_fast.distro.scattered import Scattered, Slab, divided_layouts
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -97,6 +97,38 @@ def slab(parameter: DTensor) -> Slab:
     return Slab(tuple(start), tuple(shape))
 
 
+_Shared = dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[int]]
+
+
+def own_layouts(
+    parameters: Sequence[Tensor], wholes: Sequence[ParameterLayout]
+) -> tuple[list[ParameterLayout], _Shared]:
+    """How this rank's part of each parameter is cut.
+
+    Args:
+        parameters: plain tensors or DTensors.
+        wholes: how the whole parameters are cut into chunks.
+
+    Returns:
+        the layouts, and the numbers of the parameters whose chunks are divided among the ranks that
+        share them, by these ranks, dtype and device.
+    """
+    layouts, shared = list(wholes), _Shared()
+    for i, (p, whole) in enumerate(zip(parameters, wholes, strict=True)):
+        if not isinstance(p, DTensor):
+            continue
+        if is_aligned(whole, p):
+            layouts[i] = whole.part(p.to_local().shape)
+        else:
+            shared.setdefault((sharing_group(p), p.dtype, p.device), []).append(i)
+    for (group, _, _), members in shared.items():
+        ranks, me = dist.get_world_size(group), dist.get_rank(group)
+        own = divided_layouts([wholes[i] for i in members], ranks, me)
+        for i, layout in zip(members, own, strict=True):
+            layouts[i] = layout
+    return layouts, shared
+
+
 class Parts:
     """What this rank works on in place of each parameter: plain tensors of whole chunks.
 
@@ -112,16 +144,7 @@ class Parts:
     def __init__(self, parameters: Sequence[Tensor], wholes: Sequence[ParameterLayout]) -> None:
         self._parameters = list(parameters)
         self._wholes = list(wholes)
-        shared: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[int]] = {}
-        self.layouts: list[ParameterLayout] = []
-        for i, (p, whole) in enumerate(zip(parameters, wholes, strict=True)):
-            if not isinstance(p, DTensor):
-                self.layouts.append(whole)
-            elif is_aligned(whole, p):
-                self.layouts.append(whole.part(p.to_local().shape))
-            else:
-                self.layouts.append(whole)  # until its chunks are divided
-                shared.setdefault((sharing_group(p), p.dtype, p.device), []).append(i)
+        self.layouts, shared = own_layouts(parameters, wholes)
         self._scattered: list[tuple[list[int], Scattered]] = []
         self._chunks: dict[int, Tensor] = {}
         self._where: dict[int, tuple[Scattered, int]] = {}
@@ -130,7 +153,7 @@ class Parts:
             moved = Scattered([wholes[i] for i in members], slabs, group, device)
             self._scattered.append((members, moved))
             for number, i in enumerate(members):
-                self.layouts[i] = moved.layouts[number]
+                assert self.layouts[i] == moved.layouts[number]
                 self._where[i] = (moved, number)
                 self._chunks[i] = torch.empty(
                     moved.layouts[number].shape, dtype=dtype, device=device

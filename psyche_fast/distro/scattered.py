@@ -49,16 +49,9 @@ class Scattered:
         everyones: list[list[Slab]] = [[] for _ in range(ranks)]
         dist.all_gather_object(everyones, list(slabs), group=group)
         self._shapes = [s.shape for s in slabs]
-        # Rotated, so that many parameters of a few chunks do not all fall to the same rank.
-        self._bounds = [
-            [_bounds(w.chunks, (rank + number) % ranks, ranks) for rank in range(ranks)]
-            for number, w in enumerate(wholes)
-        ]
+        self._bounds = _divide(wholes, ranks)
         self._runs = [bounds[me] for bounds in self._bounds]
-        self.layouts = [
-            w.part(((b - a) * w.w,) if len(w.shape) < 2 else ((b - a) * w.h, w.w))
-            for w, (a, b) in zip(wholes, self._runs, strict=True)
-        ]
+        self.layouts = divided_layouts(wholes, ranks, me)
         places = [_places(w, slab) for w, slab in zip(wholes, slabs, strict=True)]
         gives = [self._route(places, rank)[0] for rank in range(ranks)]
         takes = [
@@ -133,6 +126,26 @@ class Scattered:
         for (a, b), piece in zip(bounds, parts, strict=True):
             whole[a:b] = piece[: b - a]
         return whole
+
+
+def divided_layouts(
+    wholes: Sequence[ParameterLayout], ranks: int, me: int
+) -> list[ParameterLayout]:
+    """One rank's chunks of each parameter: `[n * h, w]`, or `[n * w]` of a vector."""
+    layouts = []
+    for w, bounds in zip(wholes, _divide(wholes, ranks), strict=True):
+        first, last = bounds[me]
+        n = last - first
+        layouts.append(w.part((n * w.w,) if len(w.shape) < 2 else (n * w.h, w.w)))
+    return layouts
+
+
+def _divide(wholes: Sequence[ParameterLayout], ranks: int) -> list[list[tuple[int, int]]]:
+    # Rotated, so that many parameters of a few chunks do not all fall to the same rank.
+    return [
+        [_bounds(w.chunks, (rank + number) % ranks, ranks) for rank in range(ranks)]
+        for number, w in enumerate(wholes)
+    ]
 
 
 def _bounds(chunks: int, turn: int, ranks: int) -> tuple[int, int]:

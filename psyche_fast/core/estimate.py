@@ -1,0 +1,306 @@
+"""What a run would need: memory of a rank, bytes of a step, time of an exchange. Nothing is loaded.
+
+The model is built and split by the code that trains it, as rank 0 of a process group that is not
+there, and goes through one forward and backward with tensors that have shapes but no content;
+what these hold at most is added up. Any architecture of Transformers' can be estimated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from psyche_fast.batch import Batch
+from psyche_fast.config import RunConfig
+from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.placement import local_tensor, own_layouts
+from psyche_fast.kernels.plan import ChunkPlan
+from psyche_fast.kernels.reference.workspace import groups
+from psyche_fast.models import building, choose_attention, huggingface, parallel
+from psyche_fast.models.causal_lm import CausalLM
+from psyche_fast.models.source import FilesSource, TensorsSource, read_config, resolve_model
+from psyche_fast.models.tensor_parallel import tensor_parallel
+from psyche_fast.training.topology import Topology
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank needs; bytes.
+
+    Attributes:
+        total_parameters: of the model, tied ones once.
+        parameters: this rank's part.
+        gradients: kept from micro-batch to micro-batch.
+        optimizer: DisTrO's momentum and copy of the parameters, or AdamW's moments.
+        activations: what forward and backward of one micro-batch hold beside the above at most.
+        workspace: of DisTrO's kernels on a CPU, which they keep; on a GPU they have none.
+        unsharded: FSDP2's whole blocks, and the whole gradient of one.
+        sent: what this rank hands to the other replicas in a step; 0 for one replica.
+        dense: the same for a dense exchange of the gradient.
+        received: from the other replicas in a step.
+    """
+
+    total_parameters: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    unsharded: int
+    sent: int
+    dense: int
+    received: int
+
+    @property
+    def memory(self) -> int:
+        """All of it at once."""
+        kept = self.parameters + self.gradients + self.optimizer
+        return kept + self.activations + self.workspace + self.unsharded
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up what tensors made inside hold.
+
+    Attributes:
+        live: bytes now.
+        peak: the most at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.live = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._given: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an operator and looks at the storages that it takes and gives."""
+        if DTensor in types:
+            return NotImplemented  # what it does inside comes back here
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self._made:
+                self._given.add(key)
+        new = False
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self._given:
+                known = self._made.get(key)
+                if known is None or known[0].expired():
+                    storage = t.untyped_storage()
+                    self._made[key] = StorageWeakRef(storage), storage.nbytes()
+                    new = True
+        if new:
+            self._made = {k: made for k, made in self._made.items() if not made[0].expired()}
+            self.live = sum(size for _, size in self._made.values())
+            self.peak = max(self.peak, self.live)
+        return result
+
+
+@contextmanager
+def _nobody(world: int) -> Iterator[None]:
+    """A process group whose other ranks are not there; collectives do nothing."""
+    if dist.is_initialized():
+        raise ValueError("estimate: this process already has a process group")
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.OFF)  # its checks between ranks want ranks
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=world, timeout=timedelta(seconds=60)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        dist.set_debug_level(level)
+
+
+def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") -> Estimate:
+    """Estimates what a rank of ``run`` needs.
+
+    Args:
+        model: ``config.json`` of a Transformers model.
+        run: as ``train`` would take it; its ``model`` is not looked at.
+        device_type: what attention is chosen for. Forward is gone through as the CPU does it.
+
+    Raises:
+        ValueError: the model cannot be built or split so.
+    """
+    dtype = _DTYPES[run.param_dtype]
+    attention = choose_attention(run.attn_implementation, device_type, model.get("model_type"))
+    if attention == "flash_attention_2":
+        attention = "sdpa"  # holds as much
+    device = torch.device("cpu")
+    with _nobody(run.world_size):
+        topology = Topology.build(run.data_parallelism, run.tensor_parallelism, device)
+
+        def build() -> tuple[nn.Module, dict[str, str]]:
+            with torch.device("meta"):  # buffers too: what is in them does not matter here
+                module = huggingface.build(model, dtype, attention, run.sequence_length)
+            aliases = building.tied_names(module)
+            if run.activation_checkpointing:
+                huggingface.enable_activation_checkpointing(module)
+            if topology.tensor_mesh is not None:
+                tensor_parallel(module, topology.tensor_mesh, module.config, aliases)
+            return module, aliases
+
+        activations = _activations(*build(), run, attention)
+        module, _ = build()
+        largest = [sum(_bytes(p) for p in b.parameters()) for b in parallel.blocks(module).values()]
+        rest = sum(map(_bytes, module.parameters())) - sum(largest)
+        if topology.shard_mesh is not None:
+            parallel.shard(module, topology.shard_mesh)
+        named = {n: p for n, p in sorted(module.named_parameters()) if p.requires_grad}
+        own = sum(map(_bytes, named.values()))
+        elements = own // dtype.itemsize
+        sent = optimizer = workspace = 0
+        if run.distro:
+            wholes = [_layout(n, p, run, device) for n, p in named.items()]
+            layouts, shared = own_layouts(list(named.values()), wholes)
+            layout = Layout(layouts)
+            size = MessageFormat(
+                layout, ["torch"] * len(layout.plans), signs=run.distro_quantization
+            ).size
+            sent = size if run.replicas > 1 else 0
+            chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
+            optimizer = chunks * (dtype.itemsize + _DTYPES[run.delta_dtype].itemsize)
+            if device_type == "cpu":
+                workspace = max(map(_workspace, layout.plans))
+            if run.offload_delta:
+                optimizer = chunks * dtype.itemsize
+            # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
+            for at in (at for members in shared.values() for at in members):
+                part = layouts[at].chunks * layouts[at].totalk
+                held = local_tensor(list(named.values())[at].detach()).numel()
+                optimizer += 8 * (part + held) + part * dtype.itemsize
+        else:
+            optimizer = 2 * own
+    sharded = run.data_parallelism > 1
+    # The block at work and the next one, and embedding and head beside them; gradients of a block
+    # whole, and in fp32 on their way to the ranks.
+    most = max([*largest, 0])
+    unsharded = 2 * most + rest + most + most * 4 // dtype.itemsize if sharded else 0
+    return Estimate(
+        total_parameters=sum(p.numel() for p in named.values()),
+        parameters=own,
+        gradients=elements * (4 if run.grad_accum_in_fp32 else dtype.itemsize),
+        optimizer=optimizer,
+        activations=activations,
+        workspace=workspace,
+        unsharded=unsharded,
+        sent=sent,
+        dense=own if run.replicas > 1 else 0,
+        received=sent * (run.replicas - 1),
+    )
+
+
+def _bytes(parameter: Tensor) -> int:
+    local = local_tensor(parameter.detach())
+    return local.numel() * local.element_size()
+
+
+def _workspace(plan: ChunkPlan) -> int:
+    """What `kernels.reference` keeps: coefficients, magnitudes, decoded chunks, their factors."""
+    slices = max(part.stop - part.start for part in plan.slices)
+    group = max(g[-1].stop - g[0].start for g in groups(plan))
+    numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
+    return numbers * plan.compute_dtype.itemsize
+
+
+def _layout(name: str, parameter: Tensor, run: RunConfig, device: torch.device) -> ParameterLayout:
+    return ParameterLayout.of(
+        name, parameter.shape, parameter.dtype, device,
+        compression_chunk=run.compression_chunk, compression_topk=run.compression_topk,
+    )  # fmt: skip
+
+
+def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, attention: str) -> int:
+    """Bytes that forward and backward of a micro-batch hold at most, whole gradients apart."""
+    device = torch.device("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module.to_empty(device=device)
+        building.tie(module, aliases)
+        model = CausalLM(
+            module, config={}, device=device, attn_implementation=attention,
+            class_name=type(module).__name__,
+        )  # fmt: skip
+        for parameter in module.parameters():
+            # Counted apart; here each lives as long as it takes to be added.
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        model.train()
+        tokens = torch.zeros(run.micro_batch, run.sequence_length, dtype=torch.int64)
+        with LiveBytes() as bytes_:
+            model.loss(Batch(tokens)).backward()
+    return bytes_.peak
+
+
+def read_model(name: str) -> dict[str, Any]:
+    """The configuration of a folder, of a ``config.json``, or of a hub id, without its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        return read_config(resolve_model(name))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name, "config.json")
+    # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"--model: {name!r} is no folder, nor on the hub: {reason}") from error
+    return read_config(FilesSource((Path(file),)))
+
+
+_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bits per second of ``100Mbit`` and the like.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = re.fullmatch(r"([\d.]+) ?([kmg]?bit)(?:/s)?", text.lower())
+    try:
+        value = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"--bandwidth: wanted a rate such as 100Mbit or 1Gbit, got {text!r}")
+    return value
+
+
+def exchange_seconds(found: Estimate, ranks: int, bandwidth: float, latency: float) -> float:
+    """How long one exchange takes where ``ranks`` ranks of a host share its link.
+
+    Args:
+        found: the estimate.
+        ranks: ranks on a host.
+        bandwidth: bits per second of the host's link.
+        latency: seconds.
+    """
+    if not found.sent:
+        return 0.0
+    return latency + 8 * ranks * max(found.sent, found.received) / bandwidth

@@ -1,0 +1,136 @@
+"""The estimate of a run against what real processes hold and send."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from click.testing import CliRunner
+
+from psyche_fast import cli, runtime
+from psyche_fast.batch import Batch
+from psyche_fast.config import RunConfig, optimizer_to_json
+from psyche_fast.core.estimate import LiveBytes, estimate
+from psyche_fast.models.source import read_config, resolve_model
+from psyche_fast.protocol.messages import Hyperparameters, Settings
+from tests.groups import run_ranks
+
+BASE: dict[str, Any] = {
+    "distro": True, "distro_quantization": True, "sequence_length": 128, "micro_batch": 4,
+    "compression_topk": 8, "param_dtype": "float32",
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "adamw": {"distro": False, "distro_quantization": False},
+    "bf16": {
+        "param_dtype": "bfloat16", "grad_accum_in_fp32": True, "activation_checkpointing": True,
+    },
+    "replicas": {"replicas": 2, "delta_dtype": "bfloat16"},
+    "shards": {"data_parallelism": 2},
+    "all": {"replicas": 2, "data_parallelism": 2, "tensor_parallelism": 2},
+}  # fmt: skip
+
+
+def save(folder: Path, kind: str) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
+    }  # fmt: skip
+    settings = AutoConfig.for_model(kind, **sizes, tie_word_embeddings=kind != "llama")
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    return folder
+
+
+def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
+    """The most that a rank holds in three steps of two micro-batches, and what it sends."""
+    run = RunConfig(**{**BASE, **changes})
+    settings = Settings(
+        replicas=run.replicas, param_dtype=run.param_dtype, sequence_length=run.sequence_length,
+        activation_checkpointing=run.activation_checkpointing, delta_dtype=run.delta_dtype,
+    )  # fmt: skip
+    operation = Hyperparameters(
+        lr_scheduler=run.lr_scheduler(), optimizer=optimizer_to_json(run.optimizer()),
+        micro_batch_size=run.micro_batch * run.data_parallelism,
+        grad_accum_in_fp32=run.grad_accum_in_fp32,
+    )  # fmt: skip
+    rows = 2 * run.micro_batch * run.data_parallelism * run.replicas
+    with LiveBytes() as live:
+        model, topology = runtime.load(
+            "HfAuto", resolve_model(str(folder)), run.data_parallelism, run.tensor_parallelism,
+            settings, torch.device("cpu"),
+        )  # fmt: skip
+        trainer = runtime.build_trainer(model, topology, operation, settings)
+        for step in range(1, 4):
+            trainer.train(step, Batch(torch.randint(2048, (rows, run.sequence_length))))
+            if step > 1 or not run.distro:
+                trainer.optimize(step)
+    return live.peak, trainer.bytes_sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path / "model", "qwen3" if name in ("shards", "replicas") else "llama")
+    run = RunConfig(**{**BASE, **RUNS[name]})
+    found = estimate(read_config(resolve_model(str(folder))), run)
+    peak, sent = run_ranks(hold, run.world_size, folder, RUNS[name])[0]
+    assert sent == found.sent
+    assert found.memory == pytest.approx(peak, rel=0.1)
+    assert not dist.is_initialized()
+
+
+LLAMA_405B: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+    "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+    "num_attention_heads": 128, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def command(*words: str) -> Any:
+    return CliRunner().invoke(cli.cli, ["estimate", *words], catch_exceptions=True)
+
+
+def test_llama_405b_from_its_config_alone(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_405B))
+    words = ["--model", str(file), "--distro", "--distro-quantization", "--replicas", "4"]
+    words += ["--data-parallelism", "16", "--tensor-parallelism", "8", "--micro-batch", "1"]
+    words += ["--activation-checkpointing", "--compression-topk", "8"]
+    said = command(*words, "--json", "--bandwidth", "100Mbit", "--latency-ms", "20")
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.output)
+    assert found["total_parameters"] == 405_853_388_800
+    assert found["parameters"] == pytest.approx(405_853_388_800 * 2 / 128, rel=0.01)
+    # 12 bytes for each of a rank's chunks of 64 x 64
+    assert found["sent"] == pytest.approx(405_853_388_800 / 128 / 4096 * 12, rel=0.03)
+    link = 8 * 3 * found["sent"] * 8 / 100e6
+    assert found["exchange_seconds"] == pytest.approx(0.02 + link)
+    table = command(*words).output
+    assert "model       406G parameters" in table
+    assert "times less than a dense exchange" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--bandwidth", "fast"],
+            "--bandwidth: wanted a rate such as 100Mbit or 1Gbit, got 'fast'",
+        ),
+        (["--tensor-parallelism", "3"], "--tensor-parallelism 3 does not divide"),
+        (["--model", "./nowhere"], "there is no folder './nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, words: list[str], says: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**LLAMA_405B, "num_hidden_layers": 1}))
+    said = command("--model", str(file), "--replicas", "1", *words)
+    assert isinstance(said.exception, ValueError)
+    assert says in str(said.exception)
+    assert not dist.is_initialized()
