@@ -78,11 +78,12 @@ def sharing_group(parameter: DTensor) -> dist.ProcessGroup:
     if len(axes) == 1:
         return mesh.get_group(axes[0])
     assert len(axes) == mesh.ndim, "sharded along some axes of a mesh of more than two"
-    return _group_of_mesh(mesh)
+    return _group_of_mesh(mesh, dist.group.WORLD)
 
 
 @cache
-def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+def _group_of_mesh(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
+    # By the world too: a mesh of a later process group may be equal to one of an earlier.
     ranks = mesh.mesh.flatten().tolist()
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
