@@ -1,0 +1,127 @@
+"""What a run over a slow link loses of its step time, everything that it says included.
+
+    python benchmarks/bench_wan.py                      # table; --out FILE writes JSON
+
+Two hosts (network namespaces of this machine) with one rank each train a Llama with DisTrO,
+`psyche-fast train` on one and `psyche-fast sidecar` on the other: first over a link that costs
+nothing, then over one with a rate and a latency. Operations, batches, results, losses: all go over
+it. Needs root, iproute2 and /dev/net/tun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+if __name__ == "__main__":  # run as a script from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import wan
+from benchmarks.common import environment, percentiles, write_json
+
+VOCABULARY = 2048
+WARM = 3
+FREE = (1e10, 0.0)
+"""Rate and latency of the link to compare with: the same relay, holding nothing back."""
+
+
+def _step_ms(folder: Path, name: str, link: tuple[float, float], flags: list[str]) -> list[float]:
+    output = folder / name
+    environ = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
+    with wan.link(*link) as hosts:
+
+        def start(host: str, *words: str) -> subprocess.Popen[bytes]:
+            command = ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *words]
+            return subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
+
+        network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", "1"]
+        ranks = [start(hosts[0], "train", *flags, "--output", str(output), *network)]
+        ranks.append(
+            start(
+                hosts[1], "sidecar", "--main-host", "10.98.7.1", "--port", "34567",
+                "--world-size", "2", "--start-rank", "1", "--backend", "gloo",
+            )
+        )  # fmt: skip
+        try:
+            for rank in ranks:
+                if rank.wait(600) != 0:
+                    raise RuntimeError(f"the run failed: {output / 'logs'}")
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [1e3 * json.loads(line)["step_seconds"] for line in lines[WARM:]]
+
+
+def measure(**arguments: Any) -> dict[str, Any]:
+    """Run over both links.
+
+    Args:
+        **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
+    """
+    width = arguments["width"]
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=arguments["layers"], num_attention_heads=width // 64,
+        num_key_value_heads=max(width // 128, 1), max_position_embeddings=1024,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(folder / "model")
+        (folder / "data").mkdir()
+        tokens = np.random.default_rng(0).integers(VOCABULARY, size=1_000_000)
+        tokens.astype("<u2").tofile(folder / "data" / "tokens.ds")
+        flags = [
+            "--model", str(folder / "model"), "--data-path", str(folder / "data"),
+            "--device", "cpu", "--param-dtype", "float32", "--threads", "1", "--distro",
+            "--replicas", "2", "--sequence-length", str(arguments["length"]),
+            "--micro-batch", str(arguments["micro"]),
+            "--total-batch", str(4 * arguments["micro"]),
+            "--total-steps", str(arguments["steps"] + WARM),
+        ]  # fmt: skip
+        slow = (arguments["mbit"] * 1e6, arguments["latency_ms"] / 1e3)
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "step_ms": {
+                "no link": percentiles(_step_ms(folder, "free", FREE, flags)),
+                "link": percentiles(_step_ms(folder, "slow", slow, flags)),
+            },
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the link")
+    parser.add_argument("--latency-ms", type=float, default=50.0, help="of one direction")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--micro", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    report = {
+        "benchmark": "wan", **arguments, "environment": environment(), **measure(**arguments)
+    }  # fmt: skip
+    print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
+    free, slow = (report["step_ms"][mode]["p50"] for mode in ("no link", "link"))
+    print(f"{report['parameters']:,} float32 parameters, 2 replicas")
+    print(f"step without the link {free:.1f} ms, with it {slow:.1f} ms: {slow / free - 1:+.1%}")
+    if out:
+        write_json(out, report)
+
+
+if __name__ == "__main__":
+    main()
