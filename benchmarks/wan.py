@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x0001 | 0x1000
@@ -85,10 +85,9 @@ def _relay(devices: list[int], bits_per_second: float, latency: float) -> None:
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
             _, _, to, packet = heapq.heappop(waiting)
-            try:
+            # The other end may not be up yet, or full: lost, as on a link.
+            with suppress(OSError):
                 os.write(devices[to], packet)
-            except OSError:
-                pass  # the other end is not up yet, or full: lost, as on a link
         pause = min(max(waiting[0][0] - now, 0.0), 1.0) if waiting else 1.0
         for device in select.select(devices, [], [], pause)[0]:
             side = devices.index(device)

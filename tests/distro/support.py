@@ -79,5 +79,5 @@ def _entry(rank, count, folder, worker, arguments):
         torch.save(worker(rank, count, *arguments), os.path.join(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
-    # Without Python's own end: a thread of gloo's that lets go of a tensor meanwhile would abort it.
+    # Not by Python's own end: a thread of gloo's may let go of a tensor meanwhile, which aborts.
     os._exit(0)
