@@ -121,20 +121,39 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def measure(**arguments: Any) -> dict[str, Any]:
-    """Run all modes; the figures are of rank 0.
-
-    Args:
-        **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
-    """
+def make_model(arguments: dict[str, Any]) -> transformers.LlamaForCausalLM:
+    """A Llama of `width` and `layers`."""
     width = arguments["width"]
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width,
         num_hidden_layers=arguments["layers"], num_attention_heads=width // 64,
         num_key_value_heads=max(width // 128, 1), max_position_embeddings=1024,
     )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def parse(description: str) -> dict[str, Any]:
+    """The options of a benchmark of a slow link."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the link")
+    parser.add_argument("--latency-ms", type=float, default=50.0, help="of one direction")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--micro", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    return vars(parser.parse_args())
+
+
+def measure(**arguments: Any) -> dict[str, Any]:
+    """Run all modes; the figures are of rank 0.
+
+    Args:
+        **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        model = transformers.LlamaForCausalLM(config)
+        model = make_model(arguments)
         model.save_pretrained(f"{folder}/model")
         mp.spawn(_measure, (folder, arguments), nprocs=2)
         found: dict[str, Any] = torch.load(f"{folder}/0")
@@ -153,16 +172,7 @@ def test_what_fits_the_compute_is_hidden():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the link")
-    parser.add_argument("--latency-ms", type=float, default=50.0)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--micro", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = vars(parser.parse_args())
+    arguments = parse(__doc__.splitlines()[0])
     out = arguments.pop("out")
     report = {
         "benchmark": "overlap", **arguments, "environment": environment(), **measure(**arguments)

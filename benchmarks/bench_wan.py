@@ -10,7 +10,6 @@ it. Needs root, iproute2 and /dev/net/tun.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 
 if __name__ == "__main__":  # run as a script from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import wan
+from benchmarks.bench_overlap import VOCABULARY, make_model, parse
 from benchmarks.common import environment, percentiles, write_json
 
-VOCABULARY = 2048
 WARM = 3
 FREE = (1e10, 0.0)
 """Rate and latency of the link to compare with: the same relay, holding nothing back."""
@@ -69,15 +67,9 @@ def measure(**arguments: Any) -> dict[str, Any]:
     Args:
         **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
     """
-    width = arguments["width"]
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width,
-        num_hidden_layers=arguments["layers"], num_attention_heads=width // 64,
-        num_key_value_heads=max(width // 128, 1), max_position_embeddings=1024,
-    )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = transformers.LlamaForCausalLM(config)
+        model = make_model(arguments)
         model.save_pretrained(folder / "model")
         (folder / "data").mkdir()
         tokens = np.random.default_rng(0).integers(VOCABULARY, size=1_000_000)
@@ -101,16 +93,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the link")
-    parser.add_argument("--latency-ms", type=float, default=50.0, help="of one direction")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--micro", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = vars(parser.parse_args())
+    arguments = parse(__doc__.splitlines()[0])
     out = arguments.pop("out")
     report = {
         "benchmark": "wan", **arguments, "environment": environment(), **measure(**arguments)
