@@ -4,8 +4,8 @@
     make bench                                   # the same under pytest
 
 Same model, same batches, same AdamW, in one process. Ours is all that a step of `train` is: the
-batch from the prefetcher, the operation through the store, barrier and broadcast, forward and
-backward, the loss's all-reduce, AdamW, and the line in metrics.jsonl. The plain loop is what a
+batch from the prefetcher, the operation through the store, forward and backward, the counts'
+all-reduce, AdamW, and the line in metrics.jsonl. The plain loop is what a
 tutorial has. What the rest of the machine does meanwhile disturbs both alike. The figures count
 only if both arrive at the same losses.
 """
@@ -86,10 +86,7 @@ def _turns(
         lr_scheduler=config.lr_scheduler(), optimizer=optimizer_to_json(config.optimizer()),
         micro_batch_size=ROWS, grad_accum_in_fp32=False,
     )  # fmt: skip
-    store.publish(operation, device)
     trainer = runtime.build_trainer(model, topology, operation, plan.settings)
-    timer = PhaseTimer()
-    loop = StepLoop(config, store, trainer, device=device, timer=timer, side_files=[])
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         config.model, dtype=torch.float32, attn_implementation="sdpa"
@@ -100,7 +97,7 @@ def _turns(
     tokens = np.fromfile(folder / "data" / "tokens.bin", dtype=np.uint16).astype(np.int64)
     tokens = torch.from_numpy(tokens)
 
-    def plain_step(step: int) -> float:
+    def plain_step(step: int) -> None:
         ids = tokens[(step - 1) * ROWS * LENGTH : step * ROWS * LENGTH].view(ROWS, LENGTH)
         optimizer.param_groups[0]["lr"] = trainer.learning_rate(step)
         loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
@@ -108,26 +105,34 @@ def _turns(
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        losses["plain"].append(loss.item())
 
     times: dict[str, list[float]] = {"plain": [], "psyche_fast": []}
     losses: dict[str, list[float]] = {"plain": [], "psyche_fast": []}
+
+    def report(line: dict[str, Any]) -> None:
+        losses["psyche_fast"].append(line["loss"])
+        writer.write(line)
+
     with (
         MetricsWriter(folder / "metrics.jsonl") as writer,
         BatchPrefetcher(plan.dataset, ROWS, 1, steps) as batches,
     ):
+        loop = StepLoop(
+            config, store, trainer, batches, report,
+            device=device, timer=PhaseTimer(), side_files=[],
+        )  # fmt: skip
 
-        def our_step(step: int) -> float:
-            metrics = loop.step(step, batches)
-            writer.write(metrics)
-            return float(metrics["loss"])  # type: ignore[arg-type]
+        def our_step(step: int) -> None:
+            loop.step(step, saves=False, last=step == steps)
 
         for step in range(1, steps + 1):
             turns = [("plain", plain_step), ("psyche_fast", our_step)]
             for name, run in turns if step % 2 else reversed(turns):
                 began = time.perf_counter()
-                losses[name].append(run(step))
+                run(step)
                 times[name].append(1e3 * (time.perf_counter() - began))
+        loop.finish()
     worst = max(abs(a - b) for a, b in zip(losses["plain"], losses["psyche_fast"], strict=True))
     if worst > 1e-3:
         raise AssertionError(f"no figures: the losses differ by {worst}")

@@ -165,6 +165,11 @@ class RunConfig:
             raise ValueError(
                 f"--replicas {self.replicas} needs --distro: AdamW has no exchange between peers"
             )
+        if self.total_batch < self.replicas:
+            raise ValueError(
+                f"--total-batch {self.total_batch} is less than --replicas {self.replicas}: "
+                "each needs a sequence to train on"
+            )
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,8 +14,8 @@ from psyche_fast.models import CausalLM, choose_attention, load_model
 from psyche_fast.models.source import ModelSource, read_config
 from psyche_fast.protocol import messages
 from psyche_fast.protocol.messages import Hyperparameters, Settings
-from psyche_fast.protocol.store import SidecarStore
-from psyche_fast.protocol.tensors import receive_batch, receive_results
+from psyche_fast.protocol.store import SidecarStore, barrier
+from psyche_fast.protocol.tensors import receive_batch, receive_results, unpack_batch
 from psyche_fast.training import evaluation
 from psyche_fast.training.topology import Topology, set_timeout
 from psyche_fast.training.trainer import Trainer, TrainOutput
@@ -112,42 +113,59 @@ def _dtype(field: str, name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the ranks add up after a step, beyond the protocol's one float; ours only.
+    """What the ranks add up after a step with our core.
 
     Attributes:
+        loss: mean over the real tokens of the batch whose loss was kept; NaN where there are none.
         nonfinite_losses: micro-batches left out because their loss was not finite.
         refused_gradients: replicas whose gradient was refused because it was not finite.
-        kept: the weight of the losses that were kept: the loss's own sum is to be divided by it.
         bytes_sent: what one replica's ranks have sent to other replicas, together.
     """
 
+    loss: float
     nonfinite_losses: int
     refused_gradients: int
-    kept: float
     bytes_sent: int
 
 
-def counts(output: TrainOutput, trainer: Trainer) -> Counts:
-    """Adds up over all ranks."""
-    # float64 holds any number of bytes exactly.
-    here = output.kept.new_tensor(
-        [output.nonfinite_losses, trainer.bytes_sent], dtype=torch.float64
-    )
-    total = torch.cat([here, output.refused.double().view(1), output.kept.double()])
-    dist.all_reduce(total)
-    left_out, sent, refused, kept = total.tolist()
-    warn_of_refusal(output)
-    topology = trainer.topology
-    ranks = topology.dp * topology.tp
-    return Counts(
-        round(left_out / ranks), round(refused / ranks), kept, round(sent / topology.replicas)
-    )
+class Totals:
+    """A step's counts on their way: all ranks begin after ``train`` and ``wait`` a step later.
+
+    Over a slow link they take as long as several round trips, which no step has to wait for.
+    """
+
+    def __init__(self, output: TrainOutput, trainer: Trainer) -> None:
+        """Begins to add up over all ranks."""
+        self._step = output.step
+        self._refused = output.refused
+        self._topology = trainer.topology
+        # float64 holds any number of bytes exactly.
+        here = output.kept.new_tensor(
+            [output.nonfinite_losses, trainer.bytes_sent], dtype=torch.float64
+        )
+        tensors = (output.refused.view(1), output.kept, output.loss)
+        self._sum = torch.cat([here, *(t.double() for t in tensors)])
+        self._work = dist.all_reduce(self._sum, async_op=True)
+
+    def wait(self) -> Counts:
+        """Waits for the other ranks and for the device."""
+        if self._work is not None:
+            self._work.wait()
+        left_out, sent, refused, kept, loss = self._sum.tolist()
+        if self._refused:
+            warn_of_refusal(self._step)
+        ranks = self._topology.dp * self._topology.tp
+        return Counts(
+            loss / kept if kept else math.nan,
+            round(left_out / ranks),
+            round(refused / ranks),
+            round(sent / self._topology.replicas),
+        )
 
 
-def warn_of_refusal(output: TrainOutput) -> None:
-    """Says that this rank's gradient was refused, if it was; waits for the device."""
-    if output.refused:
-        log.warning("step %d: the gradient is not finite and is refused", output.step)
+def warn_of_refusal(step: int) -> None:
+    """Says that this rank's gradient was refused."""
+    log.warning("step %d: the gradient is not finite and is refused", step)
 
 
 def serve_operations(
@@ -159,17 +177,28 @@ def serve_operations(
 ) -> None:
     """Carries out what rank 0 asks for, until ``exit``.
 
+    With our core (``settings.replicas``) operations are read ahead, nobody waits for the others
+    but in the exchange of results and a step late for its counts, and all ranks meet at the end.
+
     Raises:
         ValueError: an operation is not the protocol's, or wants a trainer before there is one.
     """
     trainer: Trainer | None = None
+    totals: Totals | None = None
+    ours = settings.replicas is not None
+    if ours:
+        store.read_ahead(topology.replica)
     while True:
-        operation = store.receive(device)
+        operation, packed = store.receive(device)
         reads = (messages.Forward, messages.Extract, messages.TruncateBf16)
         if trainer is not None and isinstance(operation, reads):
             trainer.plain()
         match operation:
             case messages.Exit():
+                if totals is not None:
+                    totals.wait()
+                if ours:
+                    barrier(device)  # the store ends with rank 0: everybody has read it by now
                 return
             case messages.Hyperparameters():
                 trainer = build_trainer(model, topology, operation, settings)
@@ -177,7 +206,9 @@ def serve_operations(
                 evaluation.forward(
                     model,
                     topology,
-                    receive_batch(operation, device),
+                    unpack_batch(operation, packed, device)
+                    if ours
+                    else receive_batch(operation, device),
                     num_logits_to_keep=operation.num_logits_to_keep,
                     loss_scale=operation.loss_scale,
                 )
@@ -191,16 +222,34 @@ def serve_operations(
             case messages.Train() | messages.Optimize():
                 if trainer is None:
                     raise ValueError(f"operation {operation.name!r} came before 'hyperparameters'")
-                _train(operation, trainer, settings, device)
+                if ours and isinstance(operation, messages.Train):
+                    began = _train_ahead(operation, packed, trainer, device)
+                    if totals is not None:
+                        totals.wait()
+                    totals = began
+                else:
+                    _train(operation, trainer, device)
             case _:
                 raise AssertionError(f"no handler for {operation.name}")
 
 
+def _train_ahead(
+    operation: messages.Train, packed: bytes, trainer: Trainer, device: torch.device
+) -> Totals:
+    output = trainer.train(
+        operation.step,
+        unpack_batch(operation, packed, device),
+        zero_optim=operation.zero_optim,
+        warmup_lr_between=operation.warmup_lr_between,
+    )
+    totals = Totals(output, trainer)
+    if operation.optimize:
+        trainer.optimize(operation.step, warmup_lr_between=operation.warmup_lr_between)
+    return totals
+
+
 def _train(
-    operation: messages.Train | messages.Optimize,
-    trainer: Trainer,
-    settings: Settings,
-    device: torch.device,
+    operation: messages.Train | messages.Optimize, trainer: Trainer, device: torch.device
 ) -> None:
     results = receive_results(operation.results_len, operation.results_metadata, device)
     if isinstance(operation, messages.Optimize):
@@ -216,7 +265,5 @@ def _train(
         results=results,
     )
     dist.all_reduce(output.loss)
-    if settings.replicas is not None:
-        counts(output, trainer)
-    else:
-        warn_of_refusal(output)
+    if output.refused:
+        warn_of_refusal(operation.step)

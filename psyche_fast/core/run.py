@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.protocol import messages
-from psyche_fast.protocol.store import CoreStore, listen
+from psyche_fast.protocol.store import CoreStore, barrier, listen
 from psyche_fast.sidecar import TIMEOUT, explain
 from psyche_fast.training.checkpoint import atomic_folder
 
@@ -174,13 +175,9 @@ class _Core:
             micro_batch_size=config.micro_batch * config.data_parallelism,
             grad_accum_in_fp32=config.grad_accum_in_fp32,
         )
-        store.publish(operation, device)
+        store.publish(operation)
         trainer = runtime.build_trainer(model, topology, operation, plan.settings)
         log.info("training begins")
-        loop = StepLoop(
-            config, store, trainer, device=device, timer=self.timer,
-            side_files=plan.source.side_files,
-        )  # fmt: skip
         checkpoint = None
         stop.has_work = True
         with (
@@ -192,17 +189,24 @@ class _Core:
             ) as batches,
         ):
             tracker = make_tracker(config.tracker, self.output, config.to_dict())
+
+            def report(line: dict[str, Any]) -> None:
+                writer.write(line)
+                tracker.log(line["step"], line)
+                self.console.step(line)
+
+            loop = StepLoop(
+                config, store, trainer, batches, report, device=device, timer=self.timer,
+                side_files=plan.source.side_files,
+            )  # fmt: skip
             step = config.start_step
-            while step <= config.total_steps:
-                metrics = loop.step(step, batches)
+            while True:
                 last = step == config.total_steps or stop.signal is not None
-                due = config.checkpoint_every and step % config.checkpoint_every == 0
-                if last or due:
+                saves = last or self._saves(step)
+                loop.step(step, saves=saves, last=last)
+                if saves:
                     checkpoint = self._checkpoint(loop, step, must=last) or checkpoint
-                    metrics["seconds"] = {**metrics["seconds"], **self.timer.take()}  # type: ignore[dict-item]
-                writer.write(metrics)
-                tracker.log(step, metrics)
-                self.console.step(metrics)
+                    loop.finish()
                 if last:
                     break
                 step += 1
@@ -213,9 +217,14 @@ class _Core:
         stopped = stop.signal if step < config.total_steps else None
         stop.has_work = False
         sidecars.expect_exit()
-        store.publish(messages.Exit(), device)
+        store.publish(messages.Exit())
+        barrier(device)
         dist.destroy_process_group()
         return RunResult(self.output, checkpoint, step, stopped)
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.checkpoint_every
+        return every > 0 and step % every == 0
 
     def _checkpoint(self, loop: StepLoop, step: int, *, must: bool) -> Path | None:
         path = self.output / "checkpoints" / f"step-{step:06d}"

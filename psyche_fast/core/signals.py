@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends the run after the step in hand, the second at once."""
+"""Ctrl-C and SIGTERM: the first ends the run after what was sent, the second at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stop_on_signal(
             if request.signal is None and request.has_work:
                 request.signal = number
                 message(
-                    f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; "
+                    f"{signal.Signals(number).name}: stopping within two steps, with a checkpoint; "
                     "once more stops at once"
                 )
                 continue

@@ -111,6 +111,8 @@ class Train(_Step, frozen=True, kw_only=True):
     batch_has_labels: bool = False
     batch_has_position_ids: bool = False
     batch_sequence_lengths: list[list[int]] | None = None
+    optimize: bool = False
+    """Ours: the optimiser's step follows without an operation of its own."""
 
     def __post_init__(self) -> None:
         _Step.__post_init__(self)
@@ -192,8 +194,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What our core says beyond Psyche's protocol. The defaults are Psyche's behaviour."""
 
     replicas: int | None = None
-    """DisTrO peers. None: each group of dp * tp ranks trains the whole batch, results come from
-    rank 0. A number: each replica trains its share, and results are exchanged among the ranks."""
+    """DisTrO peers. None, as Psyche does: each group of dp * tp ranks trains the whole batch,
+    results come from rank 0, and every operation is followed by a barrier and broadcasts. A number:
+    operations are sent ahead, each replica is sent its share of the batch and trains that, and
+    results are exchanged among the ranks."""
     param_dtype: str = "bfloat16"
     attn_implementation: str = "auto"
     sequence_length: int | None = None

@@ -2,8 +2,11 @@
 
 Keys: ``architecture``; ``source`` with ``files``, or ``config``, ``tensor_names``,
 ``tensor_shape_NAME`` and ``tensor_dtype_NAME``; ``dp``; ``tp``; ours ``replicas`` and
-``psyche_fast_settings`` (absent: Psyche's behaviour); ``"0"``, ``"1"``, ... one operation each,
-deleted once every rank has read it, so that their number does not grow with the run.
+``psyche_fast_settings`` (absent: Psyche's behaviour). Operations are numbered from 0. Psyche's
+core sets ``N`` and meets all ranks in a barrier; ours sets ``N/REPLICA`` ahead of time, for every
+replica that has sidecars: the number of pieces, the operation and its part of the batch, with
+further pieces in ``N/REPLICA/1`` and so on. They are deleted once every rank has read them, so that
+their number does not grow with the run.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import msgspec
@@ -23,7 +28,7 @@ import torch.distributed as dist
 
 from psyche_fast import strict
 from psyche_fast.models.source import FilesSource, ModelSource, TensorsSource
-from psyche_fast.protocol.messages import Operation, Settings, decode, encode
+from psyche_fast.protocol.messages import Exit, Operation, Settings, decode, encode
 from psyche_fast.protocol.tensors import receive_tensors, send_tensors
 
 log = logging.getLogger("psyche_fast.sidecar")
@@ -31,6 +36,8 @@ log = logging.getLogger("psyche_fast.sidecar")
 _REPLICAS = "replicas"
 _SETTINGS = "psyche_fast_settings"
 _SLICE = timedelta(seconds=0.5)
+_PIECE = 4 << 20
+"""The most bytes in one value: TCPStore refuses those of more than 8 MiB."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def barrier(device: torch.device) -> None:
-    """The one barrier of all ranks that follows each operation."""
+    """Meets all ranks: after each operation of Psyche's core, and before our core's store ends."""
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
@@ -75,6 +82,9 @@ class CoreStore:
             master_listen_fd=sock.detach(),
         )
         self._number = 0
+        self.readers: list[int] = []
+        """Replicas that have sidecars."""
+        self._keys: deque[tuple[int, list[str]]] = deque()
 
     def publish_model(
         self,
@@ -95,6 +105,9 @@ class CoreStore:
             settings: ours beyond Psyche's.
             home: home directory, written ``~`` in paths so that other machines find their own.
         """
+        # Replica 0's first rank is the core: it reads nothing.
+        first = 0 if dp * tp > 1 else 1
+        self.readers = list(range(first, settings.replicas or 1))
         # Ours go first: who has read ``tp`` may rely on them.
         if settings.replicas is not None:
             self.store.set(_REPLICAS, str(settings.replicas))
@@ -118,13 +131,36 @@ class CoreStore:
         if isinstance(source, TensorsSource):
             send_tensors(self.store, source.tensors, device, lambda: barrier(device))
 
-    def publish(self, operation: Operation, device: torch.device) -> None:
-        """Sends one operation, meets all ranks in the barrier and removes its key."""
-        key = str(self._number)
+    def publish(self, operation: Operation) -> int:
+        """Leaves an operation for all replicas and returns its number; waits for nobody."""
+        return self.publish_parts(dict.fromkeys(self.readers, (operation, b"")))
+
+    def publish_parts(self, parts: Mapping[int, tuple[Operation, bytes]]) -> int:
+        """Leaves an operation with a batch of its own for each replica; waits for nobody.
+
+        Args:
+            parts: for each of ``readers`` its operation and its packed batch.
+        """
+        assert parts.keys() == set(self.readers)
+        number, keys = self._number, []
+        for replica, (operation, packed) in parts.items():
+            whole = encode(operation).encode() + b"\n" + packed
+            pieces = [whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE)]
+            pieces[0] = b"%d\n" % len(pieces) + pieces[0]
+            names = _piece_keys(number, replica, len(pieces))
+            # The first is what a sidecar waits for: it is set last.
+            for name, piece in zip(reversed(names), reversed(pieces), strict=True):
+                self.store.set(name, piece)  # type: ignore[arg-type]  # the stub knows str only
+            keys += names
+        self._keys.append((number, keys))
         self._number += 1
-        self.store.set(key, encode(operation))
-        barrier(device)
-        self.store.delete_key(key)
+        return number
+
+    def forget(self, number: int) -> None:
+        """Removes the operations up to ``number``, which every rank has read."""
+        while self._keys and self._keys[0][0] <= number:
+            for key in self._keys.popleft()[1]:
+                self.store.delete_key(key)
 
 
 class SidecarStore:
@@ -152,19 +188,23 @@ class SidecarStore:
         except dist.DistError as error:
             raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
         self._number = 0
+        self._ahead: queue.SimpleQueue[tuple[Operation, bytes] | Exception] | None = None
         self._seconds = timeout.total_seconds()
         self._asked_at: float | None = None
         threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
 
     def _get(self, key: str) -> str:
+        return self._value(self.store, key).decode()
+
+    def _value(self, store: dist.Store, key: str) -> bytes:
         try:
             while True:
                 self._asked_at = time.monotonic()
                 try:
-                    self.store.wait([key], _SLICE)
+                    store.wait([key], _SLICE)
                 except dist.DistStoreError:
                     continue
-                return str(self.store.get(key).decode())
+                return bytes(store.get(key))
         finally:
             self._asked_at = None
 
@@ -226,18 +266,63 @@ class SidecarStore:
             self._seconds = settings.timeout
         return dp, tp, settings
 
-    def receive(self, device: torch.device) -> Operation:
-        """Waits for the next operation and meets all ranks in the barrier.
+    def read_ahead(self, replica: int) -> None:
+        """Reads operations of our core from now on as they come, in a thread until ``exit``.
+
+        Where rank 0 is far away they have arrived by the time that they are wanted.
+        """
+        self._ahead = queue.SimpleQueue()
+        # A connection of its own: the process group goes on using the other one.
+        store = self.store.clone()  # type: ignore[attr-defined]  # not in the stub
+        arguments = (store, replica, self._ahead)
+        threading.Thread(target=self._read, args=arguments, daemon=True, name="operations").start()
+
+    def _read(
+        self,
+        store: dist.Store,
+        replica: int,
+        into: queue.SimpleQueue[tuple[Operation, bytes] | Exception],
+    ) -> None:
+        number = 0
+        try:
+            while True:
+                count, _, whole = self._value(store, f"{number}/{replica}").partition(b"\n")
+                for key in _piece_keys(number, replica, int(count))[1:]:
+                    whole += self._value(store, key)
+                text, _, packed = whole.partition(b"\n")
+                operation = decode(text, number)
+                into.put((operation, packed))
+                if isinstance(operation, Exit):
+                    return
+                number += 1
+        except Exception as error:  # whoever receives raises it
+            into.put(error)
+
+    def receive(self, device: torch.device) -> tuple[Operation, bytes]:
+        """Waits for the next operation; with Psyche's core, meets all ranks in the barrier.
+
+        Returns:
+            the operation and, with our core, this replica's batch; see ``unpack_batch``.
 
         Raises:
             ValueError: the operation is not one of the protocol's.
         """
+        if self._ahead is not None:
+            found = self._ahead.get()
+            if isinstance(found, Exception):
+                raise found
+            return found
         number = self._number
         text = self._get(str(number))
         self._number += 1
         # The barrier comes first: a malformed operation is refused by all ranks, not waited for.
         barrier(device)
-        return decode(text, number)
+        return decode(text, number), b""
+
+
+def _piece_keys(number: int, replica: int, count: int) -> list[str]:
+    first = f"{number}/{replica}"
+    return [first, *(f"{first}/{piece}" for piece in range(1, count))]
 
 
 def _positive(key: str, text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -83,17 +84,8 @@ def receive_tensors(
     return tensors
 
 
-def send_batch(batch: Batch, device: torch.device) -> Batch:
-    """Broadcasts a batch from rank 0 and returns it on ``device``."""
-    batch = batch.to(device)
-    for tensor in (batch.input_ids, batch.labels, batch.position_ids):
-        if tensor is not None:
-            dist.broadcast(tensor, 0)
-    return batch
-
-
 def receive_batch(operation: Train | Forward, device: torch.device) -> Batch:
-    """Receives the batch that ``operation`` announces."""
+    """Receives the batch that ``operation`` announces, as Psyche's core broadcasts it."""
 
     def receive(there: bool) -> torch.Tensor | None:
         if not there:
@@ -108,6 +100,36 @@ def receive_batch(operation: Train | Forward, device: torch.device) -> Batch:
         input_ids,
         receive(operation.batch_has_labels),
         receive(operation.batch_has_position_ids),
+        operation.batch_sequence_lengths,
+    )
+
+
+def pack_batch(batch: Batch) -> bytes:
+    """A CPU batch's tensors for the store: int32, ``[tensors, rows, length]``."""
+    tensors = [t for t in (batch.input_ids, batch.labels, batch.position_ids) if t is not None]
+    return torch.stack(tensors).to(torch.int32).numpy().tobytes()
+
+
+def unpack_batch(operation: Train | Forward, packed: bytes, device: torch.device) -> Batch:
+    """The batch that came with ``operation``.
+
+    Raises:
+        ValueError: ``packed`` is not of the announced size.
+    """
+    shape = (
+        1 + operation.batch_has_labels + operation.batch_has_position_ids,
+        *operation.batch_shape,
+    )
+    if len(packed) != 4 * math.prod(shape):
+        raise ValueError(
+            f"{operation.name}: wanted a batch of {4 * math.prod(shape)} bytes, got {len(packed)}"
+        )
+    tensors = torch.frombuffer(bytearray(packed), dtype=torch.int32).view(shape)
+    parts = iter(tensors.to(device).long())
+    return Batch(
+        next(parts),
+        next(parts) if operation.batch_has_labels else None,
+        next(parts) if operation.batch_has_position_ids else None,
         operation.batch_sequence_lengths,
     )
 

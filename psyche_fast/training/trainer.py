@@ -36,9 +36,10 @@ class TrainOutput:
 
     Attributes:
         step: the step.
-        loss: fp32 ``[1]``; the mean over all ranks is the batch's mean loss per real token, times
-            the share of rows that have any (Psyche's rank 0 pads a batch with rows that have none
-            and undoes that factor).
+        loss: fp32 ``[1]``. Where replicas exchange: the sum over the real tokens of this replica's
+            rows, averaged over its ranks. Else the mean over all ranks is the batch's mean loss
+            per real token, times the share of rows that have any (Psyche's rank 0 pads a batch
+            with rows that have none and undoes that factor).
         grad_norm: fp32 0-d, of this replica, before clipping.
         nonfinite_losses: micro-batches left out because their loss was not finite.
         refused: bool 0-d; whether the whole gradient was refused because it was not finite.
@@ -66,7 +67,7 @@ class Trainer:
         micro_batch_size: rows per micro-batch of one replica (already times dp).
         grad_accum_in_fp32: add up micro-batches' gradients in fp32.
         exchanges: replicas train shares of the batch and exchange results among themselves; else
-            every replica trains the whole batch and results come from rank 0.
+            every replica trains the same batch and results come from rank 0.
         check_every: steps between checks that the replicas hold the same bits; 0 for none.
         optim_stats: keep norms of gradient and momentum per parameter in ``stats``.
         delta_dtype: DisTrO's momentum's type.
@@ -140,7 +141,8 @@ class Trainer:
 
         Args:
             step: the step.
-            batch: the whole batch, the same on every rank.
+            batch: what this replica trains, the same on each of its ranks: where replicas exchange
+                its share, else the whole batch.
             zero_optim: forget the momentum first.
             warmup_lr_between: see ``schedules.warmup_factor``.
             results: own results of the previous step, where rank 0 sent them.
@@ -158,10 +160,11 @@ class Trainer:
             self._optimizer.zero()
         self._optimizer.before_forward(prev_lr)
         real_tokens = batch.real_tokens()
-        loss, kept, left_out = self._forward_backward(batch, int(real_tokens.sum()))
-        real_rows = (real_tokens > 0).float().mean()
-        loss *= real_rows
-        kept *= real_rows
+        tokens = int(real_tokens.sum())
+        loss, kept, left_out = self._forward_backward(batch, tokens)
+        counted = tokens if self._exchanges else (real_tokens > 0).float().mean()
+        loss *= counted
+        kept *= counted
         if self._accumulator is not None:
             norm = self._accumulator.finish()
         else:
@@ -173,18 +176,15 @@ class Trainer:
         )
         return TrainOutput(step, loss, norm, left_out, ~norm.isfinite(), kept, own)
 
-    def _forward_backward(self, batch: Batch, all_tokens: int) -> tuple[Tensor, Tensor, int]:
+    def _forward_backward(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor, int]:
         place = self.topology
-        if self._exchanges:
-            batch = batch.share(place.replica, place.replicas)
-        tokens = int(batch.real_tokens().sum())
         total, kept = torch.zeros(2, 1, device=self.model.device)
         left_out = 0
         kept_one: Batch | None = None
-        micros = list(batch.micro_batches(self._micro_batch_size)) if batch.rows else []
+        micros = batch.micro_batches(self._micro_batch_size)
         for number, micro in enumerate(micros, start=1):
             mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
-            # Every real token of the replica's share weighs the same, however the rows fall into
+            # Every real token of the batch weighs the same, however the rows fall into
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
             weight = place.dp * int(mine.real_tokens().sum()) / max(tokens, 1)
             loss = self.model.loss(mine) * weight
@@ -202,10 +202,6 @@ class Trainer:
             kept += weight
             if self._accumulator is not None and (last or not self._defers):
                 self._accumulator.add(last=last)
-        if self._exchanges:
-            share = place.replicas * tokens / max(all_tokens, 1)
-            total *= share
-            kept *= share
         return total, kept, left_out
 
     def _sync_gradients(self, now: bool) -> None:
