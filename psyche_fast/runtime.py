@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from psyche_fast.models import CausalLM, choose_attention, load_model
 from psyche_fast.models.source import ModelSource, read_config
@@ -152,8 +153,7 @@ class Totals:
         if self._work is not None:
             self._work.wait()
         left_out, sent, refused, kept, loss = self._sum.tolist()
-        if self._refused:
-            warn_of_refusal(self._step)
+        warn_of_refusal(self._step, self._refused)
         ranks = self._topology.dp * self._topology.tp
         return Counts(
             loss / kept if kept else math.nan,
@@ -163,9 +163,10 @@ class Totals:
         )
 
 
-def warn_of_refusal(step: int) -> None:
-    """Says that this rank's gradient was refused."""
-    log.warning("step %d: the gradient is not finite and is refused", step)
+def warn_of_refusal(step: int, refused: Tensor) -> None:
+    """Says that this rank's gradient was refused, if it was; waits for the device."""
+    if refused:
+        log.warning("step %d: the gradient is not finite and is refused", step)
 
 
 def serve_operations(
@@ -265,5 +266,4 @@ def _train(
         results=results,
     )
     dist.all_reduce(output.loss)
-    if output.refused:
-        warn_of_refusal(operation.step)
+    warn_of_refusal(output.step, output.refused)

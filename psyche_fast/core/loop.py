@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -183,7 +184,7 @@ class StepLoop:
             batch_has_labels=batch.labels is not None,
             batch_has_position_ids=batch.position_ids is not None,
             batch_sequence_lengths=batch.sequence_lengths,
-            optimize=self._optimizes(step),
+            optimize=self._optimizes(step) or msgspec.UNSET,
         )
         return operation, pack_batch(batch)
 

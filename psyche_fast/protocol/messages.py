@@ -111,8 +111,8 @@ class Train(_Step, frozen=True, kw_only=True):
     batch_has_labels: bool = False
     batch_has_position_ids: bool = False
     batch_sequence_lengths: list[list[int]] | None = None
-    optimize: bool = False
-    """Ours: the optimiser's step follows without an operation of its own."""
+    optimize: bool | msgspec.UnsetType = msgspec.UNSET
+    """Ours, absent in Psyche's: the optimiser's step follows without an operation of its own."""
 
     def __post_init__(self) -> None:
         _Step.__post_init__(self)

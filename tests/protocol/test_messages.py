@@ -31,6 +31,7 @@ HYPERPARAMETERS: dict[str, Any] = {
         TRAIN,
         {**TRAIN, "results_len": 2, "results_metadata": METADATA},
         {**TRAIN, "batch_sequence_lengths": [[16]] * 8},
+        {**TRAIN, "optimize": True},
         HYPERPARAMETERS,
         {"operation": "optimize", "step": 1, "warmup_lr_between": None, "results_len": 1,
          "results_metadata": METADATA},

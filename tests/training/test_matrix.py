@@ -113,9 +113,10 @@ def in_processes(
         own = trainer(folder, topology, micro=2 * dp, exchanges=True)
         losses = []
         for step, batch in enumerate(batches(), start=1):
-            loss = own.train(step, batch).loss
-            dist.all_reduce(loss)
-            losses.append(float(loss) / dist.get_world_size())
+            output = own.train(step, batch.share(topology.replica, topology.replicas))
+            totals = torch.stack([output.loss, output.kept])
+            dist.all_reduce(totals)
+            losses.append(float(totals[0] / totals[1]))
             if step > 1:
                 own.optimize(step)  # which checks that the replicas hold the same bits
         own.plain()
