@@ -106,7 +106,7 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
                 batch = Batch(torch.randint(VOCABULARY, (rows, length), generator=generator))
                 dist.barrier()
                 link.waited, began = 0.0, time.perf_counter()
-                trainer.train(step, batch)
+                trainer.train(step, batch.share(rank, 2))
                 if step > 1:
                     trainer.optimize(step)
                 if step > 2:

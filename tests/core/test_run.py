@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -57,6 +58,23 @@ def train(place: Path, output: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [m["loss"] for m in metrics]
+
+
+def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_path: Path) -> None:
+    tokens = np.fromfile(place / "data" / "tokens.bin", dtype=np.uint16)
+    tokens[3 * 8 * 32 + 40] = 60_000  # in the second row of step 4
+    (tmp_path / "data").mkdir()
+    tokens.tofile(tmp_path / "data" / "tokens.bin")
+    result = psyche_fast(
+        "train", "--model", str(place / "model"), "--data-path", str(tmp_path / "data"),
+        "--output", str(tmp_path / "run"), *COMMON, *DISTRO, "--replicas", "2",
+        "--checkpoint-every", "3",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "step 4: token id 60000 in the data is outside the model's vocabulary" in result.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert (tmp_path / "run" / "checkpoints" / "step-000003" / "config.json").exists()
 
 
 @pytest.fixture(scope="module")

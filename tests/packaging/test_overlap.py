@@ -1,10 +1,14 @@
-"""The benchmark of the exchange over a slow link, in a short form: overlap hides the link."""
+"""The benchmarks of a slow link, in a short form: a run hides what it says over it."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
-from benchmarks import bench_overlap
+from benchmarks import bench_overlap, bench_wan
 
 
 @pytest.mark.slow
@@ -16,3 +20,18 @@ def test_the_exchange_hides_behind_the_next_step() -> None:
     # However busy the machine is: a step that takes longer than the link hides more of it.
     assert found["overlap"]["exposed_ms"]["p50"] < 25
     assert found["overlap"]["bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None or not Path("/dev/net/tun").exists(),
+    reason="needs root, iproute2 and /dev/net/tun",
+)
+def test_a_step_over_a_slow_link_takes_a_few_round_trips_at_most() -> None:
+    found = bench_wan.measure(
+        mbit=100.0, latency_ms=100.0, width=64, layers=1, length=32, micro=1, steps=8
+    )
+    free, slow = (found["step_ms"][link]["p50"] for link in ("no link", "link"))
+    # The step itself takes a few ms. What every step waits for in turn would be 13 round trips;
+    # what runs beside the steps is an exchange of results and an addition of counts.
+    assert slow - free < 5 * 200

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from psyche_fast.batch import Batch
 from psyche_fast.models.source import FilesSource
-from psyche_fast.protocol.messages import Settings
+from psyche_fast.protocol.messages import Exit, Extract, Settings, Train
 from psyche_fast.protocol.store import CoreStore, SidecarStore, listen
+from psyche_fast.protocol.tensors import pack_batch, unpack_batch
 
 SECONDS = timedelta(seconds=10)
+CPU = torch.device("cpu")
 
 
 def pair() -> tuple[CoreStore, SidecarStore]:
@@ -81,3 +85,79 @@ def test_nobody_at_the_address() -> None:
         port = sock.getsockname()[1]
     with pytest.raises(ValueError, match="no store answers"):
         SidecarStore("127.0.0.1", port, 2, timedelta(seconds=1))
+
+
+def train(batch: Batch, step: int = 1) -> Train:
+    return Train(
+        step=step, zero_optim=False, batch_id=(0, 7),
+        batch_shape=(batch.rows, batch.input_ids.shape[1]),
+        batch_has_labels=batch.labels is not None,
+        batch_has_position_ids=batch.position_ids is not None,
+        batch_sequence_lengths=batch.sequence_lengths, optimize=True,
+    )  # fmt: skip
+
+
+def test_operations_are_read_ahead_and_each_replica_is_sent_its_rows() -> None:
+    core, sidecar = pair()
+    core.readers = [0, 1]
+    ids = torch.arange(24).view(4, 6)
+    labels = torch.where(ids % 5 == 0, -100, ids)
+    whole = Batch(ids, labels, sequence_lengths=[[6], [2, 4], [1, 5], [3, 3]])
+    shares = [whole.share(replica, 2) for replica in core.readers]
+    core.publish(Extract())
+    core.publish_parts({r: (train(share), pack_batch(share)) for r, share in enumerate(shares)})
+    core.publish(Exit())  # nobody has read anything yet
+    sidecar.read_ahead(1)
+    assert sidecar.receive(CPU) == (Extract(), b"")
+    operation, packed = sidecar.receive(CPU)
+    assert isinstance(operation, Train)
+    assert operation.optimize
+    found = unpack_batch(operation, packed, CPU)
+    assert torch.equal(found.input_ids, ids[2:])
+    assert found.labels is not None
+    assert torch.equal(found.labels, labels[2:])
+    assert found.position_ids is None
+    assert found.sequence_lengths == [[1, 5], [3, 3]]
+    assert sidecar.receive(CPU) == (Exit(), b"")
+    with pytest.raises(ValueError, match="train: wanted a batch of 96 bytes, got 95"):
+        unpack_batch(operation, packed[:-1], CPU)
+
+
+def test_a_batch_larger_than_the_store_takes() -> None:
+    core, sidecar = pair()
+    core.readers = [0]
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(torch.randint(2**31, (300, 10_000), generator=generator))  # 12 MB
+    core.publish_parts({0: (train(batch), pack_batch(batch))})
+    sidecar.read_ahead(0)
+    operation, packed = sidecar.receive(CPU)
+    assert isinstance(operation, Train)
+    assert torch.equal(unpack_batch(operation, packed, CPU).input_ids, batch.input_ids)
+    assert core.store.num_keys() > 1
+    before = core.store.num_keys()
+    core.forget(0)
+    assert core.store.num_keys() == before - 3
+
+
+def test_the_store_holds_a_bounded_number_of_keys() -> None:
+    core, sidecar = pair()
+    core.readers = [0]
+    sidecar.read_ahead(0)
+    held = []
+    for step in range(1, 200):
+        batch = Batch(torch.full((2, 4), step))
+        number = core.publish_parts({0: (train(batch, step), pack_batch(batch))})
+        operation, _ = sidecar.receive(CPU)
+        assert isinstance(operation, Train)
+        assert operation.step == step
+        core.forget(number - 1)
+        held.append(core.store.num_keys())
+    assert max(held) == held[2]
+
+
+def test_an_error_of_the_reading_thread_reaches_who_receives() -> None:
+    core, sidecar = pair()
+    core.store.set("0/0", '1\n{"operation": "dance"}\n')
+    sidecar.read_ahead(0)
+    with pytest.raises(ValueError, match="operation 0: unknown operation 'dance'"):
+        sidecar.receive(CPU)
