@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
 
 from tests.processes import is_there, seconds_until_gone
-from tests.tiny import save_llama, save_tokens
+from tests.tiny import VOCABULARY, save_llama, save_tokens
 
 COMMON = [
     "--sequence-length", "32", "--micro-batch", "2", "--total-batch", "8", "--total-steps", "6",
@@ -62,7 +62,7 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
 
 def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_path: Path) -> None:
     tokens = np.fromfile(place / "data" / "tokens.bin", dtype=np.uint16)
-    tokens[3 * 8 * 32 + 40] = 60_000  # in the second row of step 4
+    tokens[3 * 8 * 32 + 40] = VOCABULARY + 44  # in the second row of step 4
     (tmp_path / "data").mkdir()
     tokens.tofile(tmp_path / "data" / "tokens.bin")
     result = psyche_fast(
@@ -71,7 +71,7 @@ def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_pat
         "--checkpoint-every", "3",
     )  # fmt: skip
     assert result.returncode != 0
-    assert "step 4: token id 60000 in the data is outside the model's vocabulary" in result.stderr
+    assert f"step 4: token id {VOCABULARY + 44} in the data is outside the model" in result.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "config.json").exists()
