@@ -127,6 +127,7 @@ class RunConfig:
     checkpoint_every: int = _option(0, "steps between checkpoints; 0 = only at the end")
     check_every: int = _option(10, "steps between checks that replicas are bit-identical; 0 = off")
     activation_checkpointing: bool = _option(False, "recompute activations to save memory")
+    compile: bool = _option(False, "compile the model's blocks with torch.compile")
     liger: bool = _option(False, "Liger kernels in the model (CUDA, extra 'liger')")
     tracker: TrackerName = _option("none", "where metrics go besides metrics.jsonl")
     threads: int = _option(0, "CPU threads per rank; 0 = the cores shared evenly")
@@ -170,6 +171,8 @@ class RunConfig:
                 f"--total-batch {self.total_batch} is less than --replicas {self.replicas}: "
                 "each needs a sequence to train on"
             )
+        if self.compile and self.tensor_parallelism > 1:
+            raise ValueError("--compile does not work with --tensor-parallelism; use one of them")
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")

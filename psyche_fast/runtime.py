@@ -82,6 +82,7 @@ def load(
         sequence_length=settings.sequence_length,
         activation_checkpointing=settings.activation_checkpointing,
         liger=settings.liger,
+        compile_blocks=settings.compile,
     )
     return model, topology
 

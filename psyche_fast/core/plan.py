@@ -84,6 +84,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         sequence_length=config.sequence_length,
         activation_checkpointing=config.activation_checkpointing,
         liger=config.liger,
+        compile=config.compile,
         optim_stats=config.optim_stats,
         check_every=config.check_every,
         delta_dtype=config.delta_dtype,

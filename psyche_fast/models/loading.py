@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from psyche_fast.models.tensor_parallel import tensor_parallel
 
 log = logging.getLogger(__name__)
 
+_RECOMPILE_LIMIT = 64
+
 
 def load_model(
     source: ModelSource,
@@ -33,6 +36,7 @@ def load_model(
     sequence_length: int | None = None,
     activation_checkpointing: bool = False,
     liger: bool = False,
+    compile_blocks: bool = False,
 ) -> CausalLM:
     """Loads this rank's part of a model; with meshes, all their ranks have to call it.
 
@@ -52,6 +56,7 @@ def load_model(
         sequence_length: tokens per row, which the model's positions have to cover.
         activation_checkpointing: recompute activations in backward.
         liger: use Liger-Kernel's kernels.
+        compile_blocks: compile each of the transformer's blocks with ``torch.compile``.
 
     Raises:
         ValueError: the model cannot be loaded as asked; what and why.
@@ -78,6 +83,8 @@ def load_model(
             plan = weights.plan_by_name(module, reader.shapes)
         if liger:
             _apply_liger(module, device, tensor_mesh)
+        if compile_blocks:
+            _compile_blocks(module, tensor_mesh)
         if activation_checkpointing:
             _checkpoint_activations(module)
         if tensor_mesh is not None:
@@ -116,17 +123,38 @@ def _build_other(
     return module
 
 
+def _blocks(module: nn.Module, flag: str) -> Iterable[nn.Module]:
+    found = parallel.blocks(module)
+    if not found:
+        raise ValueError(
+            f"{flag}: {type(module).__name__} has no nn.ModuleList and no fsdp_modules to find its "
+            "blocks by"
+        )
+    return found.values()
+
+
+def _compile_blocks(module: nn.Module, tensor_mesh: DeviceMesh | None) -> None:
+    if tensor_mesh is not None:
+        # Of torch 2.13: backward fails where products of DTensors are compiled.
+        raise ValueError("--compile does not work with --tensor-parallelism; use one of them")
+    import torch._dynamo  # takes a second: only for those who want it
+
+    # Blocks of one class share their code, and with it dynamo's count of recompilations: kinds of
+    # layers (sliding windows, with and without experts) times shapes of batches. Beyond the limit
+    # it would go on without compiling.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _RECOMPILE_LIMIT)
+    for block in _blocks(module, "--compile"):
+        # The method, not the module: checkpointing and the hooks of FSDP2 and tensor parallelism
+        # stay outside, and names stay as they are.
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+
 def _checkpoint_activations(module: nn.Module) -> None:
     if isinstance(module, PreTrainedModel):
         huggingface.enable_activation_checkpointing(module)
         return
-    found = parallel.blocks(module)
-    if not found:
-        raise ValueError(
-            f"activation checkpointing: {type(module).__name__} has no nn.ModuleList and no "
-            "fsdp_modules to find its blocks by"
-        )
-    for block in found.values():
+    for block in _blocks(module, "--activation-checkpointing"):
         forward = block.forward
 
         # On the method rather than by a wrapper module, which would change the parameters' names.

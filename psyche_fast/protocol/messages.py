@@ -203,6 +203,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sequence_length: int | None = None
     activation_checkpointing: bool = False
     liger: bool = False
+    compile: bool = False
     optim_stats: bool = False
     check_every: int = 0
     delta_dtype: str = "float32"

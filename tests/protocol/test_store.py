@@ -137,6 +137,7 @@ def test_a_batch_larger_than_the_store_takes() -> None:
     before = core.store.num_keys()
     core.forget(0)
     assert core.store.num_keys() == before - 3
+    core.publish(Exit())  # ends the reading thread
 
 
 def test_the_store_holds_a_bounded_number_of_keys() -> None:
@@ -153,6 +154,7 @@ def test_the_store_holds_a_bounded_number_of_keys() -> None:
         core.forget(number - 1)
         held.append(core.store.num_keys())
     assert max(held) == held[2]
+    core.publish(Exit())  # ends the reading thread
 
 
 def test_an_error_of_the_reading_thread_reaches_who_receives() -> None:

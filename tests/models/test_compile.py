@@ -1,0 +1,118 @@
+"""``--compile``: the same losses and gradients, with whatever else a model is split or saved by."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from psyche_fast.batch import Batch
+from psyche_fast.models import CausalLM, load_model
+from psyche_fast.models.source import resolve_model
+from psyche_fast.training.topology import Topology
+from tests.groups import run_ranks
+from tests.tiny import random_tokens, save_llama
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler"),
+]
+
+PACKED = Batch(random_tokens(2, 16), sequence_lengths=[[5, 11], [16]])
+WHOLE = Batch(random_tokens(4, 16))
+
+
+def load(folder: Path, topology: Topology, **options: Any) -> CausalLM:
+    return load_model(
+        resolve_model(str(folder)),
+        device=torch.device("cpu"),
+        param_dtype=torch.float32,
+        shard_mesh=topology.shard_mesh,
+        tensor_mesh=topology.tensor_mesh,
+        group=topology.copy,
+        **options,
+    )
+
+
+def gradients(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+    model.train()
+    model.module.zero_grad()
+    loss = model.loss(batch)
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters().items() if p.grad is not None}
+    local = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    return {"": loss.detach(), **{n: g.clone() for n, g in local.items()}}
+
+
+def graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def worst(folder: Path, topology: Topology, batches: list[Batch], **options: Any) -> float:
+    """The largest difference that compiling makes, in parts of the largest gradient."""
+    eager = load(folder, topology, **options)
+    torch._dynamo.reset()  # the code of blocks that an earlier test compiled is the same
+    before = graphs()
+    compiled = load(folder, topology, compile_blocks=True, **options)
+    assert compiled.named_parameters().keys() == eager.named_parameters().keys()
+    found = 0.0
+    for batch in batches:
+        one, other = gradients(eager, batch), gradients(compiled, batch)
+        assert one.keys() == other.keys()
+        for name, grad in one.items():
+            if grad.numel():
+                scale = max(float(grad.abs().max()), 1e-6)
+                found = max(found, float((grad - other[name]).abs().max()) / scale)
+    assert graphs() > before, "nothing was compiled"
+    return found
+
+
+def test_losses_and_gradients_are_those_of_eager(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    assert worst(folder, Topology(), [WHOLE, PACKED]) < 1e-4
+
+
+def _sharded(rank: int, folder: Path) -> float:
+    topology = Topology.build(2, 1, torch.device("cpu"))
+    return worst(folder, topology, [WHOLE], activation_checkpointing=True)
+
+
+@pytest.mark.timeout(300)
+def test_shards_that_recompute_activations_are_compiled_too(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    assert max(run_ranks(_sharded, 2, folder)) < 1e-4
+
+
+def test_modules_of_other_code_are_compiled_too(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    arch = f"{__name__}:build"
+    assert worst(folder, Topology(), [WHOLE], architecture=arch) < 1e-4
+
+
+class Other(torch.nn.Module):
+    """Not Transformers' outside: its blocks are those of its ``ModuleList``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        inner = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        self.model, self.lm_head = inner.model, inner.lm_head
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Any) -> dict[str, Tensor]:
+        logits = self.lm_head(self.model(input_ids, use_cache=False).last_hidden_state)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def build(config: dict[str, Any]) -> torch.nn.Module:
+    """A module as a user's own code gives it."""
+    return Other(config)
