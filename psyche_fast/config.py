@@ -22,6 +22,7 @@ from psyche_fast import strict
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 DeltaDtype = Literal["float32", "bfloat16"]
+DeviceBackend = Literal["auto", "nccl", "split"]
 ParamDtype = Literal["bfloat16", "float32"]
 TrackerName = Literal["none", "wandb", "trackio", "tensorboard"]
 
@@ -131,6 +132,9 @@ class RunConfig:
     liger: bool = _option(False, "Liger kernels in the model (CUDA, extra 'liger')")
     tracker: TrackerName = _option("none", "where metrics go besides metrics.jsonl")
     threads: int = _option(0, "CPU threads per rank; 0 = the cores shared evenly")
+    device_backend: DeviceBackend = _option(
+        "auto", "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
+    )
     host: str = _option("127.0.0.1", "address on which the core listens; another one is opt-in")
     port: int = _option(0, "port of the core's store; 0 = a free one")
     local_ranks: int = _option(0, "ranks on this machine, the rest by `sidecar`; 0 = all")

@@ -62,7 +62,7 @@ def load(
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(settings.threads)
     param_dtype = _dtype("param_dtype", settings.param_dtype)
-    topology = Topology.build(dp, tp, device)
+    topology = Topology.build(dp, tp, device, split=settings.split)
     if settings.replicas is not None and settings.replicas != topology.replicas:
         raise ValueError(
             f"replicas {settings.replicas} x dp {dp} x tp {tp} is not the world size "
@@ -146,8 +146,11 @@ class Totals:
             [output.nonfinite_losses, trainer.bytes_sent], dtype=torch.float64
         )
         tensors = (output.refused.view(1), output.kept, output.loss)
-        self._sum = torch.cat([here, *(t.double() for t in tensors)])
-        self._work = dist.all_reduce(self._sum, async_op=True)
+        total = torch.cat([here, *(t.double() for t in tensors)])
+        group = self._topology.everyone
+        # Over gloo from the host: the exchange of results has waited for the device already.
+        self._sum = total if group is None else total.cpu()
+        self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
     def wait(self) -> Counts:
         """Waits for the other ranks and for the device."""
@@ -200,7 +203,8 @@ def serve_operations(
                 if totals is not None:
                     totals.wait()
                 if ours:
-                    barrier(device)  # the store ends with rank 0: everybody has read it by now
+                    # The store ends with rank 0: everybody has read it by now.
+                    barrier(device, topology.everyone)
                 return
             case messages.Hyperparameters():
                 trainer = build_trainer(model, topology, operation, settings)

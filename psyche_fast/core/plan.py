@@ -76,6 +76,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         if getattr(config, name) and on_cpu:
             raise ValueError(f"{flag(name)} needs a CUDA device")
     sharing = ranks_on_this_machine or config.ranks_here
+    split = _splits(config, on_cpu, sharing)
     threads = config.threads or (max(1, cores() // sharing) if on_cpu else 0)
     settings = Settings(
         replicas=config.replicas,
@@ -90,6 +91,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         delta_dtype=config.delta_dtype,
         offload_delta=config.offload_delta,
         defer_grad_sync=config.defer_grad_sync,
+        split=split,
         threads=threads or None,
         timeout=config.timeout,
     )
@@ -107,11 +109,28 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         f"{config.sequence_length} tokens, {format_count(needed)} needed{again}",
         f"ranks    {config.replicas} replicas x {config.data_parallelism} data x "
         f"{config.tensor_parallelism} tensor parallel on {devices.describe()}"
+        + (", gloo between replicas" if split else "")
         + (f", {threads} threads each" if threads else ""),
         f"training {optimizer}, {config.param_dtype}, {attention} attention, "
         f"{math.ceil(config.total_batch / config.replicas)} sequences per replica and step",
     )
     return Plan(config, source, dataset, devices, settings, summary)
+
+
+def _splits(config: RunConfig, on_cpu: bool, ranks_here: int) -> bool:
+    """Whether results go over gloo while what is inside a replica goes over NCCL.
+
+    A collective of NCCL's holds multiprocessors of the GPU until the last byte is in; over a link
+    between machines that is most of a step, which gloo's threads wait for on the host instead.
+    """
+    if on_cpu and config.device_backend != "auto":
+        raise ValueError(
+            f"--device-backend {config.device_backend} needs CUDA devices; a CPU has only gloo"
+        )
+    if on_cpu or config.replicas == 1:
+        return False
+    several = ranks_here < config.world_size
+    return config.device_backend == "split" or (config.device_backend == "auto" and several)
 
 
 def _check_output(output: Path, start_step: int) -> None:

@@ -218,7 +218,7 @@ class _Core:
         stop.has_work = False
         sidecars.expect_exit()
         store.publish(messages.Exit())
-        barrier(device)
+        barrier(device, topology.everyone)
         dist.destroy_process_group()
         return RunResult(self.output, checkpoint, step, stopped)
 

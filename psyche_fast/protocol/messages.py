@@ -209,5 +209,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     delta_dtype: str = "float32"
     offload_delta: bool = False
     defer_grad_sync: bool = False
+    split: bool = False
+    """What goes from replica to replica goes over gloo; inside a replica ``--backend`` is used."""
     threads: int | None = None
     timeout: int | None = None

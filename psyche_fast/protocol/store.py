@@ -60,9 +60,10 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def barrier(device: torch.device) -> None:
+def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
     """Meets all ranks: after each operation of Psyche's core, and before our core's store ends."""
-    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    nccl = device.type == "cuda" and group is None
+    dist.barrier(group, device_ids=[device.index] if nccl else None)
 
 
 class CoreStore:

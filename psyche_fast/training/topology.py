@@ -42,6 +42,7 @@ class Topology:
         tensor_mesh: mesh of the ``tp`` ranks; None where tp = 1.
         peers: group of the ranks with the same place in the other replicas; None for one replica.
         copy: group of all ranks of this replica; None where it is one rank.
+        everyone: group of all ranks, for what is small; None for the default group.
     """
 
     replicas: int = 1
@@ -53,10 +54,18 @@ class Topology:
     tensor_mesh: DeviceMesh | None = None
     peers: dist.ProcessGroup | None = None
     copy: dist.ProcessGroup | None = None
+    everyone: dist.ProcessGroup | None = None
 
     @staticmethod
-    def build(dp: int, tp: int, device: torch.device) -> Topology:
+    def build(dp: int, tp: int, device: torch.device, *, split: bool = False) -> Topology:
         """Makes the groups; every rank of the default process group takes part.
+
+        Args:
+            dp: ranks that shard one copy.
+            tp: ranks that share each layer.
+            device: this rank's.
+            split: what goes from replica to replica goes over gloo, whatever the default group's
+                backend is.
 
         Raises:
             ValueError: the world does not divide into groups of ``dp * tp``.
@@ -74,6 +83,14 @@ class Topology:
         mesh = init_device_mesh(
             device.type, (replicas, dp, tp), mesh_dim_names=("replicate", "shard", "tensor")
         )
+        peers = mesh.get_group("replicate") if replicas > 1 else None
+        everyone = None
+        if split and replicas > 1:
+            everyone = dist.new_group(backend="gloo")
+            for place in range(dp * tp):
+                group = dist.new_group(list(range(place, world, dp * tp)), backend="gloo")
+                if rank % (dp * tp) == place:
+                    peers = group
         copy = None
         if dp * tp > 1:
             for replica in range(replicas):
@@ -94,6 +111,7 @@ class Topology:
             shard=rank // tp % dp,
             shard_mesh=shard_mesh if dp > 1 else None,
             tensor_mesh=tensor_mesh if tp > 1 else None,
-            peers=mesh.get_group("replicate") if replicas > 1 else None,
+            peers=peers,
             copy=copy,
+            everyone=everyone,
         )

@@ -22,6 +22,7 @@ from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.schedules import Constant
 from psyche_fast.training import evaluation
+from psyche_fast.training.gradients import local_parts
 from psyche_fast.training.topology import Topology
 from psyche_fast.training.trainer import Trainer
 from tests.groups import run_ranks
@@ -48,10 +49,14 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> Trainer:
-    model = load_model(resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype)
+    topology = topology or Topology()
+    model = load_model(
+        resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype,
+        shard_mesh=topology.shard_mesh, group=topology.copy,
+    )  # fmt: skip
     schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
     return Trainer(
-        model, topology or Topology(), schedule, optimizer, micro_batch_size=micro, **options
+        model, topology, schedule, optimizer, micro_batch_size=micro, **options
     )  # type: ignore[arg-type]
 
 
@@ -246,6 +251,35 @@ def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str
         if step > 1:
             tested.optimize(step)
     return losses, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def _split(rank: int, folder: Path) -> list[tuple[list[object], dict[str, torch.Tensor]]]:
+    found = []
+    for split in (False, True):
+        topology = Topology.build(2, 1, torch.device("cpu"), split=split)
+        assert (topology.everyone is not None) == split
+        assert topology.peers is not None
+        ranks = dist.get_process_group_ranks(topology.peers)
+        assert ranks == [topology.shard, topology.shard + 2]
+        tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+        counts: list[object] = []
+        for step in (1, 2, 3):
+            batch = Batch(random_tokens(4, 10, seed=step))
+            totals = runtime.Totals(tested.train(step, batch.share(topology.replica, 2)), tested)
+            if step > 1:
+                tested.optimize(step)
+            counts.append(totals.wait())
+        parameters = local_parts(tested.parameters)
+        found.append((counts, {n: p.detach().clone() for n, p in parameters.items()}))
+    return found
+
+
+def test_gloo_between_replicas_changes_nothing(folder: Path) -> None:
+    for (counts, one), (again, other) in run_ranks(_split, 4, folder):
+        assert counts == again
+        assert counts[1].loss > 0  # type: ignore[attr-defined]
+        assert counts[1].bytes_sent > 0  # type: ignore[attr-defined]
+        assert_same(one, other)
 
 
 def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:

@@ -1,0 +1,54 @@
+"""What a run's flags come to before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from psyche_fast.config import RunConfig
+from psyche_fast.core import plan
+from psyche_fast.devices import Devices
+from tests.tiny import save_llama, save_tokens
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, object]:
+    save_llama(tmp_path / "model")
+    save_tokens(tmp_path / "data")
+    return {
+        "model": str(tmp_path / "model"), "data_path": str(tmp_path / "data"),
+        "sequence_length": 32, "attn_implementation": "sdpa", "distro": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "here", "splits"),
+    [
+        ({"replicas": 2}, None, False),
+        ({"replicas": 2, "local_ranks": 1}, None, True),
+        ({"replicas": 2}, 1, True),  # as torchrun starts them
+        ({"replicas": 2, "device_backend": "split"}, None, True),
+        ({"replicas": 2, "local_ranks": 1, "device_backend": "nccl"}, None, False),
+        ({"data_parallelism": 2, "local_ranks": 1}, None, False),  # nothing between replicas
+    ],
+)
+def test_what_goes_between_machines_goes_over_gloo(
+    config: dict[str, object],
+    flags: dict[str, object],
+    here: int | None,
+    splits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = Devices((torch.device("cuda", 0), torch.device("cuda", 1)), "nccl")
+    monkeypatch.setattr(plan, "choose_devices", lambda spec, ranks: devices)
+    made = plan.make_plan(RunConfig(**config, **flags), ranks_on_this_machine=here)  # type: ignore[arg-type]
+    assert made.settings.split == splits
+    assert ("gloo between replicas" in "\n".join(made.summary)) == splits
+
+
+def test_a_cpu_has_only_gloo(config: dict[str, object]) -> None:
+    whole = RunConfig(**config, replicas=2, device="cpu", device_backend="split")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--device-backend split needs CUDA devices"):
+        plan.make_plan(whole)
