@@ -55,9 +55,7 @@ def trainer(
         shard_mesh=topology.shard_mesh, group=topology.copy,
     )  # fmt: skip
     schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
-    return Trainer(
-        model, topology, schedule, optimizer, micro_batch_size=micro, **options
-    )  # type: ignore[arg-type]
+    return Trainer(model, topology, schedule, optimizer, micro_batch_size=micro, **options)  # type: ignore[arg-type]
 
 
 def reference(folder: Path) -> torch.nn.Module:
