@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from psyche_fast.batch import IGNORE, Batch
-from psyche_fast.models import huggingface, packing
+from psyche_fast.models import documents, huggingface, packing
 from psyche_fast.models.gathering import gather_whole
 from psyche_fast.models.parallel import blocks
 
@@ -65,6 +65,8 @@ class CausalLM:
         self._class_name = class_name
         self._fused_loss = fused_loss
         self._keeps_documents_apart: bool | None = None
+        self._by_documents = False
+        self._seen: set[str] = set()
 
     @property
     def is_root(self) -> bool:
@@ -98,7 +100,7 @@ class CausalLM:
         """
         batch = packing.prepare(batch.to(self.device))
         if batch.position_ids is not None and self._keeps_documents_apart is None:
-            self._keeps_documents_apart = self._probe_documents()
+            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
         if batch.position_ids is not None and not self._keeps_documents_apart:
             raise ValueError(
                 f"{self._class_name} lets packed documents see one another; train it without "
@@ -164,17 +166,22 @@ class CausalLM:
             kwargs["labels"] = labels
         if positions is None:
             return self.module(input_ids=inputs, **kwargs)
-        if self.attn_implementation != "flash_attention_2":
+        if self.attn_implementation == "flash_attention_2":
+            boundaries = packing.flash_arguments(positions)
+        elif self._by_documents:
+            lengths = packing.document_lengths(positions)
+            boundaries = {"documents": documents.Documents(lengths, self._seen)}
+        else:
             # With a cache or an attention mask Transformers would not look for packed documents.
             return self.module(input_ids=inputs, position_ids=positions, **kwargs)
-        # Flash attention takes packed documents as one long row with their boundaries. Labels go
-        # along: the first of each row is -100, so nothing is predicted from row to row.
+        # Packed documents are one long row with its boundaries. Labels go along: the first of each
+        # row is -100, so nothing is predicted from row to row.
         if kwargs.get("labels") is not None:
             kwargs["labels"] = kwargs["labels"].reshape(1, -1)
         output = self.module(
             input_ids=inputs.reshape(1, -1),
             position_ids=positions.reshape(1, -1),
-            **packing.flash_arguments(positions),
+            **boundaries,
             **kwargs,
         )
         if output.logits is not None:
@@ -200,6 +207,24 @@ class CausalLM:
         if balance is not None:  # asked for by output_router_logits
             loss = loss + self.module.config.router_aux_loss_coef * balance * (count > 0)
         return loss
+
+    def _go_by_documents(self) -> bool:
+        """Changes to attention without masks for good, if the architecture goes along with it.
+
+        For good, since recomputed activations want in backward what they had in forward.
+        """
+        module = self.module
+        if self.attn_implementation != "sdpa" or not isinstance(module, PreTrainedModel):
+            return False
+        if not documents.takes_documents(module):
+            return False
+        module.set_attn_implementation(documents.SDPA_DOCUMENTS)
+        self._by_documents = True
+        if self._probe_documents() and documents.goes_without_mask(module, self._seen):
+            return True
+        module.set_attn_implementation("sdpa")
+        self._by_documents = False
+        return False
 
     @torch.no_grad()
     def _probe_documents(self) -> bool:

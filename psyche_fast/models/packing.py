@@ -2,7 +2,8 @@
 
 After ``prepare`` the position ids alone say where documents start: wherever a position is not the
 one before plus 1. Transformers' sdpa and eager attention mask by just that rule (with
-``use_cache=False`` and no attention mask); flash attention is given the boundaries.
+``use_cache=False`` and no attention mask); flash attention is given the boundaries, and where an
+architecture hands them on, ``documents`` does without a mask on PyTorch's own kernels.
 """
 
 from __future__ import annotations
@@ -103,6 +104,21 @@ def prepare(batch: Batch) -> Batch:
     return replace(batch, labels=labels, position_ids=positions, sequence_lengths=None)
 
 
+def document_lengths(position_ids: Tensor) -> list[int]:
+    """Of the documents of rows laid end to end; waits for the device.
+
+    Args:
+        position_ids: int64 ``[B, L]``.
+    """
+    lengths: list[int] = _edges(position_ids).diff().tolist()
+    return lengths
+
+
+def _edges(position_ids: Tensor) -> Tensor:
+    ends = torch.tensor([position_ids.numel()], device=position_ids.device)
+    return torch.cat([document_starts(position_ids).flatten().nonzero().flatten(), ends])
+
+
 def flash_arguments(position_ids: Tensor) -> dict[str, Any]:
     """Boundaries for flash attention, for rows laid end to end as one of ``1 x B*L``.
 
@@ -113,8 +129,7 @@ def flash_arguments(position_ids: Tensor) -> dict[str, Any]:
         Transformers' ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32 ``[documents + 1]``) and
         ``max_length_q``, ``max_length_k``.
     """
-    ends = torch.tensor([position_ids.numel()], device=position_ids.device)
-    edges = torch.cat([document_starts(position_ids).flatten().nonzero().flatten(), ends])
+    edges = _edges(position_ids)
     longest = int(edges.diff().max())
     edges = edges.to(torch.int32)
     return {
