@@ -175,8 +175,6 @@ class RunConfig:
                 f"--total-batch {self.total_batch} is less than --replicas {self.replicas}: "
                 "each needs a sequence to train on"
             )
-        if self.compile and self.tensor_parallelism > 1:
-            raise ValueError("--compile does not work with --tensor-parallelism; use one of them")
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")

@@ -66,7 +66,6 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--python-arch", "Torchtitan"], "Torchtitan"),
         (["--replicas", "2"], "--replicas 2 needs --distro"),
         (["--replicas", "0"], "--replicas must be at least 1"),
-        (["--compile", "--tensor-parallelism", "2"], "--compile does not work with"),
         (["--replicas", "9", "--distro", "--total-batch", "8"], "--total-batch 8 is less than"),
         (["--distro-quantization"], "needs --distro"),
         (["--save-path", "{place}/data"], "is there already"),

@@ -84,11 +84,14 @@ def load_model(
         if liger:
             _apply_liger(module, device, tensor_mesh)
         if compile_blocks:
-            _compile_blocks(module, tensor_mesh)
+            _compile_blocks(module)
         if activation_checkpointing:
             _checkpoint_activations(module)
         if tensor_mesh is not None:
-            tensor_parallel(module, tensor_mesh, getattr(module, "config", None), aliases)
+            tensor_parallel(
+                module, tensor_mesh, getattr(module, "config", None), aliases,
+                in_compiled_blocks=compile_blocks,
+            )  # fmt: skip
         if shard_mesh is not None:
             parallel.shard(module, shard_mesh)
         building.materialise(module, device, aliases)
@@ -133,10 +136,7 @@ def _blocks(module: nn.Module, flag: str) -> Iterable[nn.Module]:
     return found.values()
 
 
-def _compile_blocks(module: nn.Module, tensor_mesh: DeviceMesh | None) -> None:
-    if tensor_mesh is not None:
-        # Of torch 2.13: backward fails where products of DTensors are compiled.
-        raise ValueError("--compile does not work with --tensor-parallelism; use one of them")
+def _compile_blocks(module: nn.Module) -> None:
     import torch._dynamo  # takes a second: only for those who want it
 
     # Blocks of one class share their code, and with it dynamo's count of recompilations: kinds of

@@ -12,12 +12,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -26,6 +27,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils._pytree import tree_map_only
 
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep"}
 _DENSE: dict[str, Callable[[], ParallelStyle]] = {
@@ -47,7 +49,12 @@ _ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def tensor_parallel(
-    module: nn.Module, mesh: DeviceMesh, config: Any, aliases: dict[str, str]
+    module: nn.Module,
+    mesh: DeviceMesh,
+    config: Any,
+    aliases: dict[str, str],
+    *,
+    in_compiled_blocks: bool = False,
 ) -> None:
     """Splits the layers by the model's own plan.
 
@@ -57,6 +64,7 @@ def tensor_parallel(
         mesh: the ranks that share each layer.
         config: Transformers' configuration, for the numbers of heads; None for other models.
         aliases: tied names; both ends are split alike.
+        in_compiled_blocks: the blocks around the layers are compiled.
 
     Raises:
         ValueError: no plan, a style that is not supported, or a size that does not divide.
@@ -85,9 +93,54 @@ def tensor_parallel(
             _with_parameters(modules[name], partial(_sum_gradient, group=mesh.get_group()))
         elif style == _LATENT:
             _sum_rotary_gradient(modules[name], config.get_text_config().qk_rope_head_dim, mesh)
+    for name in chosen:
+        if in_compiled_blocks and name in modules:
+            _keep_out_of_graphs(modules[name])
     for alias, name in aliases.items():
         owner, _, leaf = alias.rpartition(".")
         setattr(module.get_submodule(owner), leaf, module.get_parameter(name))
+
+
+def _keep_out_of_graphs(part: nn.Module) -> None:
+    """Calls a part as it is where the block around it is compiled.
+
+    DTensors do not survive compilation in torch 2.13 (backward fails), and most of what such a part
+    takes is a product that no compiler makes faster. Of ways to leave one out, Dynamo heeds only a
+    ``__call__`` of the class: hooks are inside of that.
+    """
+    kind: Any = type(part)  # nn.Module hides that its classes can be hashed
+    part.__class__ = _uncompiled(kind)
+
+
+class _Edge(torch.autograd.Function):
+    """The identity between what is compiled and what is not, in both directions.
+
+    Collectives that are under way are waited for: compiled code, unlike others, takes the tensor
+    that stands for one as it is, and its gradient is lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _waited(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _waited(grads[0])
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    arrived = tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+    return arrived.view_as(arrived)
+
+
+@cache
+def _uncompiled(kind: Any) -> Any:  # from a module's class to one of the same name
+    # By a function of its own: to disable ``nn.Module.__call__`` itself would be for all modules.
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, _Edge.apply, (args, kwargs))
+        return tree_map_only(Tensor, _Edge.apply, kind.__call__(self, *args, **kwargs))
+
+    return type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(call)})
 
 
 def _match(module: nn.Module, plan: dict[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from psyche_fast.models import CausalLM, load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.training.topology import Topology
 from tests.groups import run_ranks
-from tests.tiny import random_tokens, save_llama
+from tests.tiny import VOCABULARY, random_tokens, save_llama
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,15 +82,23 @@ def test_losses_and_gradients_are_those_of_eager(tmp_path: Path) -> None:
     assert worst(folder, Topology(), [WHOLE, PACKED]) < 1e-4
 
 
-def _sharded(rank: int, folder: Path) -> float:
-    topology = Topology.build(2, 1, torch.device("cpu"))
-    return worst(folder, topology, [WHOLE], activation_checkpointing=True)
+def _split(rank: int, folder: Path, dp: int, tp: int) -> float:
+    topology = Topology.build(dp, tp, torch.device("cpu"))
+    return worst(folder, topology, [WHOLE], activation_checkpointing=dp > 1)
 
 
 @pytest.mark.timeout(300)
-def test_shards_that_recompute_activations_are_compiled_too(tmp_path: Path) -> None:
+def test_shards_of_both_kinds_are_compiled_too(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
-    assert max(run_ranks(_sharded, 2, folder)) < 1e-4
+    assert max(run_ranks(_split, 4, folder, 2, 2)) < 1e-4
+
+
+@pytest.mark.timeout(300)
+def test_divided_experts_in_compiled_blocks(save_model: Any) -> None:
+    folder = save_model(
+        "mixtral", vocab_size=VOCABULARY, num_local_experts=4, num_experts_per_tok=2
+    )
+    assert max(run_ranks(_split, 2, folder, 1, 2)) < 1e-4
 
 
 def test_modules_of_other_code_are_compiled_too(tmp_path: Path) -> None:
