@@ -287,9 +287,9 @@ class SidecarStore:
         number = 0
         try:
             while True:
-                count, _, whole = self._value(store, f"{number}/{replica}").partition(b"\n")
-                for key in _piece_keys(number, replica, int(count))[1:]:
-                    whole += self._value(store, key)
+                count, _, first = self._value(store, f"{number}/{replica}").partition(b"\n")
+                further = _piece_keys(number, replica, int(count))[1:]
+                whole = b"".join([first, *(self._value(store, key) for key in further)])
                 text, _, packed = whole.partition(b"\n")
                 operation = decode(text, number)
                 into.put((operation, packed))

@@ -12,13 +12,11 @@ import torch._dynamo
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from psyche_fast.batch import Batch
-from psyche_fast.models import CausalLM, load_model
-from psyche_fast.models.source import resolve_model
 from psyche_fast.training.topology import Topology
 from tests.groups import run_ranks
+from tests.models.support import gradients, load
 from tests.tiny import VOCABULARY, random_tokens, save_llama
 
 pytestmark = [
@@ -28,28 +26,6 @@ pytestmark = [
 
 PACKED = Batch(random_tokens(2, 16), sequence_lengths=[[5, 11], [16]])
 WHOLE = Batch(random_tokens(4, 16))
-
-
-def load(folder: Path, topology: Topology, **options: Any) -> CausalLM:
-    return load_model(
-        resolve_model(str(folder)),
-        device=torch.device("cpu"),
-        param_dtype=torch.float32,
-        shard_mesh=topology.shard_mesh,
-        tensor_mesh=topology.tensor_mesh,
-        group=topology.copy,
-        **options,
-    )
-
-
-def gradients(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    model.train()
-    model.module.zero_grad()
-    loss = model.loss(batch)
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters().items() if p.grad is not None}
-    local = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in grads.items()}
-    return {"": loss.detach(), **{n: g.clone() for n, g in local.items()}}
 
 
 def graphs() -> int:

@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast.batch import Batch
-from psyche_fast.models import CausalLM, load_model
-from psyche_fast.models.source import resolve_model
 from psyche_fast.training.topology import Topology
 from tests.groups import run_ranks
+from tests.models.support import gradients, load
 from tests.tiny import random_tokens, save_llama
 
 LENGTH = 1024
@@ -25,24 +23,6 @@ PACKED = Batch(
 )
 IDS = random_tokens(2, 12) % 64
 SIZES = {"max_position_embeddings": LENGTH}
-
-
-def load(folder: Path, topology: Topology | None = None, **options: Any) -> CausalLM:
-    topology = topology or Topology()
-    return load_model(
-        resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=torch.float32,
-        shard_mesh=topology.shard_mesh, group=topology.copy, **options,
-    )  # fmt: skip
-
-
-def gradients(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    model.train()
-    model.module.zero_grad()
-    loss = model.loss(batch)
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters().items() if p.grad is not None}
-    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
-    return {"": loss.detach(), **{n: g.clone() for n, g in whole.items()}}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

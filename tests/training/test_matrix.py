@@ -17,12 +17,11 @@ from torch import Tensor
 from psyche_fast import config
 from psyche_fast.batch import Batch
 from psyche_fast.distro.codec import quantize_1bit
-from psyche_fast.models import CausalLM, load_model
-from psyche_fast.models.source import resolve_model
 from psyche_fast.schedules import Constant
 from psyche_fast.training.topology import Topology
 from psyche_fast.training.trainer import Trainer
 from tests.groups import run_ranks
+from tests.models.support import load
 from tests.tiny import VOCABULARY, random_tokens
 
 STEPS, LR = 5, 5e-4
@@ -55,17 +54,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def batches() -> list[Batch]:
     return [Batch(random_tokens(8, 16, seed=seed)) for seed in range(STEPS)]
-
-
-def load(folder: Path, topology: Topology) -> CausalLM:
-    return load_model(
-        resolve_model(str(folder)),
-        device=torch.device("cpu"),
-        param_dtype=torch.float32,
-        shard_mesh=topology.shard_mesh,
-        tensor_mesh=topology.tensor_mesh,
-        group=topology.copy,
-    )
 
 
 def trainer(folder: Path, topology: Topology, *, micro: int, exchanges: bool) -> Trainer:
