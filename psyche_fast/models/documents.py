@@ -72,22 +72,34 @@ def attend(
         if sliding_window is not None:
             documents.seen.add("window")
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    found = [
-        sdpa_attention_forward(
-            module, q, k, v, _window(q.shape[2], sliding_window, q.device), **kwargs
-        )[0]
-        for q, k, v in parts
-    ]
+    found = []
+    for q, k, v in parts:
+        length = q.shape[2]
+        window = min(sliding_window or length, length)
+        # Windows as long as the document are one piece; others cost a mask of 2 x window^2, not
+        # one of length^2.
+        for start in range(0, length, window):
+            queries = slice(start, min(start + window, length))
+            keys = slice(max(start - window + 1, 0), queries.stop)
+            band = _band(queries.stop - start, start - keys.start, window, q.device)
+            found.append(
+                sdpa_attention_forward(
+                    module, q[:, :, queries], k[:, :, keys], v[:, :, keys], band, **kwargs
+                )[0]
+            )
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1)), None
 
 
-@lru_cache(maxsize=8)
-def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which tokens see which, where not all before: bool ``[1, 1, length, length]``."""
-    if window is None or length <= window:
+@lru_cache(maxsize=4)
+def _band(count: int, before: int, window: int, device: torch.device) -> Tensor | None:
+    """Which keys ``count`` queries see: bool ``[1, 1, count, before + count]``.
+
+    None for all up to the query's own, where no key goes ``before`` the first query.
+    """
+    if before == 0:
         return None
-    at = torch.arange(length, device=device)
-    behind = at[:, None] - at[None]
+    query = torch.arange(before, before + count, device=device)
+    behind = query[:, None] - torch.arange(before + count, device=device)
     return ((behind >= 0) & (behind < window))[None, None]
 
 
