@@ -14,6 +14,7 @@ from torch import Tensor
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.metrics import PhaseTimer, memory_bytes
+from psyche_fast.models import packing
 from psyche_fast.protocol import messages
 from psyche_fast.protocol.store import CoreStore
 from psyche_fast.protocol.tensors import pack_batch
@@ -164,7 +165,7 @@ class StepLoop:
         try:
             with self._timer.phase("data"):
                 _, batch = next(self._batches)
-                self._check_tokens(step, batch)
+                self._check(step, batch)
         except (ValueError, OSError) as error:
             return error
         with self._timer.phase("send"):
@@ -188,7 +189,12 @@ class StepLoop:
         )
         return operation, pack_batch(batch)
 
-    def _check_tokens(self, step: int, batch: Batch) -> None:
+    def _check(self, step: int, batch: Batch) -> None:
+        """Here and not only where it is trained: a replica alone would end in mid-step."""
+        try:
+            packing.prepare(batch)
+        except ValueError as error:
+            raise ValueError(f"step {step}: {error} (--data-path)") from error
         if isinstance(self._vocabulary, int) and int(batch.input_ids.max()) >= self._vocabulary:
             raise ValueError(
                 f"step {step}: token id {int(batch.input_ids.max())} in the data is outside the "

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -75,6 +77,25 @@ def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_pat
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "config.json").exists()
+
+
+def test_documents_longer_than_their_row_end_the_run_before_its_step(
+    place: Path, tmp_path: Path
+) -> None:
+    tokens = np.fromfile(place / "data" / "tokens.bin", dtype=np.uint16)[: 48 * 32]
+    lengths = [[12, 20]] * 48
+    lengths[2 * 8 + 6] = [20, 20]  # in step 3, of the second replica
+    table = {"inputs": list(tokens.astype(np.int32).reshape(48, 32)), "sequence_lengths": lengths}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "data" / "train-00000-of-00001.parquet")
+    result = psyche_fast(
+        "train", "--model", str(place / "model"), "--data-path", str(tmp_path / "data"),
+        "--output", str(tmp_path / "run"), *COMMON, *DISTRO, "--replicas", "2",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "step 3: sequence_lengths: row 6 adds up to 40, more than the 32" in result.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 @pytest.fixture(scope="module")
