@@ -31,13 +31,13 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 
 from benchmarks.common import environment, percentiles, write_json
 from psyche_fast.batch import Batch
-from psyche_fast.collectives import exchange
 from psyche_fast.config import Distro
+from psyche_fast.distro import exchange
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
+from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.trainer import Trainer
 from psyche_fast.schedules import Constant
-from psyche_fast.training.topology import Topology
-from psyche_fast.training.trainer import Trainer
 
 VOCABULARY = 2048
 MODES = ("no link", "overlap", "no overlap")

@@ -42,10 +42,10 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 from benchmarks.common import environment, percentiles, write_json
 from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import elements, llama
-from psyche_fast.collectives import exchange
 from psyche_fast.config import Distro as Settings
+from psyche_fast.distro import exchange
 from psyche_fast.models.parallel import shard
-from psyche_fast.training.optimizers import DistroOptimizer
+from psyche_fast.rank.optimizers import DistroOptimizer
 
 SHAPES = llama(vocabulary=2048, width=256, layers=8, key_value=128, hidden=1024, tied=True)
 REPLICAS, SHARDS = 2, 2

@@ -30,14 +30,14 @@ import torch.distributed as dist
 import transformers
 
 from benchmarks.common import environment, percentiles
-from psyche_fast import runtime
 from psyche_fast.config import RunConfig, optimizer_to_json
 from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import make_plan
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import MetricsWriter, PhaseTimer
-from psyche_fast.protocol import messages
-from psyche_fast.protocol.store import CoreStore, listen
+from psyche_fast.psyche import messages
+from psyche_fast.psyche.store import CoreStore, listen
+from psyche_fast.rank import serve as runtime
 
 WARMUP = 3
 LENGTH = 128

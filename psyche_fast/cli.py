@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import click
 
-from psyche_fast import __version__, lifecycle
+from psyche_fast import __version__
 from psyche_fast.config import RunConfig, flag, read_toml
-from psyche_fast.environment import Launched, launched, meet
+from psyche_fast.start import lifecycle
+from psyche_fast.start.cluster import Launched, launched, meet
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -123,7 +124,7 @@ def _launched(config: RunConfig, place: Launched) -> RunConfig:
 def _serve(config: RunConfig, place: Launched) -> None:
     """A rank after the first."""
     from psyche_fast import sidecar
-    from psyche_fast.devices import choose_devices
+    from psyche_fast.start.devices import choose_devices
 
     devices = choose_devices(config.device, place.local_world_size)
     device = devices.devices[place.local_rank]
@@ -150,7 +151,7 @@ def demo(
 ) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
     lifecycle.quiet_torch()
-    from psyche_fast.core.demo import run_demo
+    from psyche_fast.core.showcase import run_demo
 
     run_demo(
         max_steps=max_steps,
@@ -275,7 +276,7 @@ def tokenize(
 @click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
 def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **options: Any) -> None:
     """Run this machine's ranks of a run whose core is on another machine."""
-    from psyche_fast.core.launcher import launch_host
+    from psyche_fast.start.spawn import launch_host
 
     if num_local_ranks is None:
         num_local_ranks = 1

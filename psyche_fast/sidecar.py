@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from psyche_fast import lifecycle
+from psyche_fast.start import lifecycle
 
 if TYPE_CHECKING:
     import torch
@@ -105,8 +105,8 @@ def serve(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from psyche_fast import runtime
-    from psyche_fast.protocol.store import SidecarStore
+    from psyche_fast.psyche.store import SidecarStore
+    from psyche_fast.rank import serve as runtime
 
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:

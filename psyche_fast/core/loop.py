@@ -15,12 +15,12 @@ from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.metrics import PhaseTimer, memory_bytes
 from psyche_fast.models import packing
-from psyche_fast.protocol import messages
-from psyche_fast.protocol.store import CoreStore
-from psyche_fast.protocol.tensors import pack_batch
-from psyche_fast.runtime import Totals
-from psyche_fast.training.checkpoint import save_model
-from psyche_fast.training.trainer import Trainer
+from psyche_fast.psyche import messages
+from psyche_fast.psyche.store import CoreStore
+from psyche_fast.psyche.tensors import pack_batch
+from psyche_fast.rank.checkpoint import save_model
+from psyche_fast.rank.serve import Totals
+from psyche_fast.rank.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from psyche_fast.config import RunConfig, flag
 from psyche_fast.data import Dataset, open_dataset
-from psyche_fast.devices import Devices, choose_devices, cores
 from psyche_fast.metrics.formatting import format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
 from psyche_fast.models.source import FilesSource, check_model, resolve_model
-from psyche_fast.protocol.messages import Settings
+from psyche_fast.psyche.messages import Settings
+from psyche_fast.start.devices import Devices, choose_devices, cores
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from psyche_fast import lifecycle, runtime
-from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.config import RunConfig, optimizer_to_json
-from psyche_fast.core.launcher import SidecarFailed, Sidecars, local_ranks
 from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import Plan
-from psyche_fast.core.signals import StopRequest, stop_on_signal
 from psyche_fast.data import BatchPrefetcher
-from psyche_fast.environment import Launched, announce
+from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -30,10 +26,15 @@ from psyche_fast.metrics import (
     make_tracker,
     plot_run,
 )
-from psyche_fast.protocol import messages
-from psyche_fast.protocol.store import CoreStore, barrier, listen
+from psyche_fast.psyche import messages
+from psyche_fast.psyche.store import CoreStore, barrier, listen
+from psyche_fast.rank import serve as runtime
+from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.sidecar import TIMEOUT, explain
-from psyche_fast.training.checkpoint import atomic_folder
+from psyche_fast.start import lifecycle
+from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.signals import StopRequest, stop_on_signal
+from psyche_fast.start.spawn import SidecarFailed, Sidecars, local_ranks
 
 log = logging.getLogger("psyche_fast.core")
 

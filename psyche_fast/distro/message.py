@@ -1,7 +1,7 @@
 """What a peer sends of a step: one message of fixed size, that says what it is and is checked.
 
 A header of 40 bytes, little-endian, and then the packed entries of every chunk class, one after the
-other (`psyche_fast.kernels.wire`), and zeros up to a multiple of 8 bytes:
+other (`psyche_fast.kernels.pack`), and zeros up to a multiple of 8 bytes:
 
 | bytes | what |
 | --- | --- |
@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psyche_fast.collectives.identical import hash_rows
-from psyche_fast.distro.layout import Layout
-from psyche_fast.kernels import wire
+from psyche_fast.distro.chunks import Layout
+from psyche_fast.distro.replicas import hash_rows
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
 VERSION = 1

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from psyche_fast import kernels
 from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.codec import DistroResult, collect, collect_own, to_results
-from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.momentum import Momentum
-from psyche_fast.distro.placement import Parts, full_tensor
+from psyche_fast.distro.results import DistroResult, collect, collect_own, to_results
+from psyche_fast.distro.shards import Parts, full_tensor
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from psyche_fast import kernels
-from psyche_fast.kernels import accumulation, wire
+from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
 
 SIDE = 64

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from psyche_fast.batch import IGNORE, Batch
-from psyche_fast.models import documents, huggingface, packing
+from psyche_fast.models import document_attention as documents
+from psyche_fast.models import huggingface, packing
 from psyche_fast.models.gathering import gather_whole
 from psyche_fast.models.parallel import blocks
 

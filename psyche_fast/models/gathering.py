@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from psyche_fast.collectives.exchange import BUCKET_BYTES
+from psyche_fast.distro.exchange import BUCKET_BYTES
 
 Ranges = tuple[slice, ...]
 _ALIGNMENT = 16  # bytes: any dtype may be viewed there

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from psyche_fast import cli, runtime
+from psyche_fast import cli
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig, optimizer_to_json
 from psyche_fast.core.estimate import LiveBytes, estimate
 from psyche_fast.models.source import read_config, resolve_model
-from psyche_fast.protocol.messages import Hyperparameters, Settings
+from psyche_fast.psyche.messages import Hyperparameters, Settings
+from psyche_fast.rank import serve as runtime
 from tests.groups import run_ranks
 
 BASE: dict[str, Any] = {

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psyche_fast import lifecycle
-from psyche_fast.environment import Launched, first_host, launched
+from psyche_fast.start import lifecycle
+from psyche_fast.start.cluster import Launched, first_host, launched
 from tests.core.test_machines import free_port
 from tests.tiny import save_llama, save_tokens
 

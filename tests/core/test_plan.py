@@ -9,7 +9,7 @@ import torch
 
 from psyche_fast.config import RunConfig
 from psyche_fast.core import plan
-from psyche_fast.devices import Devices
+from psyche_fast.start.devices import Devices
 from tests.tiny import save_llama, save_tokens
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from psyche_fast.collectives.identical import hash_rows
 from psyche_fast.distro import DeMo
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.replicas import hash_rows
 from psyche_fast.kernels.plan import Entries
 from tests.distro.support import SHAPES, random_arrays, run_processes, to_parameters
 

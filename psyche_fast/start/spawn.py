@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from psyche_fast import lifecycle
+from psyche_fast.start import lifecycle
 
 _POLL_SECONDS = 0.05
 _LAST_LINES = 8

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM
-from psyche_fast.training.gradients import local_parts
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.gradients import local_parts
+from psyche_fast.rank.topology import Topology
 
 
 @torch.no_grad()

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from psyche_fast.batch import Batch
-from psyche_fast.collectives.identical import check_identical
 from psyche_fast.config import OptimizerConfig
 from psyche_fast.distro import DistroResult
+from psyche_fast.distro.replicas import check_identical
 from psyche_fast.models import CausalLM
-from psyche_fast.schedules import LearningRateSchedule, warmup_factor
-from psyche_fast.training.gradients import (
+from psyche_fast.rank.gradients import (
     Fp32Accumulator,
     clip_factor,
     drop_gradients,
@@ -26,8 +25,9 @@ from psyche_fast.training.gradients import (
     gradients,
     local_parts,
 )
-from psyche_fast.training.optimizers import Results, make_optimizer
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.optimizers import Results, make_optimizer
+from psyche_fast.rank.topology import Topology
+from psyche_fast.schedules import LearningRateSchedule, warmup_factor
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.distro.codec import quantize_1bit
+from psyche_fast.distro.results import quantize_1bit
+from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.trainer import Trainer
 from psyche_fast.schedules import Constant
-from psyche_fast.training.topology import Topology
-from psyche_fast.training.trainer import Trainer
 from tests.groups import run_ranks
 from tests.models.support import load
 from tests.tiny import VOCABULARY, random_tokens

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psyche_fast.collectives import exchange
+from psyche_fast.distro import exchange
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd, so invertible modulo 2^64: a change of one word always changes the hash.

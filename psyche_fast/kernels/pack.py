@@ -245,4 +245,4 @@ def _value_bytes(plan: ChunkPlan, values: Values) -> int:
 
 def _module(backend: str) -> ModuleType:
     package = "reference" if backend == "torch" else "triton"
-    return importlib.import_module(f"psyche_fast.kernels.{package}.codec")
+    return importlib.import_module(f"psyche_fast.kernels.{package}.pack")

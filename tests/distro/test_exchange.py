@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from psyche_fast.collectives import exchange
-from psyche_fast.collectives.identical import ReplicasDiffer, check_identical, hash_bits, hash_rows
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro import exchange
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.replicas import ReplicasDiffer, check_identical, hash_bits, hash_rows
 from tests.groups import run_ranks
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from psyche_fast.models import CausalLM, choose_attention, load_model
 from psyche_fast.models.source import ModelSource, read_config
-from psyche_fast.protocol import messages
-from psyche_fast.protocol.messages import Hyperparameters, Settings
-from psyche_fast.protocol.store import SidecarStore, barrier
-from psyche_fast.protocol.tensors import receive_batch, receive_results, unpack_batch
-from psyche_fast.training import evaluation
-from psyche_fast.training.topology import Topology, set_timeout
-from psyche_fast.training.trainer import Trainer, TrainOutput
+from psyche_fast.psyche import evaluation, messages
+from psyche_fast.psyche.messages import Hyperparameters, Settings
+from psyche_fast.psyche.store import SidecarStore, barrier
+from psyche_fast.psyche.tensors import receive_batch, receive_results, unpack_batch
+from psyche_fast.rank.topology import Topology, set_timeout
+from psyche_fast.rank.trainer import Trainer, TrainOutput
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
-from psyche_fast.training.checkpoint import atomic_folder, save_model, write_tensors
+from psyche_fast.rank.checkpoint import atomic_folder, save_model, write_tensors
 from tests.tiny import save_llama
 
 
@@ -60,7 +60,7 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) 
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psyche_fast.training.checkpoint.save_file", full_disk)
+        patch.setattr("psyche_fast.rank.checkpoint.save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             save_model(tmp_path / "out", model, failing(), [])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

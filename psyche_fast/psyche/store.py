@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from psyche_fast import strict
 from psyche_fast.models.source import FilesSource, ModelSource, TensorsSource
-from psyche_fast.protocol.messages import Exit, Operation, Settings, decode, encode
-from psyche_fast.protocol.tensors import receive_tensors, send_tensors
+from psyche_fast.psyche.messages import Exit, Operation, Settings, decode, encode
+from psyche_fast.psyche.tensors import receive_tensors, send_tensors
 
 log = logging.getLogger("psyche_fast.sidecar")
 

@@ -10,9 +10,9 @@ import torch
 
 from psyche_fast.batch import Batch
 from psyche_fast.models.source import FilesSource
-from psyche_fast.protocol.messages import Exit, Extract, Settings, Train
-from psyche_fast.protocol.store import CoreStore, SidecarStore, listen
-from psyche_fast.protocol.tensors import pack_batch, unpack_batch
+from psyche_fast.psyche.messages import Exit, Extract, Settings, Train
+from psyche_fast.psyche.store import CoreStore, SidecarStore, listen
+from psyche_fast.psyche.tensors import pack_batch, unpack_batch
 
 SECONDS = timedelta(seconds=10)
 CPU = torch.device("cpu")

@@ -13,18 +13,19 @@ import torch.distributed as dist
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psyche_fast import config, runtime
+from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.collectives.identical import ReplicasDiffer
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
+from psyche_fast.psyche import evaluation
+from psyche_fast.rank import serve as runtime
+from psyche_fast.rank.gradients import local_parts
+from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.trainer import Trainer
 from psyche_fast.schedules import Constant
-from psyche_fast.training import evaluation
-from psyche_fast.training.gradients import local_parts
-from psyche_fast.training.topology import Topology
-from psyche_fast.training.trainer import Trainer
 from tests.groups import run_ranks
 from tests.tiny import random_tokens, save_llama
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from psyche_fast.kernels.wire import IndexCode
+    from psyche_fast.kernels.pack import IndexCode
 
 
 def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor) -> None:

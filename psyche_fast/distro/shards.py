@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from psyche_fast.distro.codec import DistroResult, check_form
-from psyche_fast.distro.layout import ParameterLayout
+from psyche_fast.distro.chunks import ParameterLayout
+from psyche_fast.distro.results import DistroResult, check_form
 from psyche_fast.distro.scattered import Scattered, Slab, divided_layouts
 
 

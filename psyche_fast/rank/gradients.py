@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.distro.placement import local_tensor
-from psyche_fast.kernels.accumulation import accumulate, plan_accumulation, squared_norms
+from psyche_fast.distro.shards import local_tensor
+from psyche_fast.kernels.accumulate import accumulate, plan_accumulation, squared_norms
 from psyche_fast.kernels.backends import resolve_backend
 
 _Key = tuple[dist.ProcessGroup, ...]

@@ -10,7 +10,7 @@ import torch
 
 from psyche_fast.distro import Distro, DistroResult, quantize_1bit, validate_results
 from psyche_fast.distro.basis import dct_basis
-from psyche_fast.distro.layout import chunk_side
+from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.plan import Member, cut_slices
 from tests import oracles
 from tests.distro.support import random_arrays, set_gradients, to_parameters
@@ -67,7 +67,7 @@ def test_slices_cover_every_chunk_once(limit):
 def test_slices_change_nothing(monkeypatch):
     outcome = []
     for limit in (1 << 25, 200):
-        monkeypatch.setattr("psyche_fast.distro.layout.MAX_SLICE_ELEMENTS_CPU", limit)
+        monkeypatch.setattr("psyche_fast.distro.chunks.MAX_SLICE_ELEMENTS_CPU", limit)
         distro, parameters, results = make(torch.float32)
         distro.error_correction(0.1)
         again = distro.generate(results, 0.1, 0.1)

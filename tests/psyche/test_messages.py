@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from psyche_fast import config
-from psyche_fast.protocol import messages
+from psyche_fast.psyche import messages
 
 TRAIN: dict[str, Any] = {
     "operation": "train", "step": 3, "zero_optim": False, "batch_id": [0, 7],

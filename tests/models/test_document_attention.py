@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast.batch import Batch
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.topology import Topology
 from tests.groups import run_ranks
 from tests.models.support import gradients, load
 from tests.tiny import random_tokens, save_llama

@@ -18,7 +18,7 @@ from psyche_fast.kernels.triton.case import Case, Loop
 from psyche_fast.kernels.triton.launch import cpu_launch_options, launch_options, on_device
 
 if TYPE_CHECKING:
-    from psyche_fast.kernels.wire import IndexCode
+    from psyche_fast.kernels.pack import IndexCode
 
 
 _PACK_BITS, _UNPACK_BITS = 32, 128  # at once; a word has 32
@@ -195,7 +195,7 @@ def _tile(code: IndexCode, most: int, elements: int) -> tuple[int, int, int]:
 
 
 def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor) -> None:
-    """See `psyche_fast.kernels.reference.codec.pack`."""
+    """See `psyche_fast.kernels.reference.pack.pack`."""
     groups, bits = planes.shape
     if groups == 0:
         return
@@ -238,7 +238,7 @@ def unpack(
     signs: Tensor | None,
     valid: Tensor | None,
 ) -> None:
-    """See `psyche_fast.kernels.reference.codec.unpack`; `indices` and `signs` are contiguous."""
+    """See `psyche_fast.kernels.reference.pack.unpack`; `indices` and `signs` are contiguous."""
     peers, groups, bits = planes.shape
     options, own = launch_options("codec", planes.device)
     per_program, tile, entries = _tile(code, _UNPACK_BITS, own["elements"])
@@ -267,7 +267,7 @@ def unpack(
 
 def compile_cases() -> list[Case]:
     """What the compile guard compiles: chunks of 64 x 64 with 1-bit results."""
-    from psyche_fast.kernels.wire import index_code
+    from psyche_fast.kernels.pack import index_code
 
     return [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
 

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
-from psyche_fast.collectives import exchange
-from psyche_fast.distro import Distro, DistroResult
+from psyche_fast.distro import Distro, DistroResult, exchange
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
-from psyche_fast.training.gradients import drop_gradients, gradients, scale_
+from psyche_fast.rank.gradients import drop_gradients, gradients, scale_
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from psyche_fast import strict
 from psyche_fast.batch import Batch
 from psyche_fast.distro import DistroResult
-from psyche_fast.protocol.messages import Forward, ResultsMetadata, Train
+from psyche_fast.psyche.messages import Forward, ResultsMetadata, Train
 
 # c10/core/ScalarType.h
 SCALAR_TYPES: dict[int, torch.dtype] = {

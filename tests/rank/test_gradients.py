@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from psyche_fast.training.gradients import (
+from psyche_fast.rank.gradients import (
     Fp32Accumulator,
     clip_factor,
     global_norm,

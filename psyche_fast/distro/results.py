@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
 
