@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -46,26 +47,46 @@ def hash_rows(words: Tensor) -> Tensor:
     return total
 
 
-def check_identical(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> None:
-    """Compares this rank's tensors with its counterparts in the other replicas.
+@dataclass(frozen=True)
+class Check:
+    """A comparison under way.
+
+    Attributes:
+        step: the step whose parameters are compared.
+    """
+
+    step: int
+    _names: Sequence[str]
+    _hashes: exchange.Pending
+
+    def finish(self) -> None:
+        """Wait for the other replicas' hashes and compare, without waiting for the device.
+
+        Raises:
+            ReplicasDiffer: on every peer, naming the first tensors that differ.
+        """
+        hashes = self._hashes.host()
+        differ = hashes.ne(hashes[0]).any(dim=0).tolist()
+        names = [name for name, bad in zip(self._names, differ, strict=True) if bad]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise ReplicasDiffer(
+                f"step {self.step}: replicas are no longer bit-identical in {len(names)} of "
+                f"{len(self._names)} parameters: {shown}"
+            )
+
+
+def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> Check:
+    """Begin to compare this rank's tensors with its counterparts in the other replicas.
+
+    Hashes take as long as several round trips, and on NCCL they queue behind results under way:
+    `Check.finish` a step later waits for neither. The tensors may change as soon as this returns.
 
     Args:
         tensors: this rank's parts, by name; the same names on every peer.
         peers: the group to compare with.
         step: for the message.
-
-    Raises:
-        ReplicasDiffer: on every peer, naming the first tensors that differ.
     """
-    if not tensors:
-        return
-    own = torch.stack([hash_bits(t) for t in tensors.values()])
-    hashes = exchange.start(own, peers).wait()
-    differ = hashes.ne(hashes[0]).any(dim=0).tolist()
-    names = [name for name, bad in zip(tensors, differ, strict=True) if bad]
-    if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ReplicasDiffer(
-            f"step {step}: replicas are no longer bit-identical in {len(names)} of "
-            f"{len(tensors)} parameters: {shown}"
-        )
+    hashes = [hash_bits(tensor) for tensor in tensors.values()]
+    own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
+    return Check(step, list(tensors), exchange.start(own, peers if hashes else None))

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import OptimizerConfig
-from psyche_fast.distro import DistroResult
-from psyche_fast.distro.replicas import check_identical
+from psyche_fast.distro import DistroResult, replicas
 from psyche_fast.models import CausalLM
 from psyche_fast.rank.gradients import (
     Fp32Accumulator,
@@ -265,7 +264,8 @@ class Trainer:
         """
         if self._exchanges and self.topology.peers is not None:
             self.plain()
-            check_identical(local_parts(self.parameters), self.topology.peers, self._step)
+            tensors = local_parts(self.parameters)
+            replicas.start(tensors, self.topology.peers, self._step).finish()
 
     def _statistics(self, finite: bool) -> dict[str, float]:
         grads = {n: p.grad for n, p in self.parameters.items() if finite and p.grad is not None}

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from psyche_fast.distro import exchange
+from psyche_fast.distro import exchange, replicas
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import ReplicasDiffer, check_identical, hash_bits, hash_rows
+from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows
 from tests.groups import run_ranks
 
 
@@ -104,20 +104,44 @@ def test_hash_sees_every_change(dtype: torch.dtype) -> None:
     assert hash_bits(swapped) != own
 
 
-def _check(rank: int) -> str:
+def _check(rank: int) -> list[str]:
     peers = dist.group.WORLD
     assert peers is not None
     tensors = {"a": torch.ones(5), "b": torch.zeros(3, 2), "empty": torch.empty(0)}
-    check_identical(tensors, peers, 3)
+    replicas.start({}, peers, 2).finish()
+    before = replicas.start(tensors, peers, 3)
     if rank == 1:
         tensors["b"][1, 1] = -0.0  # equal in value, not in bits
-    try:
-        check_identical(tensors, peers, 4)
-    except ReplicasDiffer as error:
-        return str(error)
-    return ""
+    checks = [before, replicas.start(tensors, peers, 4)]
+    tensors["b"][1, 1] = 0.0  # what is compared is what there was
+    said = []
+    for check in checks:
+        try:
+            check.finish()
+        except ReplicasDiffer as error:
+            said.append(str(error))
+    return said
 
 
 def test_replicas_that_differ_are_found_on_every_rank() -> None:
-    for message in run_ranks(_check, 2):
-        assert message == ("step 4: replicas are no longer bit-identical in 1 of 3 parameters: b")
+    for said in run_ranks(_check, 2):
+        assert said == ["step 4: replicas are no longer bit-identical in 1 of 3 parameters: b"]
+
+
+def _late(rank: int) -> bool:
+    """Whether a check is begun while the other replica has not come to it yet."""
+    dist.set_debug_level(dist.DebugLevel.OFF)  # its checks begin every collective with a barrier
+    peers = dist.new_group()
+    assert isinstance(peers, dist.ProcessGroup)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["begun"])
+    check = replicas.start({"a": torch.ones(3)}, peers, 1)
+    if rank == 0:
+        store.set("begun", "")  # waiting in `start` would never come here
+    check.finish()
+    return True
+
+
+def test_a_check_begins_without_waiting_for_the_others() -> None:
+    assert run_ranks(_late, 2) == [True, True]
