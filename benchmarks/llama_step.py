@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import percentiles
 from benchmarks.step_cases import DECAY, RATE, WEIGHT_DECAY, release
-from psyche_fast.distro import Distro
+from psyche_fast.distro import DistroStep
 
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -112,26 +112,25 @@ class AdamW(Side):
 
 
 class DisTrO(Side):
-    """DisTrO, k = 8, with a fused look-ahead and float32 delta."""
+    """DisTrO, k = 8, with float32 delta."""
 
     def __init__(
         self, config: transformers.LlamaConfig, device: torch.device, backend: str
     ) -> None:
         super().__init__(config, device)
-        self.distro = Distro(
+        self.distro = DistroStep(
             self.model.named_parameters(),
             compression_decay=DECAY,
             compression_chunk=64,
             compression_topk=8,
             weight_decay=WEIGHT_DECAY,
-            fused=True,
             backend=backend,
         )
         self.own: Any = None
 
     def before(self) -> None:
         """Look ahead."""
-        self.distro.error_correction(RATE)
+        self.distro.look_ahead(RATE)
 
     def update(self) -> None:
         """Compress, with the clip factor on the device, and apply the previous result."""
@@ -139,8 +138,8 @@ class DisTrO(Side):
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True).float()
         scale = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
         sent = self.own
-        self.own = self.distro.generate(sent, RATE, RATE, grad_scale=scale)
-        self.distro.apply([self.own if sent is None else sent], RATE)
+        self.own = self.distro.compress(sent, RATE, grad_scale=scale)
+        self.distro.update(self.own if sent is None else sent, RATE)
 
 
 SIDES: dict[str, Callable[..., Side]] = {"AdamW": AdamW, "DisTrO": DisTrO}

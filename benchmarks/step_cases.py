@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.common import launches, milliseconds, percentiles
 from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import SETS, Shapes, elements
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, DistroStep
+from psyche_fast.kernels.plan import Entries
 
 RATE = 4e-4
 DECAY = 0.999
@@ -24,32 +25,32 @@ Step = Callable[[], object]
 
 
 class DistroLoop:
-    """`Distro` in the order of Psyche's train loop, without the model in between.
+    """`DistroStep` as a train step uses it, without the model in between.
 
     With `static` the own result is handed on in memory that stays where it is, as a CUDA graph
     needs it.
     """
 
     def __init__(self, parameters: list[Tensor], *, static: bool = False, **options: Any) -> None:
-        named = {f"{i:04}": p for i, p in enumerate(parameters)}
-        self.distro = Distro(
-            named,
+        self.distro = DistroStep(
+            {f"{i:04}": p for i, p in enumerate(parameters)},
             compression_decay=DECAY,
             compression_chunk=64,
             weight_decay=WEIGHT_DECAY,
             **options,
         )
-        self.own: Any = None
+        self.own: list[Entries] | None = None
         self._static = static
 
     def step(self) -> None:
         """One step, with the own result as the only peer's."""
-        self.distro.error_correction(RATE)
-        new = self.distro.generate(self.own, RATE, RATE)
-        self.distro.apply([new], RATE)
+        self.distro.look_ahead(RATE)
+        new = self.distro.compress(self.own, RATE)
+        self.distro.update(new, RATE)
         if self._static and self.own is not None:
-            torch._foreach_copy_([r.sparse_idx for r in self.own], [r.sparse_idx for r in new])
-            torch._foreach_copy_([r.sparse_val for r in self.own], [r.sparse_val for r in new])
+            for kept, entries in zip(self.own, new, strict=True):
+                kept.indices.copy_(entries.indices)
+                kept.values.copy_(entries.values)
         else:
             self.own = new
 
@@ -123,17 +124,13 @@ CASES = (
     StepCase("AdamW fused, fp32", _adamw, 7, 0, FP32),
     StepCase("AdamW fused, bf16", _adamw, 7, 0, BF16),
     StepCase("SGD fused", _sgd, 3, 0),
-    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True), 4, 12, ours=True),
+    StepCase("Distro k=8, fused look-ahead", _distro(8), 4, 12, ours=True),
     StepCase(
-        "Distro k=32, fused look-ahead", _distro(32, fused=True), 4, 12, ours=True, quick=False
+        "Distro k=32, fused look-ahead", _distro(32), 4, 12, ours=True, quick=False
     ),
     StepCase(
         "Distro k=8, fused look-ahead, bf16 delta",
-        _distro(8, fused=True, delta_dtype=BF16), 4, 6, ours=True, quick=False,
-    ),
-    StepCase("Distro k=8", _distro(8), 4, 12, ours=True, quick=False),
-    StepCase(
-        "Distro k=8, no master copy", _distro(8, master_copy=False), 5, 12, ours=True, quick=False
+        _distro(8, delta_dtype=BF16), 4, 6, ours=True, quick=False,
     ),
     StepCase("DeMo k=8", _demo(8), 3, 8, ours=True),
     StepCase("DeMo k=32", _demo(32), 3, 8, ours=True, quick=False),
@@ -243,10 +240,7 @@ def measure(
     return record
 
 
-GRAPHS = (
-    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True, static=True), 4, 12),
-    StepCase("DeMo k=8", _demo(8), 3, 8),
-)
+GRAPHS = (StepCase("Distro k=8, fused look-ahead", _distro(8, static=True), 4, 12),)
 
 
 def measure_graph(

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Odd, so invertible modulo 2^64: a change of one word always changes the hash.
-_MULTIPLIER = -7046029254386353131
-# On a CPU the slice and its weights stay in the cache; on a GPU a launch should be worth it.
-_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
+from psyche_fast.distro.message import hash_bits
 
 
 class ReplicasDiffer(RuntimeError):
     """Parameters of the replicas are no longer bit-identical; the run cannot go on."""
-
-
-@cache
-def _weights(device: torch.device) -> Tensor:
-    n = torch.arange(1, 2 * _SLICE[device.type], 2, dtype=torch.int64, device=device)
-    return n * _MULTIPLIER
-
-
-def hash_bits(tensor: Tensor) -> Tensor:
-    """A position-dependent hash of a tensor's bits: int64, 0-d, on its device.
-
-    Integer arithmetic modulo 2^64: the same in any order of additions.
-    """
-    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-    return hash_rows(words.unsqueeze(0))[0]
-
-
-def hash_rows(words: Tensor) -> Tensor:
-    """`hash_bits` of each row: int64 `[n]` of integers `[n, words]`."""
-    weights = _weights(words.device)
-    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
-    for part in words.split(weights.numel(), dim=1):
-        total = total * _MULTIPLIER + (part * weights[: part.shape[1]]).sum(dim=1)
-    return total
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
-"""The three optimisers of the protocol behind one face, in the order of Psyche's train loop.
+"""The optimisers of the protocol behind one face, in the order of Psyche's train loop.
 
-``train`` calls ``before_forward`` and ``after_backward``; ``optimize`` calls ``step``.
+`train` calls `look_ahead`, `receive` and `after_backward`; `optimize` calls `step`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,29 +15,37 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
-from psyche_fast.distro import Distro, DistroResult, exchange
+from psyche_fast.distro import DistroResult, DistroStep
+from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.results import collect, collect_own, to_results
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import drop_gradients, gradients, scale_
-
-log = logging.getLogger(__name__)
 
 Results = list[list[DistroResult]]
 
 
 class Optimizer:
-    """One rank's optimiser over named parameters. This one is Psyche's ``Dummy``: no change."""
+    """One rank's optimiser over named parameters. This one is Psyche's `Dummy`: no change."""
 
-    bytes_sent: int = 0
-    """Bytes of this rank's contribution to the last exchange."""
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of this rank's contribution to the last exchange."""
+        return 0
 
-    def before_forward(self, prev_lr: float) -> None:
-        """Brings the parameters to where the gradient is wanted."""
+    def look_ahead(self, prev_lr: float) -> None:
+        """Bring the parameters to where the gradient is wanted."""
+
+    def receive(self) -> None:
+        """Begin with what has come from other ranks; waits for nothing, changes no parameter.
+
+        To be called between forwards and backwards, as often as one likes.
+        """
 
     def after_backward(
         self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
-        """Takes the gradients over.
+        """Take up the gradients.
 
         Args:
             results: own results of the previous step as rank 0 sent them; empty otherwise.
@@ -49,24 +55,30 @@ class Optimizer:
                 the gradients are not to be used at all.
 
         Returns:
-            This step's result, where the optimiser has one.
+            This step's result, where it is for rank 0 to send on.
         """
         return []
 
     def step(self, results: Results | None, lr: float) -> None:
-        """Changes the parameters.
+        """Change the parameters.
 
         Args:
-            results: all peers' results of the previous step; None for those exchanged by the
-                ranks themselves.
+            results: all peers' results of the previous step as rank 0 sent them; None where the
+                ranks exchange them themselves.
             lr: learning rate of this step.
+
+        Raises:
+            ValueError: there is no result to apply, or one is malformed.
         """
 
-    def plain(self) -> None:
-        """Makes the parameters what a checkpoint wants: without look-ahead, with weight decay."""
+    def settle(self) -> None:
+        """Wait until nothing is under way between ranks: before checkpoints and at the end."""
 
-    def zero(self) -> None:
-        """Forgets the momentum where the optimiser can."""
+    def plain(self) -> None:
+        """Make the parameters what a checkpoint wants: without look-ahead, with weight decay."""
+
+    def zero_momentum(self) -> None:
+        """Forget the momentum where the optimiser can."""
 
     def momentum(self) -> Mapping[str, Tensor]:
         """The momentum by parameter name, for statistics."""
@@ -74,10 +86,10 @@ class Optimizer:
 
 
 class AdamWOptimizer(Optimizer):
-    """``torch.optim.AdamW``, fused where torch can."""
+    """`torch.optim.AdamW`, fused where torch can."""
 
     def __init__(self, parameters: Mapping[str, Tensor], settings: config.AdamW) -> None:
-        """Takes the parameters by name."""
+        """Take the parameters by name."""
         # One group per mesh: torch's fused and foreach paths refuse a mixture of plain tensors
         # and DTensors, or of DTensors of two meshes, inside one group.
         groups: dict[object, list[Tensor]] = {}
@@ -97,7 +109,7 @@ class AdamWOptimizer(Optimizer):
     def after_backward(
         self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
-        """Clips, or refuses the gradient; the step itself is ``step``'s."""
+        """Clip, or refuse the gradient; the step itself is for `step`."""
         scale = float(factor)  # the step's one wait for the device: AdamW cannot refuse there
         if not math.isfinite(scale):
             drop_gradients(self._parameters)
@@ -110,14 +122,14 @@ class AdamWOptimizer(Optimizer):
         return []
 
     def step(self, results: Results | None, lr: float) -> None:
-        """AdamW's step."""
+        """Take AdamW's step."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
-    def zero(self) -> None:
-        """Forgets both moments and the step count."""
+    def zero_momentum(self) -> None:
+        """Forget both moments and the step count."""
         self._adamw.state.clear()
 
     def momentum(self) -> Mapping[str, Tensor]:
@@ -125,100 +137,94 @@ class AdamWOptimizer(Optimizer):
         return {self._names[id(p)]: s["exp_avg"] for p, s in self._adamw.state.items()}
 
 
-class DistroOptimizer(Optimizer):
-    """DisTrO: results from rank 0 (Psyche's way), or exchanged among the replicas themselves."""
+class ExchangedDistro(DistroStep, Optimizer):
+    """DisTrO whose results the replicas exchange among themselves, rank by rank."""
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        settings: config.Distro,
         peers: dist.ProcessGroup | None,
-        exchanges: bool,
-        **momentum: Any,
+        *,
+        signs: bool,
+        **options: Any,
     ) -> None:
-        """Takes the parameters by name.
+        """Agree on groups; a collective of all ranks.
 
         Args:
             parameters: by name.
-            settings: the protocol's.
             peers: this rank's counterparts in the other replicas.
-            exchanges: whether ranks keep and exchange their own results.
-            **momentum: ``delta_dtype`` and ``offload_delta`` of ``Distro``.
+            signs: send only the values' signs.
+            **options: those of `DistroStep`.
         """
-        self._distro = Distro(
-            parameters,
-            compression_decay=settings.compression_decay,
-            compression_chunk=settings.compression_chunk,
-            compression_topk=settings.compression_topk,
-            weight_decay=settings.weight_decay or 0.0,
-            fused=True,
-            **momentum,
-        )
-        self._peers = peers
-        # Psyche's rank 0 knows results over whole parameters only.
-        self._shared = any(isinstance(p, DTensor) for p in parameters.values())
-        self._format: MessageFormat | None = None
-        if exchanges:
-            self._format = MessageFormat(
-                self._distro.layout, self._distro.backends, signs=settings.quantize_1bit
-            )
+        super().__init__(parameters, **options)
+        form = MessageFormat(self.layout, self.backends, signs=signs)
+        # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
+        agreement = None if peers is None else dist.new_group(backend="gloo")
+        assert agreement is None or isinstance(agreement, dist.ProcessGroup)
+        self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
-        self._pending: deque[exchange.Pending] = deque()
 
-    def before_forward(self, prev_lr: float) -> None:
-        """Look-ahead."""
-        self._distro.error_correction(prev_lr)
+    @property
+    def bytes_sent(self) -> int:
+        """Size of this rank's last message."""
+        return self._exchange.bytes_sent
+
+    def receive(self) -> None:
+        """Begin to unpack the previous step's results as soon as they are there.
+
+        Then they are checked long before `step` asks, and on a GPU the host launches what follows
+        the backward while that still runs. When it happens depends on the link, what comes of it
+        does not.
+        """
+        self._exchange.poll()
 
     def after_backward(
         self, results: Results, prev_lr: float, lr: float, factor: Tensor
     ) -> list[DistroResult]:
-        """Generates this step's result and, where ranks exchange, sends it on its way."""
-        if self._format is None:
-            if self._shared:
-                results = [self._distro.own_results(own) for own in results]
-            own = self._distro.generate(results, prev_lr, lr, grad_scale=factor)
-            return self._distro.whole_results(own) if self._shared else own
+        """Compress, and send what comes of it on its way."""
         assert not results, "own results are kept by the ranks"
-        self._own = self._distro.compress(self._own, lr, grad_scale=factor)
-        pending = exchange.start(self._format.pack(self._own), self._peers)
-        self._pending.append(pending)
-        self.bytes_sent = pending.bytes_sent
+        self._exchange.poll()  # the last moment at which the device still has something to do
+        self._own = self.compress(self._own, lr, grad_scale=factor)
+        self._exchange.send(self._own)
         return []
 
     def step(self, results: Results | None, lr: float) -> None:
-        """Applies the previous step's results of all peers.
-
-        What a replica has sent that cannot be right is left out, with a warning that names it. All
-        replicas have received the same, so that all leave it out.
-
-        Raises:
-            ValueError: no result is there to be applied, or one from rank 0 is malformed.
-        """
-        if results is not None:
-            if self._shared:
-                results = [self._distro.own_results(peer) for peer in results]
-            self._distro.apply(results, lr)
-            return
-        if self._format is None or len(self._pending) < 2:
+        """Apply the previous step's results of all replicas."""
+        assert results is None, "results are exchanged by the ranks"
+        if len(self._exchange) < 2:
             raise ValueError("optimize: the first train's results are applied after the next")
-        entries, faults = self._format.unpack(self._pending.popleft().wait())
-        for replica, what in faults.items():
-            log.warning("the result of replica %d is refused: %s", replica, what)
+        entries = self._exchange.receive()
         if entries is not None:
-            self._distro.update(entries, lr)
+            self.update(entries, lr)
 
-    def plain(self) -> None:
-        """Undoes the look-ahead, in which the parameters are between steps."""
-        self._distro.plain()
+    def settle(self) -> None:
+        """Wait for results under way."""
+        self._exchange.settle()
 
-    def zero(self) -> None:
-        """Zeroes delta; what was in it is no longer to be taken out of it."""
-        self._distro.zero_optim()
+    def zero_momentum(self) -> None:
+        """Zero delta; what was in it is no longer to be taken out of it."""
+        super().zero_momentum()
         self._own = None
 
-    def momentum(self) -> Mapping[str, Tensor]:
-        """Delta."""
-        return self._distro.deltas()
+
+class PsycheDistro(DistroStep, Optimizer):
+    """DisTrO whose results rank 0 sends and takes: Psyche's way, over whole parameters."""
+
+    def after_backward(
+        self, results: Results, prev_lr: float, lr: float, factor: Tensor
+    ) -> list[DistroResult]:
+        """Compress."""
+        previous = collect_own([self.parts.own_results(own) for own in results], self.layout)
+        own = to_results(self.layout, self.compress(previous, lr, grad_scale=factor))
+        return self.parts.whole_results(own)
+
+    def step(self, results: Results | None, lr: float) -> None:
+        """Apply the results of all peers."""
+        if results is None:
+            raise ValueError("optimize: there are no results to apply")
+        if results:
+            own = [self.parts.own_results(peer) for peer in results]
+            self.update(collect(own, self.layout), lr)
 
 
 def make_optimizer(
@@ -228,9 +234,26 @@ def make_optimizer(
     exchanges: bool,
     **momentum: Any,
 ) -> Optimizer:
-    """Builds the optimiser that the hyperparameters name; see ``DistroOptimizer``."""
-    if isinstance(settings, config.Distro):
-        return DistroOptimizer(parameters, settings, peers, exchanges, **momentum)
+    """Build the optimiser that the hyperparameters name; a collective where ranks exchange.
+
+    Args:
+        settings: the protocol's.
+        parameters: by name.
+        peers: this rank's counterparts in the other replicas.
+        exchanges: whether ranks keep and exchange their own results.
+        **momentum: `delta_dtype` and `offload_delta` of DisTrO.
+    """
     if isinstance(settings, config.AdamW):
         return AdamWOptimizer(parameters, settings)
-    return Optimizer()
+    if not isinstance(settings, config.Distro):
+        return Optimizer()
+    options = {
+        "compression_decay": settings.compression_decay,
+        "compression_chunk": settings.compression_chunk,
+        "compression_topk": settings.compression_topk,
+        "weight_decay": settings.weight_decay or 0.0,
+        **momentum,
+    }
+    if exchanges:
+        return ExchangedDistro(parameters, peers, signs=settings.quantize_1bit, **options)
+    return PsycheDistro(parameters, **options)

@@ -156,8 +156,8 @@ class Trainer:
         batch = self.model.prepare(batch)
         drop_gradients(self.parameters.values())
         if zero_optim:
-            self._optimizer.zero()
-        self._optimizer.before_forward(prev_lr)
+            self._optimizer.zero_momentum()
+        self._optimizer.look_ahead(prev_lr)
         real_tokens = batch.real_tokens()
         tokens = int(real_tokens.sum())
         loss, kept, left_out = self._forward_backward(batch, tokens)
@@ -252,9 +252,12 @@ class Trainer:
     def plain(self) -> None:
         """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
 
+        Nothing that ranks exchange is under way any more then.
+
         Between steps DisTrO leaves them in the look-ahead for the next one.
         """
         self._optimizer.plain()
+        self._optimizer.settle()
 
     def check_replicas(self) -> None:
         """Compares the parameters' bits with the other replicas', where there are any.
@@ -263,7 +266,7 @@ class Trainer:
             ReplicasDiffer: they are not the same.
         """
         if self._exchanges and self.topology.peers is not None:
-            self.plain()
+            self._optimizer.plain()
             tensors = local_parts(self.parameters)
             replicas.start(tensors, self.topology.peers, self._step).finish()
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from psyche_fast.distro import exchange, replicas
+from psyche_fast.distro import exchange, message, replicas
 from psyche_fast.distro.chunks import Layout, ParameterLayout
-from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows
+from psyche_fast.distro.message import MessageFormat, hash_bits, hash_rows
+from psyche_fast.distro.replicas import ReplicasDiffer
 from tests.groups import run_ranks
 
 
@@ -84,6 +84,21 @@ def test_rows_are_hashed_as_one_by_one() -> None:
     rows = torch.randint(-9, 9, (3, 70_001), generator=torch.Generator().manual_seed(0))
     assert hash_rows(rows).tolist() == [int(hash_bits(row)) for row in rows]
     assert hash_rows(rows[:, :0]).tolist() == [0, 0, 0]
+
+
+def test_the_hash_is_the_same_whatever_is_added_up_at_once() -> None:
+    """As much as suits a device: what a GPU has hashed is checked on the host."""
+    rows = torch.randint(-(2**62), 2**62, (2, 1000), generator=torch.Generator().manual_seed(0))
+    hashes = []
+    for slice_words in (7, 1 << 16):
+        with mock.patch.dict(message._SLICE, cpu=slice_words):
+            message._odd_numbers.cache_clear()
+            hashes.append(hash_rows(rows).tolist())
+    message._odd_numbers.cache_clear()
+    assert hashes[0] == hashes[1]
+    odd = [(2 * i + 1) * message._MULTIPLIER for i in range(1000)]
+    expected = [sum(a * b for a, b in zip(row, odd, strict=True)) % 2**64 for row in rows.tolist()]
+    assert [value % 2**64 for value in hashes[0]] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
