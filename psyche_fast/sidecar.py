@@ -106,6 +106,7 @@ def serve(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from psyche_fast import runtime
+    from psyche_fast.devices import processor
     from psyche_fast.protocol.store import SidecarStore
 
     address = urlsplit(args.init_method)
@@ -115,6 +116,7 @@ def serve(args: argparse.Namespace) -> None:
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     store = SidecarStore(address.hostname, address.port, args.world_size, timeout)
+    store.introduce(args.rank, processor(device))
     runtime.join(args.backend, store.store, args.world_size, args.rank, device, timeout)
     torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
 

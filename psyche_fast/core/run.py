@@ -22,6 +22,7 @@ from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.signals import StopRequest, stop_on_signal
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.devices import check_processors, processor
 from psyche_fast.environment import Launched, announce
 from psyche_fast.metrics import (
     Console,
@@ -158,6 +159,12 @@ class _Core:
             config.tensor_parallelism,
             plan.settings,
             str(Path.home()),
+        )
+        # Before the ranks meet, which those of different backends never would.
+        check_processors(
+            [processor(device), *store.processors()],
+            config.ranks_per_replica,
+            mixed=config.mixed_gpus,
         )
         runtime.join(plan.devices.backend, store.store, config.world_size, 0, device, self.timeout)
         torch.manual_seed(1337)  # as the sidecars do
