@@ -135,6 +135,7 @@ class RunConfig:
     device_backend: DeviceBackend = _option(
         "auto", "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
     )
+    mixed_gpus: bool = _option(False, "let replicas try GPUs of several generations; see README")
     host: str = _option("127.0.0.1", "address on which the core listens; another one is opt-in")
     port: int = _option(0, "port of the core's store; 0 = a free one")
     local_ranks: int = _option(0, "ranks on this machine, the rest by `sidecar`; 0 = all")

@@ -107,6 +107,7 @@ def serve(args: argparse.Namespace) -> None:
 
     from psyche_fast.psyche.store import SidecarStore
     from psyche_fast.rank import serve as runtime
+    from psyche_fast.start.devices import processor
 
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
@@ -115,6 +116,7 @@ def serve(args: argparse.Namespace) -> None:
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     store = SidecarStore(address.hostname, address.port, args.world_size, timeout)
+    store.introduce(args.rank, processor(device))
     runtime.join(args.backend, store.store, args.world_size, args.rank, device, timeout)
     torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
 

@@ -33,6 +33,7 @@ from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.sidecar import TIMEOUT, explain
 from psyche_fast.start import lifecycle
 from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.devices import check_processors, processor
 from psyche_fast.start.signals import StopRequest, stop_on_signal
 from psyche_fast.start.spawn import SidecarFailed, Sidecars, local_ranks
 
@@ -159,6 +160,12 @@ class _Core:
             config.tensor_parallelism,
             plan.settings,
             str(Path.home()),
+        )
+        # Before the ranks meet, which those of different backends never would.
+        check_processors(
+            [processor(device), *store.processors()],
+            config.ranks_per_replica,
+            mixed=config.mixed_gpus,
         )
         runtime.join(plan.devices.backend, store.store, config.world_size, 0, device, self.timeout)
         torch.manual_seed(1337)  # as the sidecars do

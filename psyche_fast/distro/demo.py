@@ -53,6 +53,10 @@ class DeMo(torch.optim.Optimizer):
 
     A learning rate may be a 0-d float32 tensor on the parameters' device, which is not waited for.
 
+    All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
+    streams would write at once. Steps may move to another stream once the former one has done its
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError.
+
     Args:
         params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
             tensor) pairs.
@@ -221,7 +225,7 @@ class DeMo(torch.optim.Optimizer):
         assert group is not None
         pending = exchange.start(form.pack(own), group)
         refused = exchange.agree(form.faults(pending.host()), peers, group)
-        entries, faults = form.unpack(pending.wait(), leave_out=refused).result()
+        entries, faults = form.begin_unpack(pending.wait(), leave_out=refused).result()
         for peer, what in sorted((refused | faults).items()):
             logger.warning("DeMo: the result of peer %d is refused: %s", peer, what)
         return entries

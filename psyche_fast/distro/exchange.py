@@ -211,7 +211,7 @@ class Exchange:
     def _unpack(self) -> None:
         pending, check = self._under_way.popleft()
         refused = check.result()
-        self._unpacking = self._form.unpack(pending.wait(), leave_out=refused), refused
+        self._unpacking = self._form.begin_unpack(pending.wait(), leave_out=refused), refused
 
 
 def _check(

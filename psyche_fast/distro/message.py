@@ -93,7 +93,7 @@ class MessageFormat:
         """What is wrong with the header or the checksum of messages; waits for their device.
 
         That is all that damage on the way can do to a message. Messages without such faults are the
-        same bytes wherever they have arrived, and so is what `unpack` finds in them.
+        same bytes wherever they have arrived, and so is what unpacking finds in them.
 
         Args:
             messages: uint8 `[peers, size]`, contiguous; from anybody.
@@ -121,7 +121,23 @@ class MessageFormat:
                 faults[row] = "its checksum does not match its content"
         return faults
 
-    def unpack(self, messages: Tensor, *, leave_out: Collection[int] = ()) -> Unpacking:
+    def unpack(self, messages: Tensor) -> tuple[list[Entries] | None, dict[int, str]]:
+        """Check messages and decode the good ones, for those who agree with nobody on them.
+
+        Args:
+            messages: uint8 `[peers, size]`, contiguous, on the layout's device; from anybody.
+
+        Returns:
+            As `Unpacking.result`.
+
+        Raises:
+            ValueError: messages of another shape or dtype.
+        """
+        damaged = self.faults(messages)
+        entries, malformed = self.begin_unpack(messages, leave_out=damaged).result()
+        return entries, damaged | malformed
+
+    def begin_unpack(self, messages: Tensor, *, leave_out: Collection[int] = ()) -> Unpacking:
         """Begin to decode messages in which `faults` has found nothing; waits for nothing.
 
         Args:

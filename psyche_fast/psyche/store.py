@@ -2,7 +2,8 @@
 
 Keys: ``architecture``; ``source`` with ``files``, or ``config``, ``tensor_names``,
 ``tensor_shape_NAME`` and ``tensor_dtype_NAME``; ``dp``; ``tp``; ours ``replicas`` and
-``psyche_fast_settings`` (absent: Psyche's behaviour). Operations are numbered from 0. Psyche's
+``psyche_fast_settings`` (absent: Psyche's behaviour). Each of our sidecars sets ``processor/RANK``,
+which Psyche's core does not look at. Operations are numbered from 0. Psyche's
 core sets ``N`` and meets all ranks in a barrier; ours sets ``N/REPLICA`` ahead of time, for every
 replica that has sidecars: the number of pieces, the operation and its part of the batch, with
 further pieces in ``N/REPLICA/1`` and so on. They are deleted once every rank has read them, so that
@@ -30,6 +31,7 @@ from psyche_fast import strict
 from psyche_fast.models.source import FilesSource, ModelSource, TensorsSource
 from psyche_fast.psyche.messages import Exit, Operation, Settings, decode, encode
 from psyche_fast.psyche.tensors import receive_tensors, send_tensors
+from psyche_fast.start.devices import Processor
 
 log = logging.getLogger("psyche_fast.sidecar")
 
@@ -82,10 +84,29 @@ class CoreStore:
             use_libuv=True,
             master_listen_fd=sock.detach(),
         )
+        self._world_size, self._timeout = world_size, timeout
         self._number = 0
         self.readers: list[int] = []
         """Replicas that have sidecars."""
         self._keys: deque[tuple[int, list[str]]] = deque()
+
+    def processors(self) -> list[Processor]:
+        """Waits for the sidecars; what they compute on, in the order of their ranks from 1.
+
+        Raises:
+            RuntimeError: some have not come in time.
+        """
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        keys = [_processor_key(rank) for rank in range(1, self._world_size)]
+        while keys and not self.store.check(keys):
+            try:
+                self.store.wait(keys, _SLICE)
+            except dist.DistStoreError:
+                if time.monotonic() > deadline:
+                    late = [n for n, key in enumerate(keys, 1) if not self.store.check([key])]
+                    ranks = ", ".join(map(str, late))
+                    raise RuntimeError(f"timed out waiting for the start of rank {ranks}") from None
+        return [msgspec.json.decode(self.store.get(key), type=Processor) for key in keys]
 
     def publish_model(
         self,
@@ -193,6 +214,10 @@ class SidecarStore:
         self._seconds = timeout.total_seconds()
         self._asked_at: float | None = None
         threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
+
+    def introduce(self, rank: int, processor: Processor) -> None:
+        """Says what this rank computes on."""
+        self.store.set(_processor_key(rank), msgspec.json.encode(processor).decode())
 
     def _get(self, key: str) -> str:
         return self._value(self.store, key).decode()
@@ -319,6 +344,10 @@ class SidecarStore:
         # The barrier comes first: a malformed operation is refused by all ranks, not waited for.
         barrier(device)
         return decode(text, number), b""
+
+
+def _processor_key(rank: int) -> str:
+    return f"processor/{rank}"
 
 
 def _piece_keys(number: int, replica: int, count: int) -> list[str]:

@@ -186,9 +186,12 @@ class Trainer:
             # Every real token of the batch weighs the same, however the rows fall into
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
             weight = place.dp * int(mine.real_tokens().sum()) / max(tokens, 1)
+            self._optimizer.receive()
             loss = self.model.loss(mine) * weight
             last = number == len(micros)
-            if not self._agree(bool(loss.isfinite())):
+            finite = self._agree(bool(loss.isfinite()))
+            self._optimizer.receive()  # while the backward runs, the host may come to its end
+            if not finite:
                 left_out += 1
                 if last and self._defers and kept_one is not None:
                     self._reduce_deferred(kept_one)

@@ -32,13 +32,6 @@ def form(of, *, signs, backend="torch"):
     return MessageFormat(of, [backend] * len(of.plans), signs=signs)
 
 
-def unpack(form, rows):
-    """What a peer that agrees with itself takes: the entries, and what is wrong with bad rows."""
-    damaged = form.faults(rows)
-    entries, malformed = form.unpack(rows, leave_out=damaged).result()
-    return entries, damaged | malformed
-
-
 def random_entries(of, seed=0):
     generator = torch.Generator().manual_seed(seed)
     entries = []
@@ -58,7 +51,7 @@ def test_round_trip_of_several_peers(dtype, signs):
     sent = [random_entries(of, seed) for seed in range(3)]
     rows = torch.stack([message.pack(entries) for entries in sent])
     assert rows.shape == (3, message.size)
-    received, faults = unpack(message, rows)
+    received, faults = message.unpack(rows)
     assert faults == {}
     for at, e in enumerate(received):
         index = torch.cat([peer[at].indices for peer in sent], dim=1)
@@ -66,6 +59,29 @@ def test_round_trip_of_several_peers(dtype, signs):
         assert torch.equal(e.indices, index)
         assert torch.equal(e.values, values < 0 if signs else values)
         assert not e.unique
+
+
+@pytest.mark.gpu
+def test_checks_are_read_while_the_device_works_on():
+    device = torch.device("cuda", torch.cuda.current_device())
+    of = Layout(
+        [
+            ParameterLayout.of(
+                "a", (256, 128), torch.float32, device, compression_chunk=64, compression_topk=8
+            )
+        ]
+    )
+    message = form(of, signs=True, backend="triton")
+    sent = [Entries(e.indices.to(device), e.values.to(device), unique=True)
+            for e in random_entries(of)]  # fmt: skip
+    rows = torch.stack([message.pack(sent)] * 2)
+    message.unpack(rows)  # compiled by now
+    unpacking = message.begin_unpack(rows)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    received, faults = unpacking.result()
+    assert not torch.cuda.current_stream().query(), "waited for what was launched since"
+    assert faults == {}
+    assert torch.equal(received[0].indices, torch.cat([sent[0].indices] * 2, dim=1))
 
 
 @pytest.mark.parametrize("k", [4, 8, 32])
@@ -126,10 +142,10 @@ def test_kernels_and_reference_understand_each_other():
     rows = torch.stack([reference.pack(entries) for entries in sent])
     assert torch.equal(torch.stack([kernels.pack(entries) for entries in sent]), rows)
     rows[1, HEADER] ^= 1
-    for found, wanted in zip(unpack(kernels, rows)[0], unpack(reference, rows)[0], strict=True):
+    for found, wanted in zip(kernels.unpack(rows)[0], reference.unpack(rows)[0], strict=True):
         assert torch.equal(found.indices, wanted.indices)
         assert torch.equal(found.values, wanted.values)
-    assert unpack(kernels, rows)[1] == unpack(reference, rows)[1]
+    assert kernels.unpack(rows)[1] == reference.unpack(rows)[1]
 
 
 @pytest.mark.parametrize(
@@ -151,13 +167,13 @@ def test_what_cannot_be_right_is_left_out_and_named(spoil, said):
     sent = [random_entries(of, seed) for seed in range(3)]
     rows = torch.stack([message.pack(entries) for entries in sent])
     spoil(rows[1])
-    received, faults = unpack(message, rows)
+    received, faults = message.unpack(rows)
     assert list(faults) == [1]
     assert said in faults[1]
     for at, e in enumerate(received):
         index = torch.cat([sent[0][at].indices, sent[2][at].indices], dim=1)
         assert torch.equal(e.indices, index)
-    alone, faults = unpack(message, rows[1:2].clone())
+    alone, faults = message.unpack(rows[1:2].clone())
     assert alone is None
     assert list(faults) == [0]
 
@@ -167,14 +183,14 @@ def test_any_bytes_are_refused_and_break_nothing():
     message = form(of, signs=True)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 256, (50, message.size), dtype=torch.uint8, generator=generator)
-    received, faults = unpack(message, rows)
+    received, faults = message.unpack(rows)
     assert received is None
     assert list(faults) == list(range(50))
     # With a header and a checksum that fit, what is left to find is in the entries.
     rows[:, : HEADER - 8] = message.pack(random_entries(of))[: HEADER - 8]
     for row in rows:
         resealed(row)
-    received, faults = unpack(message, rows)
+    received, faults = message.unpack(rows)
     assert received is None
     assert all("out of order" in what for what in faults.values())
 
@@ -182,13 +198,13 @@ def test_any_bytes_are_refused_and_break_nothing():
 def test_layouts_that_differ_in_a_name_do_not_mix():
     a, b = layout({"a": (16, 16)}), layout({"b": (16, 16)})
     row = form(a, signs=True).pack(random_entries(a))
-    _, faults = unpack(form(b, signs=True), row[None])
+    _, faults = form(b, signs=True).unpack(row[None])
     assert "layout hash" in faults[0]
 
 
 def test_messages_of_another_size_are_refused():
     message, rows = form(layout(), signs=True), torch.zeros(2, 48, dtype=torch.uint8)
-    for look in (message.faults, message.unpack):
+    for look in (message.faults, message.begin_unpack):
         with pytest.raises(ValueError, match=r"messages: wanted uint8 \[peers, "):
             look(rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from unittest import mock
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro import DistroStep, exchange
+from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.models import load_model
@@ -237,6 +240,73 @@ def test_optimize_before_there_is_a_result(folder: Path) -> None:
         tested.optimize(1)
 
 
+class Slow(Future[dict[int, str]]):
+    """Results that are there, and agreed on, when that has been asked ``asks`` times, or waits."""
+
+    def __init__(self, asks: float, said: list[str]) -> None:
+        super().__init__()
+        self._asks, self._said = asks, said
+
+    def done(self) -> bool:
+        self._asks -= 1
+        return self._asks < 0
+
+    def result(self, timeout: float | None = None) -> dict[int, str]:
+        self._said.append("there" if self._asks < 0 else "waits")
+        return {}
+
+
+def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What happens in the fourth step, and the parameters after it."""
+    tested = trainer(folder, DISTRO, exchanges=True, micro=2)
+    said: list[str] = []
+
+    def spy(owner: type, name: str, word: str) -> mock._patch[object]:
+        plain = getattr(owner, name)
+
+        def call(*args: object, **options: object) -> object:
+            said.append(word)
+            return plain(*args, **options)
+
+        return mock.patch.object(owner, name, call)
+
+    def twice(message: torch.Tensor, peers: object) -> mock.Mock:
+        return mock.Mock(bytes_sent=0, wait=lambda: torch.stack([message, message]))
+
+    with (
+        mock.patch.object(exchange, "start", twice),
+        mock.patch.object(exchange, "Future", side_effect=lambda: Slow(asks, said)),
+        spy(MessageFormat, "begin_unpack", "unpacks"),
+        spy(Unpacking, "result", "checked?"),
+        spy(type(tested.model), "loss", "forward"),
+        spy(torch.Tensor, "backward", "backward"),
+        spy(DistroStep, "compress", "compress"),
+        spy(DistroStep, "update", "apply"),
+    ):
+        for step in (1, 2, 3, 4):
+            said.clear()
+            tested.train(step, Batch(random_tokens(4, 10, seed=step)))
+            if step > 1:
+                tested.optimize(step)
+    return said, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def test_results_are_unpacked_once_they_are_there_and_waited_for_last(folder: Path) -> None:
+    step = ["forward", "backward", "forward", "backward", "compress", "checked?", "apply"]
+    found = {}
+    # Where in the step the results are found to be there: between forwards and backwards, after
+    # the last backward, or not before they are waited for.
+    for asks, at in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4)):
+        said, found[asks] = _with_link(folder, asks)
+        assert said == [*step[:at], "there", "unpacks", *step[at:]]
+    said, found[-1] = _with_link(folder, float("inf"))
+    assert said == [*step[:5], "waits", "unpacks", *step[5:]]
+    untrained = reference(folder).state_dict()
+    assert any(not torch.equal(found[-1][n], untrained[n]) for n in untrained)
+    for parameters in found.values():
+        assert_same(parameters, found[-1])
+
+
 def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     topology = Topology.build(1, 1, torch.device("cpu"))
     tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
@@ -271,6 +341,25 @@ def _split(rank: int, folder: Path) -> list[tuple[list[object], dict[str, torch.
         parameters = local_parts(tested.parameters)
         found.append((counts, {n: p.detach().clone() for n, p in parameters.items()}))
     return found
+
+
+def _debugging(rank: int, release: str) -> str:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    with mock.patch.object(torch, "__version__", TorchVersion(release)):
+        Topology.build(2, 1, torch.device("cpu"))
+        try:
+            Topology.build(1, 2, torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_checks_between_ranks_that_an_older_torch_does_not_have_are_refused() -> None:
+    said = run_ranks(_debugging, 2, "2.11.0")
+    assert said == [said[0]] * 2
+    assert said[0].startswith("TORCH_DISTRIBUTED_DEBUG=DETAIL with tensor parallelism needs torch")
+    assert "this is 2.11.0;" in said[0]
+    assert run_ranks(_debugging, 2, "2.13.0") == ["", ""]
 
 
 def test_gloo_between_replicas_changes_nothing(folder: Path) -> None:
