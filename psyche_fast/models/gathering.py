@@ -15,43 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from psyche_fast.distro.exchange import BUCKET_BYTES
+from psyche_fast.sharding import part_of
 
-Ranges = tuple[slice, ...]
 _ALIGNMENT = 16  # bytes: any dtype may be viewed there
-
-
-def local_part(tensor: DTensor, coordinate: Sequence[int] | None = None) -> Ranges:
-    """One rank's part of a distributed tensor, one range per dimension.
-
-    Args:
-        tensor: cut as FSDP2 and tensor parallelism do.
-        coordinate: the rank's place in the tensor's mesh; this rank's where it is left out.
-    """
-    own = coordinate is None
-    if coordinate is None:
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, "this rank is not part of the tensor's mesh"
-    ranges = [(0, size) for size in tensor.shape]
-    # FSDP2 divides what tensor parallelism has left, although its mesh dimension stands first: it
-    # marks that with a strided placement, which therefore comes last here.
-    placements = sorted(
-        enumerate(tensor.placements), key=lambda item: isinstance(item[1], _StridedShard)
-    )
-    for mesh_dim, placement in placements:
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            continue
-        start, stop = ranges[dim]
-        size = -(-(stop - start) // tensor.device_mesh.size(mesh_dim))
-        first = min(start + size * coordinate[mesh_dim], stop)
-        ranges[dim] = (first, min(first + size, stop))
-    if own:
-        shape = tuple(stop - start for start, stop in ranges)
-        assert shape == tuple(tensor.to_local().shape), "placements are not what FSDP2 and TP make"
-    return tuple(slice(start, stop) for start, stop in ranges)
 
 
 @dataclass(frozen=True)
@@ -100,9 +68,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
             yield [_Slot(tensor, 0, 0)]
             bucket = []
             continue
-        size = math.prod(
-            r.stop - r.start for r in local_part(tensor, [0] * tensor.device_mesh.ndim)
-        )
+        size = math.prod(r.stop - r.start for r in part_of(tensor, [0] * tensor.device_mesh.ndim))
         size *= tensor.element_size()
         size += -size % _ALIGNMENT
         end = bucket[-1].start + bucket[-1].size if bucket else 0
@@ -140,7 +106,7 @@ def _assemble(
         copies = zip(coordinate, tensor.placements, strict=True)
         if any(at and placement.is_replicate() for at, placement in copies):
             continue
-        ranges = local_part(tensor, coordinate)
+        ranges = part_of(tensor, coordinate)
         shape = [r.stop - r.start for r in ranges]
         size = math.prod(shape) * tensor.element_size()
         part = parts[ranks.index(int(mesh.mesh[coordinate]))][slot.start : slot.start + size]
