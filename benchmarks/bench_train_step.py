@@ -36,8 +36,9 @@ from psyche_fast.core.plan import make_plan
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import MetricsWriter, PhaseTimer
 from psyche_fast.psyche import messages
-from psyche_fast.psyche.store import CoreStore, listen
+from psyche_fast.psyche.store import CoreStore
 from psyche_fast.rank import serve as runtime
+from psyche_fast.start.network import listen
 
 WARMUP = 3
 LENGTH = 128

@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,8 +21,11 @@ import click
 
 from psyche_fast import __version__
 from psyche_fast.config import RunConfig, flag, read_toml
-from psyche_fast.start import lifecycle
+from psyche_fast.errors import exit_status
+from psyche_fast.start import signals
 from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.network import tcp_url
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -78,7 +82,6 @@ def train(
 ) -> None:
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
-    lifecycle.quiet_torch()
     place = launched()
     if place is not None:
         resolved = _launched(resolved, place)
@@ -99,8 +102,9 @@ def train(
     from psyche_fast.core.run import run
 
     result = run(plan, place)
-    click.echo(f"run         {result.output}")
-    click.echo(f"checkpoint  {result.checkpoint}")
+    with suppress(OSError):  # a terminal that has been closed
+        click.echo(f"run         {result.output}")
+        click.echo(f"checkpoint  {result.checkpoint}")
     if result.signal is not None:
         sys.exit(128 + result.signal)
 
@@ -122,16 +126,17 @@ def _launched(config: RunConfig, place: Launched) -> RunConfig:
 
 
 def _serve(config: RunConfig, place: Launched) -> None:
-    """A rank after the first."""
+    """A rank after the first, in the place of a sidecar that the core spawns."""
+    quiet_terminal()
+    signals.leave_to_core()
     from psyche_fast import sidecar
-    from psyche_fast.start.devices import choose_devices
+    from psyche_fast.start.devices import device_of_launched
 
-    devices = choose_devices(config.device, place.local_world_size)
-    device = devices.devices[place.local_rank]
+    device, backend = device_of_launched(config.device, place)
     host, port = meet(dataclasses.replace(place, port=config.port or None), config.timeout)
     os.environ.setdefault(sidecar.TIMEOUT, str(config.timeout))
-    arguments = ["--backend", devices.backend, "--world-size", str(place.world_size)]
-    arguments += ["--init-method", f"tcp://{f'[{host}]' if ':' in host else host}:{port}"]
+    arguments = ["--backend", backend, "--world-size", str(place.world_size)]
+    arguments += ["--init-method", tcp_url(host, port)]
     arguments += ["--rank", str(place.rank)]
     if device.index is not None:
         arguments += ["--device", str(device.index)]
@@ -150,7 +155,6 @@ def demo(
     max_steps: int | None, output: Path | None, replicas: int, data_parallelism: int, device: str
 ) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
-    lifecycle.quiet_torch()
     from psyche_fast.core.showcase import run_demo
 
     run_demo(
@@ -188,7 +192,7 @@ def estimate(
     **flags: Any,
 ) -> None:
     """Say what a run would need: memory, bytes a step, time. Reads only the model's config."""
-    lifecycle.quiet_torch()
+    quiet_terminal()
     run = RunConfig(**flags)
     from psyche_fast.core import estimate as estimates
 
@@ -237,7 +241,7 @@ def tokenize(
     errors: Literal["strict", "skip"],
 ) -> None:
     """Turn text files, folders, jsonl or Parquet into token files."""
-    lifecycle.quiet_torch()
+    quiet_terminal()
     from psyche_fast.data import find_files, iter_texts, load_tokenizer, tokenize_files
     from psyche_fast.data import train_tokenizer as learn
 
@@ -329,10 +333,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        _fail(str(error), 2, error)
-    except (RuntimeError, OSError) as error:
-        _fail(str(error), 1, error)
+    except Exception as error:
+        status = exit_status(error)
+        if status is None:
+            raise
+        _fail(str(error), status, error)
 
 
 def _fail(message: str, status: int, error: Exception | None = None) -> None:

@@ -19,6 +19,7 @@ from psyche_fast.core.loop import StepLoop
 from psyche_fast.core.plan import Plan
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.distro.replicas import ReplicasDiffer
+from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -27,14 +28,16 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.psyche import messages
-from psyche_fast.psyche.store import CoreStore, barrier, listen
+from psyche_fast.psyche.store import CoreStore, barrier
 from psyche_fast.rank import serve as runtime
 from psyche_fast.rank.checkpoint import atomic_folder
-from psyche_fast.sidecar import TIMEOUT, explain
-from psyche_fast.start import lifecycle
+from psyche_fast.sidecar import TIMEOUT
 from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.ending import also_at_exit_now
+from psyche_fast.start.logs import rank_log
+from psyche_fast.start.network import listen, tcp_url, use_interface
 from psyche_fast.start.signals import StopRequest, stop_on_signal
-from psyche_fast.start.spawn import SidecarFailed, Sidecars, local_ranks
+from psyche_fast.start.spawn import Sidecars, local_ranks
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -77,15 +80,8 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
     output = Path(config.output or name)
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(config.to_toml())
-    handler = logging.FileHandler(output / "logs" / "rank-0.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s rank 0 %(levelname)s %(message)s"))
-    logging.getLogger("psyche_fast").addHandler(handler)
-    logging.getLogger("psyche_fast").setLevel(logging.INFO)
-    try:
+    with rank_log(output / "logs" / "rank-0.log", rank=0):
         return _Core(plan, output, place).run()
-    finally:
-        logging.getLogger("psyche_fast").removeHandler(handler)
-        handler.close()
 
 
 class _Core:
@@ -103,12 +99,13 @@ class _Core:
         config, plan = self.config, self.plan
         sock = listen(config.host, config.port)
         host, port = sock.getsockname()[:2]
-        lifecycle.use_interface(host)
+        use_interface(host)
         environment = {TIMEOUT: str(config.timeout)}
         if plan.settings.threads:
             environment["OMP_NUM_THREADS"] = str(plan.settings.threads)
-        address = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+        address = tcp_url(host, port)
         with ExitStack() as stack:
+            stack.callback(sock.close)  # until the store takes it over
             stack.enter_context(self.console)
             sidecars = stack.enter_context(
                 Sidecars(plan.devices.backend, address, config.world_size, environment)
@@ -141,7 +138,6 @@ class _Core:
                 if message is None:
                     if isinstance(error, ValueError | OSError):
                         raise
-                    log.info("where it happened:", exc_info=True)
                     message = explain(error)
                 raise SidecarFailed(message) from error
         try:
@@ -188,8 +184,9 @@ class _Core:
             BatchPrefetcher(
                 plan.dataset, config.total_batch, config.start_step, config.total_steps
             ) as batches,
+            make_tracker(config.tracker, self.output, config.to_dict()) as tracker,
+            also_at_exit_now(tracker.finish),
         ):
-            tracker = make_tracker(config.tracker, self.output, config.to_dict())
 
             def report(line: dict[str, Any]) -> None:
                 writer.write(line)
@@ -211,7 +208,6 @@ class _Core:
                 if last:
                     break
                 step += 1
-            tracker.finish()
         if config.save_path is not None and checkpoint is not None:
             with atomic_folder(Path(config.save_path).resolve()) as folder:
                 shutil.copytree(checkpoint, folder, dirs_exist_ok=True)

@@ -40,26 +40,6 @@ _PIECE = 4 << 20
 """The most bytes in one value: TCPStore refuses those of more than 8 MiB."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Opens the store's listening socket, bound to ``host`` alone (TCPStore would bind to all).
-
-    Raises:
-        ValueError: the port is in use or the address is not this machine's.
-    """
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, proto, _, address = infos[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(1024)
-    except OSError as error:
-        raise ValueError(
-            f"--host {host} --port {port}: cannot listen there: {error.strerror}"
-        ) from error
-    return sock
-
-
 def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
     """Meets all ranks: after each operation of Psyche's core, and before our core's store ends."""
     nccl = device.type == "cuda" and group is None

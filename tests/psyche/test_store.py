@@ -11,8 +11,9 @@ import torch
 from psyche_fast.batch import Batch
 from psyche_fast.models.source import FilesSource
 from psyche_fast.psyche.messages import Exit, Extract, Settings, Train
-from psyche_fast.psyche.store import CoreStore, SidecarStore, listen
+from psyche_fast.psyche.store import CoreStore, SidecarStore
 from psyche_fast.psyche.tensors import pack_batch, unpack_batch
+from psyche_fast.start.network import listen
 
 SECONDS = timedelta(seconds=10)
 CPU = torch.device("cpu")
