@@ -1,7 +1,8 @@
 """Whole tensors on one rank, from the parts that the ranks of a replica hold.
 
-Tensors travel side by side in buckets, one gather each, however many there are. Only the rank that
-wants them holds more than its own parts: one bucket from every rank.
+Tensors travel side by side in buckets, one gather each, however many there are; one that is larger
+than a bucket travels in several. Only the rank that wants them holds more than its own parts, on
+its device no more than `GATHERED_BYTES` of the others'.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.distro.exchange import BUCKET_BYTES
-from psyche_fast.sharding import part_of
+from psyche_fast.sharding import local_tensor, part_of
+
+GATHERED_BYTES = 16 << 20
+"""The most that the first rank receives in one gather, from all ranks together. More gains nothing
+on gloo, and little on NCCL beside what a checkpoint's files take."""
 
 _ALIGNMENT = 16  # bytes: any dtype may be viewed there
 
@@ -43,11 +47,13 @@ def gather_whole(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
         a new CPU tensor on the first rank, an empty one on the meta device elsewhere.
     """
     root = group is None or dist.get_rank(group) == 0
+    limit = GATHERED_BYTES if group is None else GATHERED_BYTES // dist.get_world_size(group)
+    limit = max(limit - limit % _ALIGNMENT, _ALIGNMENT)
     parts: list[Tensor] | None
-    for bucket in _buckets(tensors):
+    for bucket in _buckets(tensors, limit):
         parts = None  # before the next ones arrive
         if bucket[-1].size:
-            parts = _gather(bucket, group)
+            parts = _gather(bucket, limit, group)
         for slot in bucket:
             if not root:
                 yield torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device="meta")
@@ -58,8 +64,8 @@ def gather_whole(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
                 yield _assemble(slot, slot.tensor, parts, dist.get_process_group_ranks(group))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
-    """Buckets of at most `BUCKET_BYTES` or one tensor; plain tensors have one of their own."""
+def _buckets(tensors: Sequence[Tensor], limit: int) -> Iterator[list[_Slot]]:
+    """Buckets of at most `limit` bytes or one tensor; plain tensors have one of their own."""
     bucket: list[_Slot] = []
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
@@ -72,7 +78,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
         size *= tensor.element_size()
         size += -size % _ALIGNMENT
         end = bucket[-1].start + bucket[-1].size if bucket else 0
-        if bucket and end + size > BUCKET_BYTES[tensor.device.type]:
+        if bucket and end + size > limit:
             yield bucket
             bucket, end = [], 0
         bucket.append(_Slot(tensor, end, size))
@@ -80,21 +86,33 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
         yield bucket
 
 
-def _gather(bucket: Sequence[_Slot], group: dist.ProcessGroup | None) -> list[Tensor] | None:
+def _gather(
+    bucket: Sequence[_Slot], limit: int, group: dist.ProcessGroup | None
+) -> list[Tensor] | None:
     """All ranks' bytes of a bucket, on the CPU, in the order of ranks; None but on the first."""
     assert group is not None, "one rank has no distributed tensors"
-    last = bucket[-1]
-    buffer = torch.zeros(last.start + last.size, dtype=torch.uint8, device=last.tensor.device)
+    ranks, root = dist.get_world_size(group), dist.get_rank(group) == 0
+    size = bucket[-1].start + bucket[-1].size
+    whole = [torch.empty(size, dtype=torch.uint8) for _ in range(ranks)] if root else None
+    for start in range(0, size, limit):
+        sent = _bytes(bucket, start, min(start + limit, size))
+        received = None if whole is None else [torch.empty_like(sent) for _ in whole]
+        dist.gather(sent, received, group=group, group_dst=0)
+        if whole is not None and received is not None:
+            for into, part in zip(whole, received, strict=True):
+                into[start : start + limit] = part
+    return whole
+
+
+def _bytes(bucket: Sequence[_Slot], start: int, stop: int) -> Tensor:
+    """This rank's bytes `start .. stop` of a bucket, on its device."""
+    found = torch.zeros(stop - start, dtype=torch.uint8, device=bucket[-1].tensor.device)
     for slot in bucket:
-        assert isinstance(slot.tensor, DTensor)
-        local = slot.tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
-        buffer[slot.start : slot.start + local.numel()] = local
-    ranks = dist.get_process_group_ranks(group)
-    received = None
-    if dist.get_rank(group) == 0:
-        received = [torch.empty_like(buffer) for _ in ranks]
-    dist.gather(buffer, received, group=group, group_dst=0)
-    return None if received is None else [part.cpu() for part in received]
+        local = local_tensor(slot.tensor).detach().contiguous().view(-1).view(torch.uint8)
+        first, last = max(start, slot.start), min(stop, slot.start + local.numel())
+        if first < last:
+            found[first - start : last - start] = local[first - slot.start : last - slot.start]
+    return found
 
 
 def _assemble(
