@@ -10,7 +10,7 @@ import torch.distributed as dist
 from psyche_fast.distro import exchange
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import ReplicasDiffer, check_identical, hash_bits, hash_rows
+from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows, start
 from tests.groups import run_ranks
 
 
@@ -108,11 +108,13 @@ def _check(rank: int) -> str:
     peers = dist.group.WORLD
     assert peers is not None
     tensors = {"a": torch.ones(5), "b": torch.zeros(3, 2), "empty": torch.empty(0)}
-    check_identical(tensors, peers, 3)
+    start(tensors, peers, 3).finish()
     if rank == 1:
         tensors["b"][1, 1] = -0.0  # equal in value, not in bits
+    check = start(tensors, peers, 4)
+    tensors["b"][1, 1] = 0.0  # too late: what is compared is what was there
     try:
-        check_identical(tensors, peers, 4)
+        check.finish()
     except ReplicasDiffer as error:
         return str(error)
     return ""
