@@ -63,6 +63,9 @@ class Link:
         class Held:
             bytes_sent = pending.bytes_sent
 
+            def completed(self) -> bool:
+                return time.perf_counter() >= there and pending.completed()
+
             def wait(self) -> Tensor:
                 asked = time.perf_counter()
                 received = pending.wait()

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from psyche_fast.core.loop import StepLoop
 
 from benchmarks.common import environment, percentiles
 from psyche_fast.config import RunConfig

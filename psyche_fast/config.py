@@ -174,6 +174,9 @@ class Parallelism(Section, frozen=True, kw_only=True):
             "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
         ),
     ] = "auto"  # fmt: skip
+    mixed_gpus: Annotated[
+        bool, _help("let replicas try GPUs of several generations; see README")
+    ] = False
 
     @property
     def ranks_per_replica(self) -> int:

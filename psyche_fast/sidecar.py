@@ -109,7 +109,8 @@ def serve(args: argparse.Namespace) -> None:
     from psyche_fast.rank import serve as own
     from psyche_fast.rank.protocol import FIRST_KEY as OURS
     from psyche_fast.rank.topology import join
-    from psyche_fast.start.store import StoreClient
+    from psyche_fast.start.devices import processor
+    from psyche_fast.start.store import StoreClient, introduce
 
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
@@ -118,6 +119,7 @@ def serve(args: argparse.Namespace) -> None:
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     client = StoreClient(address.hostname, address.port, args.world_size, timeout)
+    introduce(client.store, args.rank, processor(device))
     join(args.backend, client.store, args.world_size, args.rank, device, timeout)
     core = own if client.first_of((OURS, PSYCHES)) == OURS else serving
     core.serve(client, device)

@@ -36,8 +36,9 @@ from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
+from psyche_fast.start.devices import check_processors, processor
 from psyche_fast.start.signals import StopRequest
-from psyche_fast.start.store import barrier
+from psyche_fast.start.store import barrier, processors
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -130,7 +131,14 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     sender = Sender(ranks.store, config.parallelism.replicas)
     sender.publish_run(config, plan.source, Path.home())
     timeout = timedelta(seconds=config.machines.timeout)
-    join(plan.devices.backend, ranks.store, config.parallelism.world_size, 0, device, timeout)
+    parallelism = config.parallelism
+    # Before the ranks meet, which those of different backends never would.
+    check_processors(
+        [processor(device), *processors(ranks.store, parallelism.world_size, timeout)],
+        parallelism.ranks_per_replica,
+        mixed=parallelism.mixed_gpus,
+    )
+    join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
     core = Core(plan, output, trainer, sender, stop, console, PhaseTimer())
     log.info("training begins")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
 from psyche_fast.distro import Distro, exchange
-from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import gradients, scale_
 
@@ -33,6 +33,12 @@ class Optimizer:
 
     def before_forward(self, prev_lr: float) -> None:
         """Brings the parameters to where the gradient is wanted."""
+
+    def receive(self) -> None:
+        """Takes in what has come from other ranks; waits for nothing and changes no parameter.
+
+        To be called between forwards and backwards, as often as one likes.
+        """
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Takes the gradients over.
@@ -133,13 +139,28 @@ class DistroOptimizer(Optimizer):
         )
         self._own: list[Entries] | None = None
         self._pending: deque[exchange.Pending] = deque()
+        self._unpacking: Unpacking | None = None  # what was the first of those
 
     def before_forward(self, prev_lr: float) -> None:
         """Look-ahead."""
         self._distro.error_correction(prev_lr)
 
+    def receive(self) -> None:
+        """Begins to unpack the previous step's results as soon as all of them are there.
+
+        Then they are checked long before `step` asks, and on a GPU the host launches what follows
+        the backward while that still runs. When it happens depends on the link, what comes of it
+        does not.
+        """
+        if self._unpacking is None and self._pending and self._pending[0].completed():
+            self._begin_unpack()
+
+    def _begin_unpack(self) -> None:
+        self._unpacking = self._format.begin_unpack(self._pending.popleft().wait())
+
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Generates this step's result and sends it on its way."""
+        self.receive()  # the last moment at which the device still has something to do
         self._own = self._distro.compress(self._own, lr, grad_scale=factor)
         pending = exchange.start(self._format.pack(self._own), self._peers)
         self._pending.append(pending)
@@ -151,9 +172,13 @@ class DistroOptimizer(Optimizer):
         What a replica has sent that cannot be right is left out, with a warning that names it. All
         replicas have received the same, so that all leave it out.
         """
-        if len(self._pending) < 2:
+        if len(self._pending) + (self._unpacking is not None) < 2:
             return
-        entries, faults = self._format.unpack(self._pending.popleft().wait())
+        if self._unpacking is None:
+            self._begin_unpack()
+        assert self._unpacking is not None
+        entries, faults = self._unpacking.result()
+        self._unpacking = None
         for replica, what in faults.items():
             log.warning("the result of replica %d is refused: %s", replica, what)
         if entries is not None:

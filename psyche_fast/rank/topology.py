@@ -124,7 +124,8 @@ class Topology:
             host: with the group of that name.
 
         Raises:
-            ValueError: the world does not divide into groups of `dp * tp`.
+            ValueError: the world does not divide into groups of `dp * tp`, or torch's checks
+                between ranks cannot be had with tensor parallelism.
         """
         if not dist.is_initialized():
             if dp * tp != 1:
@@ -136,6 +137,8 @@ class Topology:
         replicas = world // (dp * tp)
         if world == 1:
             return Topology()
+        if tp > 1 and dist.get_debug_level() == dist.DebugLevel.DETAIL:
+            _check_debugging()
         mesh = init_device_mesh(
             device.type, (replicas, dp, tp), mesh_dim_names=("replicate", "shard", "tensor")
         )
@@ -173,4 +176,13 @@ class Topology:
             copy=copy,
             everyone=everyone,
             host=on_host,
+        )
+
+
+def _check_debugging() -> None:
+    # Older wrappers of process groups lack the all-gather by which DTensors change placement.
+    if torch.__version__ < "2.13":  # compares as versions do
+        raise ValueError(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL with tensor parallelism needs torch 2.13 or newer, "
+            f"this is {torch.__version__}; OFF and INFO work"
         )

@@ -155,7 +155,10 @@ class Trainer:
             # Every real token of the batch weighs the same, however the rows fall into
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
             weight = place.dp * sum(mine.real_tokens()) / tokens
+            self._optimizer.receive()
             loss = self.model.loss(mine) * weight
+            # While the backward runs, the host may come to its end.
+            self._optimizer.receive()
             last = number == len(micros)
             if self._defers:
                 self.model.module.set_requires_gradient_sync(last)  # type: ignore[operator]

@@ -13,8 +13,11 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+import msgspec
 import torch
 import torch.distributed as dist
+
+from psyche_fast.start.devices import Processor
 
 log = logging.getLogger("psyche_fast.sidecar")
 
@@ -62,6 +65,34 @@ def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> Non
     """Meets all ranks."""
     nccl = device.type == "cuda" and group is None
     dist.barrier(group, device_ids=[device.index] if nccl else None)
+
+
+def introduce(store: dist.Store, rank: int, processor: Processor) -> None:
+    """Says what a further rank computes on; Psyche's core does not look at it."""
+    store.set(_processor_key(rank), msgspec.json.encode(processor).decode())
+
+
+def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[Processor]:
+    """Waits for the further ranks; what they compute on, in the order of their ranks from 1.
+
+    Raises:
+        RuntimeError: some have not come in time.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    keys = [_processor_key(rank) for rank in range(1, world_size)]
+    while keys and not store.check(keys):
+        try:
+            store.wait(keys, _SLICE)
+        except dist.DistStoreError:
+            if time.monotonic() > deadline:
+                late = [n for n, key in enumerate(keys, 1) if not store.check([key])]
+                ranks = ", ".join(map(str, late))
+                raise RuntimeError(f"timed out waiting for the start of rank {ranks}") from None
+    return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
+
+
+def _processor_key(rank: int) -> str:
+    return f"processor/{rank}"
 
 
 class StoreClient:

@@ -192,7 +192,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Pat
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
-        "TORCH_DISTRIBUTED_DEBUG": "DETAIL",  # a mismatch between ranks is an error, not a hang
     }
     processes = [
         subprocess.Popen(
