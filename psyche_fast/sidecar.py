@@ -1,9 +1,9 @@
-"""A sidecar: one rank after the first, driven by a core over the store (Psyche's protocol).
+"""A sidecar: one rank after the first, driven by our own core or by Psyche's.
 
-``python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
---world-size N --rank R [--device D]``
+`python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
+--world-size N --rank R [--device D]`
 
-Any core that speaks the protocol can drive it; nothing beyond the protocol is required.
+Any core that speaks Psyche's protocol can drive it; nothing beyond the protocol is required.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a sidecar until ``exit``; status 0 then, 1 after an error that was said."""
+    """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
     run(parse(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    """``main`` for arguments that are parsed."""
+    """`main` for arguments that are parsed."""
     quiet_terminal()
     if PARENT_PIPE in os.environ:
         signals.leave_to_core()
@@ -79,18 +79,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Connects, loads the model and serves operations until ``exit``.
+    """Connects, looks which core it is, and serves that until the end of the run.
 
     Raises:
-        ValueError: what rank 0 sent is not the protocol's.
+        ValueError: what rank 0 sent is not understood.
     """
     from datetime import timedelta
 
-    import torch
     import torch.distributed as dist
 
-    from psyche_fast.psyche.store import SidecarStore
-    from psyche_fast.rank import serve as runtime
+    from psyche_fast.psyche import serving
+    from psyche_fast.psyche.store import FIRST_KEY as PSYCHES
+    from psyche_fast.rank import serve as own
+    from psyche_fast.rank.protocol import FIRST_KEY as OURS
+    from psyche_fast.rank.topology import join
+    from psyche_fast.start.devices import processor
+    from psyche_fast.start.store import StoreClient, introduce
 
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
@@ -98,15 +102,11 @@ def serve(args: argparse.Namespace) -> None:
     use_interface(address.hostname)
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
-    store = SidecarStore(address.hostname, address.port, args.world_size, timeout)
-    runtime.join(args.backend, store.store, args.world_size, args.rank, device, timeout)
-    torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
-
-    architecture, source = store.receive_model(device)
-    dp, tp, settings = store.receive_parallelism()
-    model, topology = runtime.load(architecture, source, dp, tp, settings, device)
-    log.info("loaded %s on %s", architecture, device)
-    runtime.serve_operations(store, model, topology, settings, device)
+    client = StoreClient(address.hostname, address.port, args.world_size, timeout)
+    introduce(client.store, args.rank, processor(device))
+    join(args.backend, client.store, args.world_size, args.rank, device, timeout)
+    core = own if client.first_of((OURS, PSYCHES)) == OURS else serving
+    core.serve(client, device)
     dist.destroy_process_group()
 
 

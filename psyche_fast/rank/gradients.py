@@ -70,16 +70,12 @@ class Fp32Accumulator:
         Returns:
             Their global norm, as ``global_norm`` has it.
         """
-        held: list[Tensor | None] = [None] * len(self._fresh)
         for at, parameter in enumerate(self._parameters):
             if not self._fresh[at]:
-                held[at] = self._sums[at]
                 parameter.grad_dtype = None  # type: ignore[attr-defined]
                 parameter.grad = self._gradients[at]
-        squares = self._squares
-        if squares is None:  # the last micro-batch was left out
-            squares = squared_norms(self._plan, held, backend=self._backend)
-        self._squares = None
+        squares, self._squares = self._squares, None
+        assert squares is not None, "the last micro-batch was added as the last"
         self._fresh = [True] * len(self._fresh)
         return _norm(squares, self._keys, self._device)
 
@@ -190,8 +186,8 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def scale_(tensors: Iterable[Tensor], factor: Tensor | float) -> None:
-    """Multiplies in place."""
+def scale_(tensors: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiplies in place by a 0-d tensor on the tensors' device, which is not waited for."""
     parts = [local_tensor(tensor) for tensor in tensors]
-    if parts and not (isinstance(factor, float) and factor == 1.0):
+    if parts:
         torch._foreach_mul_(parts, factor)

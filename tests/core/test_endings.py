@@ -45,7 +45,7 @@ class Recorder(Tracker):
 
 core.make_tracker = lambda *_: Recorder()
 for name, fails in (("warm-up", False), ("well", False), ("badly", True), ("last", True)):
-    plan = make_plan(RunConfig(
+    plan = make_plan(RunConfig.of(
         model=str(place / "model"), data_path=str(place / "data"), output=str(output / name),
         device="cpu", sequence_length=16, micro_batch=2, total_batch=2, total_steps=3,
         param_dtype="float32", threads=1,
