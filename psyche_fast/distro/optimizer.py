@@ -41,6 +41,11 @@ class Distro:
     The learning rates may be 0-d float32 tensors on the parameters' device: nothing then waits for
     the device, and a CUDA graph can be captured of a whole step.
 
+    All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
+    streams would write at once. Steps may move to another stream once the former one has done its
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError. A CUDA graph's
+    replay is a step too, which nothing here sees.
+
     The state, `delta`, is the momentum that has not been sent yet, float32 unless told otherwise
     (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the
     parameter's dtype.
