@@ -1,4 +1,4 @@
-"""Which device each rank of this machine takes."""
+"""Names of devices, and which one each rank of this machine takes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,18 @@ def choose_devices(spec: str, ranks: int) -> Devices:
             f"{len(indices)} (lower --replicas, --data-parallelism or --tensor-parallelism)"
         )
     return Devices(tuple(torch.device("cuda", n) for n in indices[:ranks]), "nccl")
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """The device by the one name that its tensors give it: ``cuda:0``, not ``cuda``.
+
+    torch takes ``cuda`` and ``cuda:0``, and ``cpu`` and ``cpu:0``, for different devices when they
+    are compared. Without an index it is the current one.
+
+    Raises:
+        RuntimeError, AssertionError: torch's, where there is no such device.
+    """
+    return torch.empty(0, device=device).device
 
 
 def cores() -> int:
