@@ -310,7 +310,7 @@ def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
         return
     from psyche_fast.kernels import autotune as tuner
 
-    chosen = tuner.torch_device(device)
+    chosen = tuner.gpu_of(device)
     table = tuner.autotune(chosen, options["kernels"] or None)
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")

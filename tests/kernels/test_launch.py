@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import kernels
 from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.kernels import wire
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.triton import launch
 from psyche_fast.kernels.triton.launch import planned
@@ -36,6 +37,35 @@ def step(plan, delta, gradients, parameters, backend, **options):
     kernels.subtract(plan, delta, entries, backend=backend)
     kernels.lookahead(plan, parameters, delta, rates, backend=backend)
     return entries
+
+
+@pytest.mark.parametrize("suffix", ["", ":0"])
+@pytest.mark.parametrize("name", ["64x64", "1x64"])
+def test_a_device_may_be_named_with_its_index_or_without(name, suffix, device, backend):
+    """Tensors name theirs in one way, which plans have to take over."""
+    shapes = CLASSES[name]
+    named = torch.device(device.type + suffix)
+    plan = one_class(shapes, k=4, device=named)
+    delta = torch.zeros(plan.chunks, plan.h, plan.w, device=named)
+    assert plan.device == plan.basis_h.device == delta.device
+    parameters = random(shapes, named)
+    entries = step(plan, delta, random(shapes, named, 1), parameters, backend)
+    data = wire.pack(plan, entries, "sign", backend=backend)
+    received = wire.unpack(plan, data, "sign", backend=backend)
+    assert torch.equal(received.indices.int(), entries.indices.int())
+    kernels.apply(plan, parameters, received, [0.1] * len(shapes), backend=backend)
+
+
+def test_parameters_of_one_device_form_one_class(device):
+    """However each names it."""
+    layouts = [
+        ParameterLayout.of(
+            name, (64, 64), torch.float32, torch.device(name),
+            compression_chunk=64, compression_topk=4,
+        )
+        for name in (device.type, f"{device.type}:0")
+    ]  # fmt: skip
+    assert len(Layout(layouts).plans) == 1
 
 
 @pytest.mark.parametrize("name", ["64x64", "1x64"])
