@@ -30,7 +30,8 @@ from benchmarks.kernel_checks import (
 from benchmarks.kernel_data import Data, Work, entry_bytes
 from benchmarks.plain_demo import DECAY, PlainDeMo
 from psyche_fast import kernels
-from psyche_fast.kernels import accumulation, wire
+from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
 PEERS = 16

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.kernel_checks import RATE
 from benchmarks.plain_demo import CHUNK
 from benchmarks.shapes import Shapes, elements
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import pytest
 
@@ -10,8 +11,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ranks that disagree about a collective's shape or type fail at once instead of reading each
-# other's bytes. Has to be set before torch is imported.
-os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+# other's bytes. Has to be set before torch is imported; an older one has no checks of what tensor
+# parallelism does.
+if tuple(map(int, version("torch").split(".")[:2])) >= (2, 13):
+    os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
 
 import torch
 

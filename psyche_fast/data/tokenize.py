@@ -16,8 +16,8 @@ import transformers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from psyche_fast.data.documents import find_files, iter_pieces
 from psyche_fast.data.local import token_files
+from psyche_fast.data.texts import find_files, iter_pieces
 
 TOKENIZER_FOLDER = "tokenizer"
 # A batch is encoded in parallel; some 40 bytes of memory to a character while it is.

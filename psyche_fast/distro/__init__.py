@@ -3,10 +3,10 @@
 Sources: DeMo, arXiv 2411.19870; the DisTrO preliminary report.
 """
 
-from psyche_fast.distro.codec import DistroResult, quantize_1bit, validate_results
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.demo import DeMo
-from psyche_fast.distro.layout import Layout, ParameterLayout
 from psyche_fast.distro.optimizer import Distro
+from psyche_fast.distro.results import DistroResult, quantize_1bit, validate_results
 
 __all__ = [
     "DeMo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from psyche_fast.distro.layout import ParameterLayout
+from psyche_fast.distro.chunks import ParameterLayout
 
 
 def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) -> None:

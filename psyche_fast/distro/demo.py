@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
-from psyche_fast.collectives import exchange
+from psyche_fast.distro import exchange
 from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates

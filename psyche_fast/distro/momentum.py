@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psyche_fast.distro.layout import Layout
+from psyche_fast.distro.chunks import Layout
 
 
 class Momentum:

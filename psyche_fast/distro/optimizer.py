@@ -10,12 +10,13 @@ from torch import Tensor
 
 from psyche_fast import kernels
 from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.codec import DistroResult, collect, collect_own, to_results
-from psyche_fast.distro.layout import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.momentum import Momentum
-from psyche_fast.distro.placement import Parts, full_tensor
+from psyche_fast.distro.results import DistroResult, collect, collect_own, to_results
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.sharding import full_tensor
 
 MAX_OFFLOADED_ELEMENTS = 1 << 26
 """Elements of delta on the device at once where it is offloaded, or those of one parameter."""

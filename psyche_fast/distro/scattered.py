@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psyche_fast.distro.layout import ParameterLayout
+from psyche_fast.distro.chunks import ParameterLayout
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psyche_fast.devices import choose_devices
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.workloads import Workload, workload
+from psyche_fast.start.devices import choose_devices
 
 Options = dict[str, Any]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from psyche_fast import kernels
 from psyche_fast.devices import indexed
-from psyche_fast.kernels import accumulation, wire
+from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
 
 SIDE = 64

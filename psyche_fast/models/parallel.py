@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from psyche_fast.distro.layout import chunk_side
+from psyche_fast.distro.chunks import chunk_side
 
 # The usual compression_chunk, which is not known when a model is loaded. What is on the edges of
 # these chunks is, but for odd sizes, on those of chunks of 32 and 16 too.

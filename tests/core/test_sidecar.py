@@ -237,7 +237,7 @@ def test_sidecar_dies_with_its_parent(tmp_path: Path, foreign: bool) -> None:
         program = (
             "import time\n"
             "from pathlib import Path\n"
-            "from psyche_fast.core.launcher import Sidecars\n"
+            "from psyche_fast.start.spawn import Sidecars\n"
             "sidecars = Sidecars('gloo', 'tcp://127.0.0.1:1', 2)\n"
             f"sidecars.spawn(1, None, Path({str(tmp_path / 'log')!r}))\n"
             "print(sidecars._children[0].process.pid, flush=True)\n"

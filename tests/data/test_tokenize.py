@@ -22,8 +22,8 @@ from psyche_fast.data import (
     tokenize_files,
     train_tokenizer,
 )
-from psyche_fast.data import documents as documents_module
-from psyche_fast.data.documents import iter_pieces
+from psyche_fast.data import texts as documents_module
+from psyche_fast.data.texts import iter_pieces
 from psyche_fast.data.tokenize import token_size_for
 
 EOS = "<|endoftext|>"

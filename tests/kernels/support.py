@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from psyche_fast import kernels
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from tests import oracles
 
 TOLERANCE = 4e-5

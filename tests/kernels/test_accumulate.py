@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psyche_fast.kernels.accumulation import accumulate, plan_accumulation, squared_norms
+from psyche_fast.kernels.accumulate import accumulate, plan_accumulation, squared_norms
 
 pytest.importorskip("triton")
 

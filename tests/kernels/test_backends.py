@@ -11,7 +11,7 @@ import torch
 
 from psyche_fast import kernels
 from psyche_fast.distro import Distro
-from psyche_fast.distro.layout import Layout, ParameterLayout
+from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels import backends
 
 CPU = torch.device("cpu")

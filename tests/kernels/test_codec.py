@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psyche_fast.distro.layout import Layout, ParameterLayout
-from psyche_fast.kernels import wire
+from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
 pytest.importorskip("triton")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import kernels
-from psyche_fast.distro.layout import Layout, ParameterLayout
-from psyche_fast.kernels import wire
+from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.triton import launch
 from psyche_fast.kernels.triton.launch import planned

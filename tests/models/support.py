@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM, load_model
 from psyche_fast.models.source import resolve_model
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.topology import Topology
 
 
 def load(folder: Path, topology: Topology | None = None, **options: Any) -> CausalLM:

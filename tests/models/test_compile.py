@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from psyche_fast.batch import Batch
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.topology import Topology
 from tests.groups import run_ranks
 from tests.models.support import gradients, load
 from tests.tiny import VOCABULARY, random_tokens, save_llama

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from psyche_fast.batch import Batch
 from psyche_fast.models import huggingface, load_model
 from psyche_fast.models.source import resolve_model
-from psyche_fast.training.topology import Topology
+from psyche_fast.rank.topology import Topology
 from tests.groups import run_ranks
 from tests.tiny import random_tokens, save_llama
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.collectives import exchange
+from psyche_fast.distro import exchange
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from tests.groups import run_ranks

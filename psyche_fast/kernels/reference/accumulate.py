@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psyche_fast.kernels.accumulation import AccumulationPlan
+from psyche_fast.kernels.accumulate import AccumulationPlan
 
 
 def accumulate(
@@ -17,7 +17,7 @@ def accumulate(
     fresh: Sequence[bool],
     squares: bool,
 ) -> Tensor | None:
-    """See `psyche_fast.kernels.accumulation.accumulate`; gradients are contiguous."""
+    """See `psyche_fast.kernels.accumulate.accumulate`; gradients are contiguous."""
     given = [
         (total, gradient, new)
         for total, gradient, new in zip(sums, gradients, fresh, strict=True)
@@ -34,7 +34,7 @@ def accumulate(
 
 
 def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> Tensor:
-    """See `psyche_fast.kernels.accumulation.squared_norms`; tensors are contiguous."""
+    """See `psyche_fast.kernels.accumulate.squared_norms`; tensors are contiguous."""
     result = torch.zeros(plan.group_count, device=plan.device)
     for group in range(plan.group_count):
         members = [

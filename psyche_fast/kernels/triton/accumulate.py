@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psyche_fast.kernels.accumulation import GRADIENT_DTYPES, AccumulationPlan
+from psyche_fast.kernels.accumulate import GRADIENT_DTYPES, AccumulationPlan
 from psyche_fast.kernels.triton.case import Case, Loop
 from psyche_fast.kernels.triton.launch import (
     cpu_launch_options,
@@ -189,7 +189,7 @@ def accumulate(
     fresh: Sequence[bool],
     squares: bool,
 ) -> Tensor | None:
-    """See `psyche_fast.kernels.accumulation.accumulate`; gradients are contiguous."""
+    """See `psyche_fast.kernels.accumulate.accumulate`; gradients are contiguous."""
     rows = []
     for total, gradient, new in zip(sums, gradients, fresh, strict=True):
         # What got no gradient is looked at for its squares only.
@@ -199,7 +199,7 @@ def accumulate(
 
 
 def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> Tensor:
-    """See `psyche_fast.kernels.accumulation.squared_norms`; tensors are contiguous."""
+    """See `psyche_fast.kernels.accumulate.squared_norms`; tensors are contiguous."""
     rows = tuple(_row(tensor, None, False) for tensor in tensors)
     result = _launch(plan, rows, _dtypes(tensors), sums=False, norm=True)
     assert result is not None

@@ -1,1 +1,0 @@
-"""What replicas say to one another: results, and whether they still agree."""

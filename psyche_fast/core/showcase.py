@@ -1,0 +1,168 @@
+"""The main job on an embedded default: a small Llama learns Python from its standard library.
+
+Nothing is downloaded: the text is on every machine that runs Python, the tokenizer is trained on
+the spot, the model is initialised here.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+from psyche_fast.config import RunConfig
+from psyche_fast.core.plan import make_plan
+from psyche_fast.core.run import run
+from psyche_fast.data import find_files, iter_texts, tokenize_files, train_tokenizer
+from psyche_fast.metrics import read_metrics
+from psyche_fast.metrics.formatting import format_bytes
+
+STEPS = 1500
+SEQUENCE_LENGTH = 128
+VOCABULARY = 1024
+PROMPTS = ("def ", "class ", "import ")
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
+
+
+def standard_library() -> list[Path]:
+    """The running Python's own modules, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = find_files([root], ["*.py"])
+    return [f for f in files if not _LEFT_OUT & set(f.relative_to(root).parts)]
+
+
+def make_model(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Writes a freshly initialised Llama of just under a million parameters and its tokenizer."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=SEQUENCE_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sample(checkpoint: Path, prompt: str, tokens: int = 60) -> str:
+    """Continues a prompt with plain Transformers: what the checkpoint's users would do."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(0)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(  # type: ignore[misc]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def run_demo(
+    *,
+    max_steps: int | None,
+    output: Path | None,
+    replicas: int,
+    data_parallelism: int = 1,
+    device: str,
+) -> None:
+    """Tokenises, trains, samples and plots; prints what it did.
+
+    Args:
+        max_steps: steps to train; None for the default.
+        output: run directory.
+        replicas: DisTrO peers.
+        data_parallelism: ranks that share a replica's model.
+        device: as of `train`; `auto` takes the CPU where there are fewer GPUs than ranks.
+
+    Raises:
+        ValueError: the output folder is in use.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    output = output or Path(datetime.now().strftime("runs/demo-%Y%m%d-%H%M%S"))
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output {output} is not empty; name another folder")
+    ranks = replicas * data_parallelism
+    if device == "auto" and 0 < torch.cuda.device_count() < ranks:
+        _say(f"{torch.cuda.device_count()} GPU for {ranks} ranks: running on the CPU")
+        device = "cpu"
+    _say("reading Python's standard library and training a tokenizer on it ...")
+    files = standard_library()
+    tokenizer = train_tokenizer(iter_texts(files, errors="skip"), VOCABULARY)
+    summary = tokenize_files(
+        files, tokenizer, output / "data", errors="skip", progress=sys.stderr.isatty()
+    )
+    _say(f"{summary.documents} modules, {summary.tokens:,} tokens")
+    make_model(output / "model", tokenizer)
+    steps = max_steps or STEPS
+    plan = make_plan(
+        RunConfig.of(
+            model=str(output / "model"),
+            data_path=str(output / "data"),
+            sequence_length=SEQUENCE_LENGTH,
+            micro_batch=-(-8 // data_parallelism),  # on each rank of the 8 rows of a replica
+            total_batch=8 * replicas,
+            learning_rate=1e-3,
+            warmup_steps=min(20, steps // 4),
+            total_steps=steps,
+            weight_decay=0.0,
+            distro=True,
+            distro_quantization=True,
+            compression_chunk=16,
+            compression_topk=4,
+            compression_decay=0.95,
+            replicas=replicas,
+            data_parallelism=data_parallelism,
+            param_dtype="float32",
+            device=device,
+            seed=1,
+            output=str(output),
+        )
+    )
+    for line in plan.summary:
+        _say(line)
+    result = run(plan)
+    if result.signal is not None or result.checkpoint is None:
+        sys.exit(128 + (result.signal or 1))
+    _report(result.output, result.checkpoint)
+
+
+def _report(output: Path, checkpoint: Path) -> None:
+    metrics = read_metrics(output / "metrics.jsonl")
+    # One small batch says little: the mean of the last steps is what has been learnt.
+    first, last = metrics[0], metrics[-20:]
+    mean = sum(m["loss"] for m in last) / len(last)
+    print(
+        f"\nloss        {first['loss']:.2f} at step {first['step']}, {mean:.2f} over the last "
+        f"{len(last)} of {last[-1]['step']} steps"
+    )
+    sent = sum(m["bytes_sent"] for m in metrics)
+    dense = sum(m["dense_bytes"] for m in metrics)
+    if sent:
+        print(
+            f"sent        {format_bytes(sent)} per replica instead of {format_bytes(dense)} of "
+            f"gradients: {dense / sent:.0f} times less"
+        )
+    print(f"checkpoint  {checkpoint} (AutoModelForCausalLM.from_pretrained loads it)")
+    print(f"plots       {output / 'plots'}")
+    for prompt in PROMPTS:
+        print(f"\n--- the model continues {prompt!r} ---\n{sample(checkpoint, prompt)}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

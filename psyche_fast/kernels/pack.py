@@ -1,0 +1,248 @@
+"""Results of a chunk class as bytes: a fixed number of bits per chunk, near the entropy floor.
+
+The `k` ascending indices of a chunk are written in Elias and Fano's code (Elias, "Efficient storage
+and retrieval by content and address of static files", J. ACM 21, 1974): the low `l` bits of each as
+they are, what is left of the i-th as bit `(index >> l) + i` of a bit vector. `l` is what gives the
+fewest bits; where a plain bit per coefficient is shorter, that is taken, and where all coefficients
+are kept, nothing. A chunk of 64 x 64 takes 51, 95 and 319 bits for 4, 8 and 32 entries with their
+signs; the floor, `log2(binomial(4096, k)) + k`, is 47.4, 88.7 and 298.
+
+Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, without a header:
+
+1. values, unless only signs are sent: `[chunks, k]` in their dtype, little-endian;
+2. bit planes, uint8 `[ceil(chunks / 8), bits]`: bit `j` of byte `[g, b]` is bit `b` of chunk
+   `8 g + j`. A chunk's bits are the low bits (entry by entry, least significant first), the bit
+   vector, and a sign per entry (1 for negative) where only signs are sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from psyche_fast.kernels.plan import ChunkPlan, Entries
+
+Values = Literal["sign"] | torch.dtype
+"""What is sent of a value: its sign, or all of it in a floating-point dtype."""
+
+__all__ = ["IndexCode", "Values", "index_code", "pack", "size", "unpack", "unpack_checked"]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCode:
+    """How the indices of one chunk are written.
+
+    Attributes:
+        totalk: coefficients of a chunk; indices are below it.
+        k: entries.
+        low: bits of each index that are written as they are.
+        gap: 1 where bit `(index >> low) + i` stands for the i-th index (Elias-Fano), 0 where bit
+            `index` does (a bit per coefficient).
+        upper: length of the bit vector.
+    """
+
+    totalk: int
+    k: int
+    low: int
+    gap: int
+    upper: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a chunk's indices."""
+        return self.k * self.low + self.upper
+
+
+@functools.cache
+def index_code(totalk: int, k: int) -> IndexCode:
+    """The shortest code for `k` of `totalk` indices, `1 <= k <= totalk <= 2^30`."""
+    assert 1 <= k <= totalk <= 1 << 30
+    if k == totalk:
+        return IndexCode(totalk, k, low=0, gap=0, upper=0)
+    codes = [IndexCode(totalk, k, low=0, gap=0, upper=totalk)]
+    for low in range(totalk.bit_length()):
+        codes.append(IndexCode(totalk, k, low, gap=1, upper=k + ((totalk - 1) >> low)))
+    # Of equally short ones the one with the shortest bit vector, which is the least work to read.
+    return min(codes, key=lambda code: (code.bits, code.upper))
+
+
+def size(plan: ChunkPlan, values: Values) -> int:
+    """Bytes of one peer's result for a chunk class.
+
+    Args:
+        plan: the chunk class.
+        values: "sign", or the dtype in which values are sent.
+
+    Raises:
+        TypeError: `values` is neither.
+    """
+    return _value_bytes(plan, values) + _groups(plan) * _bits(plan, values)
+
+
+def pack(
+    plan: ChunkPlan,
+    entries: Entries,
+    values: Values,
+    *,
+    out: Tensor | None = None,
+    backend: str = "torch",
+) -> Tensor:
+    """Encode one peer's entries.
+
+    Args:
+        plan: the chunk class.
+        entries: `plan.k` entries per chunk, their indices ascending without repetition, as `encode`
+            gives them.
+        values: "sign" (values below zero, or bool values that are True, are negative), or the dtype
+            in which values are sent.
+        out: where to write, uint8 `[size(plan, values)]`, contiguous; new memory where None.
+        backend: resolved backend name.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError: `values` is neither, or the entries hold only signs where more is to be sent.
+        ValueError: entries or `out` of another shape, dtype or device.
+    """
+    _check_entries(plan, entries)
+    total = size(plan, values)
+    if out is None:
+        out = torch.empty(total, dtype=torch.uint8, device=plan.device)
+    elif out.shape != (total,) or out.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(
+            f"out: wanted contiguous uint8 [{total}], got {out.dtype} {list(out.shape)}"
+        )
+    elif out.device != plan.device:
+        raise ValueError(f"out: wanted a tensor on {plan.device}, got {out.device}")
+    if total == 0:
+        return out
+    value_bytes = _value_bytes(plan, values)
+    if isinstance(values, torch.dtype):
+        if entries.values.dtype == torch.bool:
+            raise TypeError(f"entries: wanted values to be sent in {values}, got signs alone")
+        # As bytes: `out` need not be aligned as the values are.
+        raw = entries.values.to(values).contiguous().view(torch.uint8)
+        out[:value_bytes].copy_(raw.view(-1))
+    bits = _bits(plan, values)
+    if bits:
+        planes = out[value_bytes:].view(_groups(plan), bits)
+        signs = entries.values if values == "sign" else None
+        _module(backend).pack(index_code(plan.totalk, plan.k), entries.indices, signs, planes)
+    return out
+
+
+def unpack(plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "torch") -> Entries:
+    """Decode results, of one peer or of several side by side.
+
+    Whatever the bytes, the indices are in range; use `unpack_checked` for bytes that nobody vouches
+    for.
+
+    Args:
+        plan: the chunk class.
+        data: uint8 `[size]` of one peer or `[peers, size]`, rows contiguous.
+        values: what `pack` was told.
+        backend: resolved backend name.
+
+    Returns:
+        Indices in `plan.index_dtype` and values (bool for "sign"), `[chunks, peers * k]` with the
+        peers in the order of the rows. `unique` for a single peer.
+
+    Raises:
+        TypeError: `values` is neither "sign" nor a floating-point dtype.
+        ValueError: `data` of another shape, dtype or device.
+    """
+    return _unpack(plan, data, values, backend, check=False)[0]
+
+
+def unpack_checked(
+    plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "torch"
+) -> tuple[Entries, Tensor]:
+    """Decode results as `unpack` does, and say which chunks are well-formed.
+
+    Returns:
+        The entries, and bool `[chunks]`, or `[peers, chunks]` for several peers: the bit vector
+        names exactly `k` entries, indices ascend strictly and are in range, values are finite.
+    """
+    entries, valid = _unpack(plan, data, values, backend, check=True)
+    assert valid is not None
+    return entries, valid
+
+
+def _unpack(
+    plan: ChunkPlan, data: Tensor, values: Values, backend: str, *, check: bool
+) -> tuple[Entries, Tensor | None]:
+    total = size(plan, values)
+    rows = data if data.dim() == 2 else data.unsqueeze(0)
+    if rows.dim() != 2 or rows.shape[1] != total or rows.dtype != torch.uint8:
+        raise ValueError(
+            f"data: wanted uint8 [{total}] or [peers, {total}], got {data.dtype} {list(data.shape)}"
+        )
+    if rows.stride(1) != 1 and total > 1:
+        raise ValueError(f"data: wanted contiguous rows, got strides {data.stride()}")
+    if rows.device != plan.device:
+        raise ValueError(f"data: wanted a tensor on {plan.device}, got {data.device}")
+    peers, chunks, k = len(rows), plan.chunks, plan.k
+    code = index_code(plan.totalk, k)
+    shape = (chunks, peers, k)
+    indices = torch.empty(shape, dtype=plan.index_dtype, device=rows.device)
+    valid = torch.ones(peers, chunks, dtype=torch.bool, device=rows.device) if check else None
+    value_bytes = _value_bytes(plan, values)
+    if isinstance(values, torch.dtype):
+        # A copy is aligned, wherever in a buffer the bytes lie.
+        raw = rows[:, :value_bytes].clone(memory_format=torch.contiguous_format)
+        numbers = raw.flatten().view(values).view(peers, chunks, k)
+        if valid is not None:
+            valid &= numbers.isfinite().all(dim=2)
+        result, signs = numbers.transpose(0, 1), None
+    else:
+        result = signs = torch.empty(shape, dtype=torch.bool, device=rows.device)
+    if code.bits == 0:
+        everything = torch.arange(k, device=rows.device)
+        indices.copy_(everything.to(plan.index_dtype).expand(shape))
+    bits = _bits(plan, values)
+    if bits and chunks and peers:
+        planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
+        _module(backend).unpack(code, planes, indices, signs, valid)
+    entries = Entries(
+        indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
+    )
+    return entries, (valid if valid is None or data.dim() == 2 else valid[0])
+
+
+def _check_entries(plan: ChunkPlan, entries: Entries) -> None:
+    wanted = (plan.chunks, plan.k)
+    for name, tensor in (("indices", entries.indices), ("values", entries.values)):
+        if tensor.shape != wanted:
+            raise ValueError(f"{name}: wanted shape {list(wanted)}, got {list(tensor.shape)}")
+        if tensor.device != plan.device:
+            raise ValueError(f"{name}: wanted a tensor on {plan.device}, got {tensor.device}")
+    if entries.indices.dtype != plan.index_dtype:
+        raise ValueError(f"indices: wanted {plan.index_dtype}, got {entries.indices.dtype}")
+
+
+def _groups(plan: ChunkPlan) -> int:
+    return -(-plan.chunks // 8)
+
+
+def _bits(plan: ChunkPlan, values: Values) -> int:
+    return index_code(plan.totalk, plan.k).bits + (plan.k if values == "sign" else 0)
+
+
+def _value_bytes(plan: ChunkPlan, values: Values) -> int:
+    if values == "sign":
+        return 0
+    if isinstance(values, torch.dtype) and values.is_floating_point:
+        return plan.chunks * plan.k * values.itemsize
+    raise TypeError(f"values: wanted 'sign' or a floating-point dtype, got {values!r}")
+
+
+def _module(backend: str) -> ModuleType:
+    package = "reference" if backend == "torch" else "triton"
+    return importlib.import_module(f"psyche_fast.kernels.{package}.pack")

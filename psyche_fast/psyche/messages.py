@@ -1,0 +1,249 @@
+"""The operations that rank 0 sends, one strict type each, in Psyche's JSON.
+
+An unknown operation, an unknown or missing field and a wrong type are a ValueError that names it:
+every rank reads the same text, so every rank refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from psyche_fast import strict
+from psyche_fast.config import Optimizer
+from psyche_fast.schedules import LearningRateSchedule
+
+
+class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Psyche's `{"AdamW": {...}}`."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    clip_grad_norm: float | None = None
+
+    def options(self) -> Optimizer:
+        """The same as our own core would say it."""
+        return Optimizer(
+            max_grad_norm=self.clip_grad_norm or 0.0,
+            weight_decay=self.weight_decay,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+        )
+
+
+class Distro(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Psyche's `{"Distro": {...}}`."""
+
+    clip_grad_norm: float | None = None
+    weight_decay: float | None = None
+    compression_decay: float
+    compression_topk: int
+    compression_chunk: int
+    quantize_1bit: bool
+
+    def options(self) -> Optimizer:
+        """The same as our own core would say it."""
+        return Optimizer(
+            distro=True,
+            max_grad_norm=self.clip_grad_norm or 0.0,
+            weight_decay=self.weight_decay or 0.0,
+            compression_decay=self.compression_decay,
+            compression_topk=self.compression_topk,
+            compression_chunk=self.compression_chunk,
+            distro_quantization=self.quantize_1bit,
+        )
+
+
+def read_optimizer(obj: Any) -> AdamW | Distro | None:
+    """Reads Psyche's optimiser: `{"AdamW": {...}}`, `{"Distro": {...}}`, or `"Dummy"` for None.
+
+    Raises:
+        ValueError: another form, an unknown or missing field, or a wrong type or value.
+    """
+    if obj == "Dummy":
+        return None
+    forms: dict[str, type[AdamW] | type[Distro]] = {"AdamW": AdamW, "Distro": Distro}
+    if not isinstance(obj, dict) or len(obj) != 1 or next(iter(obj)) not in forms:
+        raise ValueError(f'optimizer: wanted "Dummy", {{"AdamW": ...}} or {{"Distro": ...}}: {obj}')
+    ((name, fields),) = obj.items()
+    config = strict.convert(fields, forms[name], f"optimizer.{name}")
+    clip = config.clip_grad_norm
+    if clip is not None and clip <= 0:
+        raise ValueError(f"optimizer.{name}.clip_grad_norm must be over 0 or null, got {clip}")
+    try:
+        config.options()
+    except ValueError as error:  # out of range
+        raise ValueError(f"optimizer.{name}: {error}") from error
+    return config
+
+
+class ResultsMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shapes and types of the results that follow; lists run over parameters in name order.
+
+    The types are c10 ScalarType numbers of the first parameter's tensors. For no results at all
+    Psyche's core writes an object of nulls.
+    """
+
+    sparse_idx_size: list[list[int]] | None
+    sparse_idx_dtype: int | None
+    sparse_val_size: list[list[int]] | None
+    sparse_val_dtype: int | None
+    xshape: list[list[int]] | None
+    totalk: list[int] | None
+
+    def check(self) -> None:
+        """Refuses what does not describe results.
+
+        Raises:
+            ValueError: a field is null, or the lists are of different lengths.
+        """
+        fields = msgspec.structs.asdict(self)
+        nulls = [name for name, value in fields.items() if value is None]
+        if nulls:
+            raise ValueError(f"results_metadata: {', '.join(nulls)} must not be null")
+        lengths = {name: len(value) for name, value in fields.items() if isinstance(value, list)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"results_metadata: lists of different lengths: {lengths}")
+
+
+class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all operations."""
+
+    name: ClassVar[str]
+
+
+class Hyperparameters(Operation, frozen=True, kw_only=True):
+    """Builds the trainer. `micro_batch_size` is already times the data parallelism."""
+
+    name: ClassVar[str] = "hyperparameters"
+    lr_scheduler: Any
+    optimizer: Any
+    micro_batch_size: int
+    grad_accum_in_fp32: bool
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        # Both are externally tagged: checked here, so that a wrong one is refused on arrival.
+        self.schedule()
+        read_optimizer(self.optimizer)
+
+    def schedule(self) -> LearningRateSchedule:
+        """The learning-rate schedule."""
+        return LearningRateSchedule.from_json(self.lr_scheduler)
+
+
+class _Step(Operation, frozen=True, kw_only=True):
+    step: int
+    warmup_lr_between: tuple[int, int] | None = None
+    results_len: int = 0
+    results_metadata: ResultsMetadata | None = None
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step must not be negative, got {self.step}")
+        if self.results_len < 0:
+            raise ValueError(f"results_len must not be negative, got {self.results_len}")
+        if self.results_len > 0:
+            if self.results_metadata is None:
+                raise ValueError(f"results_len is {self.results_len} but results_metadata is null")
+            self.results_metadata.check()
+
+
+def _check_batch(batch_shape: tuple[int, int], lengths: list[list[int]] | None) -> None:
+    if min(batch_shape) < 1:
+        raise ValueError(f"batch_shape must be positive, got {list(batch_shape)}")
+    if lengths is not None and len(lengths) != batch_shape[0]:
+        raise ValueError(
+            f"batch_sequence_lengths has {len(lengths)} rows, batch_shape {batch_shape[0]}"
+        )
+
+
+class Train(_Step, frozen=True, kw_only=True):
+    """One batch: look-ahead, forward, backward; with DisTrO also this rank's next result."""
+
+    name: ClassVar[str] = "train"
+    zero_optim: bool
+    batch_id: tuple[int, int]
+    batch_shape: tuple[int, int]
+    batch_has_labels: bool = False
+    batch_has_position_ids: bool = False
+    batch_sequence_lengths: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        _Step.__post_init__(self)
+        _check_batch(self.batch_shape, self.batch_sequence_lengths)
+
+
+class Optimize(_Step, frozen=True, kw_only=True):
+    """The optimiser's step; with DisTrO on the results of all peers."""
+
+    name: ClassVar[str] = "optimize"
+
+
+class Forward(Operation, frozen=True, kw_only=True):
+    """Forward without gradient."""
+
+    name: ClassVar[str] = "forward"
+    batch_shape: tuple[int, int]
+    batch_has_labels: bool = False
+    batch_has_position_ids: bool = False
+    batch_sequence_lengths: list[list[int]] | None = None
+    num_logits_to_keep: int | None = None
+    loss_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch_shape, self.batch_sequence_lengths)
+
+
+class Extract(Operation, frozen=True, kw_only=True):
+    """Every rank takes part in gathering the full parameters."""
+
+    name: ClassVar[str] = "extract"
+
+
+class TruncateBf16(Operation, frozen=True, kw_only=True):
+    """Parameters rounded to bfloat16 in place."""
+
+    name: ClassVar[str] = "truncate_bf16"
+
+
+class Exit(Operation, frozen=True, kw_only=True):
+    """Clean exit with status 0."""
+
+    name: ClassVar[str] = "exit"
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    kind.name: kind
+    for kind in (Hyperparameters, Train, Optimize, Forward, Extract, TruncateBf16, Exit)
+}
+
+
+def encode(operation: Operation) -> str:
+    """The JSON object of an operation."""
+    fields = {"operation": operation.name, **msgspec.to_builtins(operation)}
+    return msgspec.json.encode(fields).decode()
+
+
+def decode(text: str | bytes, number: int) -> Operation:
+    """Reads one operation.
+
+    Args:
+        text: the JSON object.
+        number: the operation's number in the store, for errors.
+
+    Raises:
+        ValueError: what is wrong, and where.
+    """
+    what = f"operation {number}"
+    obj = strict.loads(text, what)
+    if not isinstance(obj, dict) or "operation" not in obj:
+        raise ValueError(f"{what}: wanted an object with the field 'operation', got {obj!r}")
+    name = obj.pop("operation")
+    if not isinstance(name, str) or name not in OPERATIONS:
+        raise ValueError(f"{what}: unknown operation {name!r}, known: {', '.join(OPERATIONS)}")
+    return strict.convert(obj, OPERATIONS[name], f"{what} ({name})")

@@ -1,0 +1,103 @@
+"""What every rank of our own core's does; the further ones under its lead."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import torch
+
+from psyche_fast.config import RunConfig
+from psyche_fast.models.loading import load_configured
+from psyche_fast.models.source import ModelSource
+from psyche_fast.rank import protocol
+from psyche_fast.rank.counts import Totals
+from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.topology import Topology, set_timeout
+from psyche_fast.rank.trainer import Trainer, trainable
+from psyche_fast.start.store import StoreClient, barrier
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) -> Trainer:
+    """Loads this rank's part of the model and makes its trainer; all ranks take part.
+
+    Args:
+        config: the run, resolved.
+        source: the model.
+        device: this rank's.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the world is not the run's.
+    """
+    set_timeout(timedelta(seconds=config.machines.timeout))
+    if config.machines.threads:
+        # The same on every rank: a different split of a sum gives different bits.
+        torch.set_num_threads(config.machines.threads)
+    topology = Topology.of(config.parallelism, device)
+    model = load_configured(
+        source,
+        config.model,
+        device=device,
+        shard_mesh=topology.shard_mesh,
+        tensor_mesh=topology.tensor_mesh,
+        group=topology.copy,
+    )
+    return Trainer(
+        model,
+        topology,
+        config.schedule.learning_rates(),
+        make_optimizer(config.optimizer, trainable(model), topology.peers),
+        config.training,
+        config.optimizer.max_grad_norm,
+    )
+
+
+def serve(client: StoreClient, device: torch.device) -> None:
+    """Loads the model and carries out what the core says until the end of the run.
+
+    Nobody waits for the others but in the exchange of results and, a step late, for its counts.
+
+    Args:
+        client: the connection to the store; the process group is there by now.
+        device: this rank's.
+
+    Raises:
+        ValueError: what the core says is not understood, or the model cannot be loaded.
+    """
+    config, source = protocol.receive_run(client)
+    trainer = build_trainer(config, source, device)
+    log.info("loaded %s on %s", config.model.python_arch, device)
+    inbox = protocol.Inbox(client, trainer.topology)
+    totals: Totals | None = None
+    while True:
+        match inbox.next():
+            case protocol.Train() as operation:
+                output = trainer.train(operation.step, operation.batch())
+                began = Totals(output, trainer)
+                trainer.optimize(operation.step)
+                if totals is not None:
+                    totals.wait()
+                totals = began
+            case protocol.Save(step):
+                take_part_in_save(trainer, step)
+            case protocol.Exit():
+                if totals is not None:
+                    totals.wait()
+                # The store ends with rank 0: everybody has read it by now.
+                barrier(device, trainer.topology.everyone)
+                return
+
+
+def take_part_in_save(trainer: Trainer, step: int) -> None:
+    """The further ranks' part of a checkpoint.
+
+    Raises:
+        ReplicasDiffer: there is nothing worth saving.
+    """
+    trainer.plain()
+    trainer.check_replicas(step)
+    if trainer.topology.replica == 0:
+        for _ in trainer.model.full_state_dict_iter():
+            pass  # this rank's part of each gather

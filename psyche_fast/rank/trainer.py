@@ -1,0 +1,237 @@
+"""One rank's trainer: what a step does to model and optimiser, whoever asks for it.
+
+Nothing in `train` waits for the device: what the host has to know of a batch it has counted before
+the copy, and what only the device knows (losses, norms, whether they are finite) stays there until
+the step's counts are read, during the step after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from psyche_fast import config
+from psyche_fast.batch import Batch, upload
+from psyche_fast.distro import replicas
+from psyche_fast.models import CausalLM
+from psyche_fast.rank.gradients import (
+    Fp32Accumulator,
+    clip_factor,
+    drop_gradients,
+    global_norm,
+    gradients,
+    local_parts,
+)
+from psyche_fast.rank.optimizers import Optimizer
+from psyche_fast.rank.topology import Topology
+from psyche_fast.schedules import LearningRateSchedule
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What one `train` gave on this rank. Tensors lie on its device and are not waited for.
+
+    Attributes:
+        step: the step.
+        row_tokens: real tokens of each of the replica's rows.
+        loss: fp32 0-d. Averaged over the replica's ranks it is the mean loss per real token of the
+            replica's rows, micro-batches whose loss was not finite counting as 0.
+        kept: fp32 0-d; what `loss` would be if every loss that was finite had been 1.
+        grad_norm: fp32 0-d, of the replica, before clipping.
+        nonfinite_losses: int64 0-d, how many of the replica's micro-batches had a loss that was not
+            finite on some rank.
+        refused: bool 0-d; whether the replica's gradient was refused because it, or a loss of its
+            own, was not finite.
+    """
+
+    step: int
+    row_tokens: list[int]
+    loss: Tensor
+    kept: Tensor
+    grad_norm: Tensor
+    nonfinite_losses: Tensor
+    refused: Tensor
+
+
+class Trainer:
+    """Trains one rank's model.
+
+    Args:
+        model: this rank's model.
+        topology: this rank's place.
+        schedule: learning rates.
+        optimizer: over the model's `trainable` parameters.
+        options: how the batch is gone through.
+        max_grad_norm: clip the gradient's global norm; 0 for no limit.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        topology: Topology,
+        schedule: LearningRateSchedule,
+        optimizer: Optimizer,
+        options: config.Training,
+        max_grad_norm: float,
+    ) -> None:
+        self.model = model
+        self.topology = topology
+        self.schedule = schedule
+        self.parameters = trainable(model)
+        self._clip = max_grad_norm or None
+        self._optimizer = optimizer
+        self._options = options
+        # Autograd adds up in the parameters' own type: nothing to gain where that is fp32.
+        wants = options.grad_accum_in_fp32 and any(
+            p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values()
+        )
+        self._accumulator = Fp32Accumulator(self.parameters) if wants else None
+        # Until the last micro-batch each rank holds the gradient of all of the replica's (or its
+        # slice's) parameters, in fp32.
+        self._defers = options.defer_grad_sync and isinstance(model.module, FSDPModule)
+        self._check: replicas.PendingCheck | None = None
+        self.stats: dict[str, Tensor] = {}
+        """Norms of gradient and momentum per parameter, with `optim_stats`: 0-d, on the device."""
+        model.train()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of this rank's contribution to the last exchange."""
+        return self._optimizer.bytes_sent
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of `step`, 0 or more."""
+        return self.schedule.get_lr(step)
+
+    def train(self, step: int, batch: Batch) -> TrainOutput:
+        """Look-ahead, forward and backward over all micro-batches, and DisTrO's result.
+
+        Args:
+            step: the step.
+            batch: what this replica trains, the same on each of its ranks.
+
+        Raises:
+            ValueError: malformed sequence lengths or position ids.
+        """
+        prev_lr, lr = self.learning_rate(max(step - 1, 0)), self.learning_rate(step)
+        batch = self.model.prepare(batch)  # checked before anything changes
+        drop_gradients(self.parameters.values())
+        self._optimizer.before_forward(prev_lr)
+        losses, weights = self._forward_backward(batch)
+        if self._accumulator is not None:
+            norm = self._accumulator.finish()
+        else:
+            norm = global_norm(gradients(self.parameters.values()), self.model.device)
+        finite = self._agree(losses.isfinite())
+        # A loss that is not finite leaves nothing to be used of the gradients that it was added to.
+        usable = norm.isfinite() & finite.all()
+        if self._options.optim_stats:
+            self.stats = self._statistics()
+        factor = clip_factor(norm, self._clip).where(usable, torch.nan)
+        self._optimizer.after_backward(prev_lr, lr, factor)
+        return TrainOutput(
+            step,
+            batch.real_tokens(),
+            losses.where(finite, 0.0).sum(),
+            weights.where(finite, 0.0).sum(),
+            norm,
+            (~finite).sum(),
+            ~usable,
+        )
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses of this rank's micro-batches and what they weigh: fp32 `[micro-batches]`."""
+        place = self.topology
+        tokens = max(sum(batch.real_tokens()), 1)
+        losses: list[Tensor] = []
+        weights: list[float] = []
+        micros = batch.micro_batches(self._options.micro_batch * place.dp)
+        for number, micro in enumerate(micros, start=1):
+            mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
+            # Every real token of the batch weighs the same, however the rows fall into
+            # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
+            weight = place.dp * sum(mine.real_tokens()) / tokens
+            self._optimizer.receive()
+            loss = self.model.loss(mine) * weight
+            # While the backward runs, the host may come to its end.
+            self._optimizer.receive()
+            last = number == len(micros)
+            if self._defers:
+                self.model.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            loss.backward()
+            losses.append(loss.detach().float())
+            weights.append(weight)
+            if self._accumulator is not None and (last or not self._defers):
+                self._accumulator.add(last=last)
+        return torch.stack(losses), upload(torch.tensor(weights), self.model.device)
+
+    def _agree(self, finite: Tensor) -> Tensor:
+        """Which micro-batches' losses are finite on all ranks of the replica; once per step."""
+        if self.topology.copy is None:
+            return finite
+        flags = finite.float()
+        dist.all_reduce(flags, dist.ReduceOp.MIN, group=self.topology.copy)
+        return flags > 0
+
+    def optimize(self, step: int) -> None:
+        """The optimiser's step.
+
+        Raises:
+            ValueError: a result is malformed.
+            ReplicasDiffer: the replicas' parameters were no longer bit-identical when they were
+                looked at last, one of these calls ago.
+        """
+        self._optimizer.step(self.learning_rate(step))
+        self._finish_check()
+        if self._options.check_every and step % self._options.check_every == 0:
+            self._start_check(step)
+
+    def plain(self) -> None:
+        """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
+
+        Between steps DisTrO leaves them in the look-ahead for the next one.
+        """
+        self._optimizer.plain()
+
+    def zero(self) -> None:
+        """Forgets the optimiser's momentum."""
+        self._optimizer.zero()
+
+    def check_replicas(self, step: int) -> None:
+        """Compares the parameters' bits with the other replicas', where there are any.
+
+        Raises:
+            ReplicasDiffer: they are not the same.
+        """
+        self._finish_check()
+        if self._options.check_every:
+            self._start_check(step)
+            self._finish_check()
+
+    def _start_check(self, step: int) -> None:
+        if self.topology.peers is not None:
+            self.plain()
+            self._check = replicas.start(local_parts(self.parameters), self.topology.peers, step)
+
+    def _finish_check(self) -> None:
+        check, self._check = self._check, None
+        if check is not None:
+            check.finish()
+
+    def _statistics(self) -> dict[str, Tensor]:
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        kinds = (("grad_norm", grads), ("momentum_norm", self._optimizer.momentum()))
+        return {
+            f"{kind}/{name}": global_norm([tensor], self.model.device)
+            for kind, tensors in kinds
+            for name, tensor in tensors.items()
+        }
+
+
+def trainable(model: CausalLM) -> dict[str, Tensor]:
+    """The parameters that are trained, in name order."""
+    return {n: p for n, p in model.named_parameters().items() if p.requires_grad}

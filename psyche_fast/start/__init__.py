@@ -1,0 +1,1 @@
+"""How processes come to be: spawning, clusters, devices, signals."""

@@ -1,0 +1,262 @@
+"""Spawning and watching sidecars, on the core's machine and on further ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
+from psyche_fast.start.ending import exit_now
+from psyche_fast.start.logs import let_libraries_speak
+from psyche_fast.start.network import tcp_url
+from psyche_fast.start.parent import PARENT_PIPE
+
+_POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 3.0
+_LAST_LINES = 8
+_LAST_BYTES = 8192
+
+
+@dataclass
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    log_start: int  # where this run's words begin in the log
+
+
+@dataclass
+class Sidecars:
+    """The sidecars that this process spawned.
+
+    Use as a context manager: whatever happens, none outlives it.
+    """
+
+    backend: str
+    init_method: str
+    world_size: int
+    environment: dict[str, str] = field(default_factory=dict)
+    _children: list[_Child] = field(default_factory=list)
+    _leash: tuple[int, int] = field(default_factory=os.pipe)
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _failed: threading.Event = field(default_factory=threading.Event)
+    _message: str = ""
+
+    def spawn(self, rank: int, device_index: int | None, log: Path | None) -> None:
+        """Starts one sidecar with the arguments that Psyche gives.
+
+        Must be called from the main thread: the child's death signal follows the spawning thread.
+
+        Args:
+            rank: its rank.
+            device_index: its CUDA index; None on CPU.
+            log: where its output is appended; None for this process's own streams.
+        """
+        assert threading.current_thread() is threading.main_thread()
+        command = [sys.executable, "-m", "psyche_fast.sidecar"]
+        command += ["--parent-pid", str(os.getpid()), "--backend", self.backend]
+        command += ["--init-method", self.init_method, "--world-size", str(self.world_size)]
+        command += ["--rank", str(rank)]
+        if device_index is not None:
+            command += ["--device", str(device_index)]
+        reader = self._leash[0]
+        environment = {**os.environ, **self.environment, PARENT_PIPE: str(reader)}
+        output, log_start = None, 0
+        if log is not None:
+            let_libraries_speak(environment)
+            output = log.open("ab")
+            log_start = output.tell()
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                pass_fds=(reader,),
+                # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+        self._children.append(_Child(rank, process, log, log_start))
+
+    def watch(self, grace: float) -> None:
+        """Looks at the sidecars from a thread of its own.
+
+        Args:
+            grace: seconds that the main thread has to notice a death by itself (gloo does, a
+                collective of NCCL would wait); then the thread ends the whole process.
+        """
+        threading.Thread(target=self._watch, args=(grace,), daemon=True).start()
+
+    def _watch(self, grace: float) -> None:
+        while not self._closing.wait(_POLL_SECONDS):
+            dead = [c for c in self._children if c.process.poll() is not None]
+            if not dead:
+                continue
+            # A rank that only lost another one is not the one to name.
+            time.sleep(_POLL_SECONDS)
+            dead = [c for c in self._children if c.process.poll() is not None]
+            dead.sort(key=lambda c: any(LOST_ANOTHER_RANK in line for line in _last_words(c)))
+            self._message = _obituary(dead[0])
+            self._failed.set()
+            if not self._closing.wait(grace):
+                self.kill()
+                exit_now(1, f"error: {self._message}")
+            return
+
+    def failure(self, wait: float) -> str | None:
+        """Says which sidecar failed, waiting up to ``wait`` seconds for one to be noticed."""
+        return self._message if self._failed.wait(wait) else None
+
+    def expect_exit(self) -> None:
+        """Stops watching: from now on the sidecars may end."""
+        self._closing.set()
+
+    def join(self, timeout: float) -> None:
+        """Waits for all to exit by themselves.
+
+        Raises:
+            SidecarFailed: one did not, or not with status 0.
+        """
+        self._closing.set()
+        deadline = time.monotonic() + timeout
+        for child in self._children:
+            try:
+                code = child.process.wait(max(deadline - time.monotonic(), 0.01))
+            except subprocess.TimeoutExpired:
+                raise SidecarFailed(
+                    f"rank {child.rank} (pid {child.process.pid}) did not exit within {timeout:g} s"
+                ) from None
+            if code != 0:
+                raise SidecarFailed(_obituary(child))
+
+    def wait(self) -> None:
+        """Waits until all have exited with status 0, or one has failed.
+
+        Raises:
+            SidecarFailed: naming the one that failed.
+        """
+        while any(c.process.poll() is None for c in self._children):
+            failed = [c for c in self._children if c.process.poll() not in (None, 0)]
+            if failed:
+                raise SidecarFailed(_obituary(failed[0]))
+            time.sleep(_POLL_SECONDS)
+        self.join(0.1)
+
+    def kill(self) -> None:
+        """Ends all that still run, at once."""
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGKILL)
+        for child in self._children:
+            child.process.wait()
+
+    def __enter__(self) -> Sidecars:
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends what still runs."""
+        self._closing.set()
+        self.kill()
+        for descriptor in self._leash:
+            os.close(descriptor)
+
+
+def _last_words(child: _Child) -> list[str]:
+    """The line in which a rank said what ended it, or else the last ones of its log."""
+    if child.log is None:
+        return []
+    with child.log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - _LAST_BYTES, child.log_start))
+        text = file.read().decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = [at for at, line in enumerate(lines) if f" rank {child.rank} ERROR " in line]
+    return lines[said[-1] :][:_LAST_LINES] if said else lines[-_LAST_LINES:]
+
+
+def _obituary(child: _Child) -> str:
+    how = describe_exit(child.process.wait())
+    head = f"rank {child.rank} (pid {child.process.pid}) ended: {how}"
+    lines = _last_words(child)
+    if not lines:
+        return head
+    return f"{head}; the end of {child.log}:\n  " + "\n  ".join(lines)
+
+
+def launch_host(
+    main_host: str,
+    port: int,
+    world_size: int,
+    start_rank: int,
+    start_device: int,
+    num_local_ranks: int,
+    backend: str,
+) -> None:
+    """Runs this machine's share of a run whose core is on another machine.
+
+    Args:
+        main_host: the core's address.
+        port: the core's port.
+        world_size: all ranks of the run.
+        start_rank: the first rank here.
+        start_device: CUDA index of the first rank here (nccl).
+        num_local_ranks: how many ranks here.
+        backend: ``nccl`` or ``gloo``.
+
+    Raises:
+        ValueError: ranks out of range.
+        SidecarFailed: one of them failed.
+    """
+    last = start_rank + num_local_ranks - 1
+    if num_local_ranks < 1:
+        raise ValueError(
+            "no CUDA device here for --backend nccl; give --backend gloo, or --num-local-ranks"
+        )
+    if start_rank < 1 or last >= world_size:
+        raise ValueError(
+            f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
+            "0, further machines have 1 and up (--start-rank, --num-local-ranks)"
+        )
+    with Sidecars(backend, tcp_url(main_host, port), world_size) as sidecars:
+        stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, which the core acts on
+        arguments = (main_host, port)
+        threading.Thread(target=_say_if_alone, args=arguments, daemon=True, name="alone").start()
+        for at in range(num_local_ranks):
+            sidecars.spawn(
+                start_rank + at, start_device + at if backend == "nccl" else None, log=None
+            )
+        sidecars.wait()
+
+
+def _say_if_alone(host: str, port: int) -> None:
+    """Tells the user what is waited for where no core listens yet."""
+    time.sleep(_PATIENCE_SECONDS)
+    try:
+        socket.create_connection((host, port), _PATIENCE_SECONDS).close()
+    except OSError as error:
+        sys.stderr.write(
+            f"psyche-fast: waiting for the core: nobody listens at {host}:{port} yet "
+            f"({error.strerror or error}); is psyche-fast train running there, with that --host "
+            "and --port?\n"
+        )
+        sys.stderr.flush()
+
+
+def local_ranks(world_size: int, ranks_here: int) -> Sequence[int]:
+    """Ranks of the sidecars on the core's own machine."""
+    return range(1, min(ranks_here, world_size))

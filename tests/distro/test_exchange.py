@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from psyche_fast.distro import exchange
+from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows, start
+from tests.groups import run_ranks
+
+
+def _exchange(rank: int) -> torch.Tensor:
+    own = torch.arange(1000, dtype=torch.uint8) + rank
+    pending = exchange.start(own, dist.group.WORLD)
+    other = exchange.start(torch.full((4,), rank), dist.group.WORLD)  # two under way at once
+    assert pending.bytes_sent == 1000
+    received = pending.wait()
+    assert other.wait()[:, 0].tolist() == [0, 1, 2]
+    return received.clone()
+
+
+def test_every_peer_receives_all_in_rank_order() -> None:
+    expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
+    for received in run_ranks(_exchange, 3):
+        assert torch.equal(received, expected)
+
+
+def _late(rank: int) -> list[bool]:
+    # The checks between ranks that tests ask for wait for the other ranks before each collective.
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    peers, others = dist.new_group(), dist.new_group()
+    found = []
+    if rank == 1:
+        dist.barrier(others)
+    pending = exchange.start(torch.full((3,), rank), peers)
+    if rank == 0:
+        found.append(pending.completed())  # rank 1 has not begun
+        dist.barrier(others)
+    deadline = time.monotonic() + 30
+    while not pending.completed() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found.append(pending.completed())
+    assert pending.wait()[:, 0].tolist() == [0, 1]
+    return found
+
+
+def test_an_exchange_completes_without_being_waited_for() -> None:
+    assert run_ranks(_late, 2) == [[False, True], [True]]
+
+
+def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
+    with (
+        mock.patch.dict(exchange.BUCKET_BYTES, cpu=4 * 96),
+        mock.patch.object(exchange, "_all_gather", wraps=exchange._all_gather) as gathers,
+    ):
+        received = exchange.start(torch.arange(250) * (rank + 1), dist.group.WORLD).wait()
+    return received, gathers.call_count
+
+
+def test_what_is_larger_than_a_bucket_travels_in_several() -> None:
+    expected = torch.stack([torch.arange(250) * (rank + 1) for rank in range(2)])
+    for received, count in run_ranks(_exchange_in_buckets, 2):
+        assert torch.equal(received, expected)
+        assert count == 6  # of 48 int64 each, 10 in the last
+
+
+@pytest.mark.parametrize(("k", "signs"), [(8, True), (32, True), (8, False)])
+def test_a_step_of_a_billion_parameters_is_at_most_four_collectives(k: int, signs: bool) -> None:
+    # Llama 3.2 1B: 1.24 G parameters in 146 tensors, on the smaller buckets of gloo.
+    width, deep, vocabulary, inner = 2048, 16, 128_256, 8192
+    layer = {
+        "q_proj": (width, width), "k_proj": (512, width), "v_proj": (512, width),
+        "o_proj": (width, width), "gate_proj": (inner, width), "up_proj": (inner, width),
+        "down_proj": (width, inner), "input_layernorm": (width,), "post_layernorm": (width,),
+    }  # fmt: skip
+    shapes = {f"{i}.{name}": shape for i in range(deep) for name, shape in layer.items()}
+    shapes |= {"embed_tokens": (vocabulary, width), "norm": (width,)}
+    assert sum(math.prod(shape) for shape in shapes.values()) > 1e9
+    layout = Layout(
+        [
+            ParameterLayout.of(
+                name, shape, torch.bfloat16, torch.device("cpu"),
+                compression_chunk=64, compression_topk=k,
+            )
+            for name, shape in shapes.items()
+        ]
+    )  # fmt: skip
+    size = MessageFormat(layout, ["torch"] * len(layout.plans), signs=signs).size
+    buckets = math.ceil(size / exchange.BUCKET_BYTES["cpu"])
+    all_to_alls = 2  # where shards' edges cut chunks: tests/distro/test_placement.py counts them
+    assert buckets + all_to_alls <= 4
+
+
+def test_a_lonely_rank_sends_nothing() -> None:
+    own = torch.arange(10)
+    pending = exchange.start(own, None)
+    assert pending.completed()
+    assert pending.bytes_sent == 0
+    assert torch.equal(pending.wait(), own[None])
+
+
+def test_rows_are_hashed_as_one_by_one() -> None:
+    rows = torch.randint(-9, 9, (3, 70_001), generator=torch.Generator().manual_seed(0))
+    assert hash_rows(rows).tolist() == [int(hash_bits(row)) for row in rows]
+    assert hash_rows(rows[:, :0]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_hash_sees_every_change(dtype: torch.dtype) -> None:
+    x = (torch.randn(70_001, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    if dtype == torch.bool:
+        x = torch.arange(70_001) % 3 == 0
+    own = hash_bits(x)
+    assert own == hash_bits(x.clone())
+    for at in (0, 12_345, 65_535, 65_536, 70_000):
+        changed = x.clone()
+        words = changed.view(torch.uint8)
+        words[at * x.element_size()] ^= 1
+        assert hash_bits(changed) != own, at
+    swapped = x.clone()
+    at = int((x[1:] != x[:-1]).nonzero()[0])
+    swapped[at], swapped[at + 1] = x[at + 1], x[at]
+    assert hash_bits(swapped) != own
+
+
+def _check(rank: int) -> str:
+    peers = dist.group.WORLD
+    assert peers is not None
+    tensors = {"a": torch.ones(5), "b": torch.zeros(3, 2), "empty": torch.empty(0)}
+    start(tensors, peers, 3).finish()
+    if rank == 1:
+        tensors["b"][1, 1] = -0.0  # equal in value, not in bits
+    check = start(tensors, peers, 4)
+    tensors["b"][1, 1] = 0.0  # too late: what is compared is what was there
+    try:
+        check.finish()
+    except ReplicasDiffer as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_that_differ_are_found_on_every_rank() -> None:
+    for message in run_ranks(_check, 2):
+        assert message == ("step 4: replicas are no longer bit-identical in 1 of 3 parameters: b")

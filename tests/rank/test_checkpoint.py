@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from psyche_fast.models import load_model
+from psyche_fast.models.source import resolve_model
+from psyche_fast.rank import checkpoint
+from psyche_fast.rank.checkpoint import atomic_folder, save_model, write_tensors
+from tests.tiny import save_llama
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint_loads_in_plain_transformers_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "model", tie_word_embeddings=tied)))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    source = resolve_model(str(tmp_path / "model"))
+    model = load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)
+    save_model(tmp_path / "out", model, model.full_state_dict_iter(), source.side_files)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(loaded[n], original[n]) for n in original)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(5)}
+    write_tensors(tmp_path, iter(tensors.items()), max_bytes=900)
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names == [
+        "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors", "model.safetensors.index.json",
+    ]  # fmt: skip
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2000
+    assert sorted(index["weight_map"]) == sorted(tensors)
+    assert index["weight_map"]["t4"] == "model-00003-of-00003.safetensors"
+
+
+def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "model")))
+    model = load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)
+    save_model(tmp_path / "out", model, model.full_state_dict_iter(), [])
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    seen = []
+
+    def failing() -> Iterator[tuple[str, Tensor | None]]:
+        for name, tensor in model.full_state_dict_iter():
+            seen.append(name)
+            yield name, tensor
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_fast.rank.checkpoint.save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save_model(tmp_path / "out", model, failing(), [])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "out"]
+    assert len(seen) == len(list(model.full_state_dict_iter())), "other ranks are not left waiting"
+
+
+def test_a_kill_during_a_save_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
+    def killed() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill(folder: Path, text: str) -> None:
+    with atomic_folder(folder) as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(text)
+
+
+def can_exchange(folder: Path) -> bool:
+    (folder / "x").mkdir()
+    (folder / "y").mkdir()
+    return checkpoint._exchange(folder / "x", folder / "y")
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    out = tmp_path / "runs" / "out"
+    fill(out, "old")
+    moved = []
+    monkeypatch.setattr(Path, "rename", lambda *names: moved.append(names))
+    fill(out, "new")
+    assert moved == [], "between two renames there would be no folder of that name"
+    assert [(out / name).read_text() for name in ("a", "b")] == ["new", "new"]
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+
+
+def test_where_names_cannot_be_exchanged_the_old_folder_comes_back_on_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_exchange", lambda *_: False)
+    out = tmp_path / "out"
+    fill(out, "old")
+    fill(out, "new")
+    assert (out / "a").read_text() == "new"
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out.tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        fill(out, "newest")
+    assert (out / "a").read_text() == "new"
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    with pytest.raises(FileNotFoundError):
+        checkpoint._exchange(tmp_path / "x", tmp_path / "absent")

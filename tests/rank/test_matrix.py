@@ -1,0 +1,135 @@
+"""Replicas x shards x tensor parallelism in up to 8 processes against the replicas in one process.
+
+The oracle has no process group at all: one trainer per replica, each with its share of the batch,
+that are handed one another's results as Psyche's rank 0 would.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from psyche_fast import config
+from psyche_fast.batch import Batch
+from psyche_fast.distro.results import quantize_1bit
+from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.trainer import Trainer
+from psyche_fast.schedules import Constant
+from tests.groups import run_ranks
+from tests.models.support import load
+from tests.tiny import VOCABULARY, random_tokens
+
+STEPS, LR = 5, 5e-4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+    "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 2), (2, 4, 1), (4, 2, 1)]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = tmp_path_factory.mktemp("matrix")
+    for name, (kind, changes) in MODELS.items():
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(kind, **SIZES, **changes)
+        AutoModelForCausalLM.from_config(settings).save_pretrained(place / name)
+    return {name: place / name for name in MODELS}
+
+
+def batches() -> list[Batch]:
+    return [Batch(random_tokens(8, 16, seed=seed)) for seed in range(STEPS)]
+
+
+def trainer(folder: Path, topology: Topology, *, micro: int, exchanges: bool) -> Trainer:
+    distro = config.Distro(
+        clip_grad_norm=1.0, weight_decay=0.1, compression_decay=0.9, compression_topk=4,
+        compression_chunk=16, quantize_1bit=True,
+    )  # fmt: skip
+    schedule = Constant(base_lr=LR, warmup_init_lr=0.0, warmup_steps=0)
+    model = load(folder, topology)
+    return Trainer(
+        model,
+        topology,
+        schedule,
+        distro,
+        micro_batch_size=micro,
+        exchanges=exchanges,
+        check_every=1,
+    )
+
+
+def in_one_process(folder: Path, replicas: int) -> tuple[list[float], dict[str, Tensor]]:
+    trainers = [trainer(folder, Topology(), micro=2, exchanges=False) for _ in range(replicas)]
+    own: list[list[Any]] = [[] for _ in trainers]
+    losses = []
+    for step, batch in enumerate(batches(), start=1):
+        outputs = [
+            t.train(step, batch.share(r, replicas), results=own[r] and [own[r]])
+            for r, t in enumerate(trainers)
+        ]
+        losses.append(sum(float(o.loss) for o in outputs) / replicas)
+        if step > 1:
+            for t in trainers:
+                t.optimize(step, results=[quantize_1bit(result) for result in own])
+        own = [output.results for output in outputs]
+    trainers[0].plain()
+    return losses, dict(trainers[0].model.full_state_dict_iter())
+
+
+def in_processes(
+    rank: int, folders: dict[str, Path], dp: int, tp: int
+) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    found = {}
+    for name, folder in folders.items():
+        topology = Topology.build(dp, tp, torch.device("cpu"))
+        own = trainer(folder, topology, micro=2 * dp, exchanges=True)
+        losses = []
+        for step, batch in enumerate(batches(), start=1):
+            output = own.train(step, batch.share(topology.replica, topology.replicas))
+            totals = torch.stack([output.loss, output.kept])
+            dist.all_reduce(totals)
+            losses.append(float(totals[0] / totals[1]))
+            if step > 1:
+                own.optimize(step)  # which checks that the replicas hold the same bits
+        own.plain()
+        parameters = {k: t for k, t in own.model.full_state_dict_iter() if t is not None}
+        found[name] = losses, parameters
+    return found if rank == 0 else {}
+
+
+@pytest.mark.parametrize(("replicas", "dp", "tp"), LAYOUTS)
+def test_losses_and_parameters_are_those_of_one_process(
+    folders: dict[str, Path], replicas: int, dp: int, tp: int
+) -> None:
+    before = {n: dict(load(f, Topology()).full_state_dict_iter()) for n, f in folders.items()}
+    found = run_ranks(in_processes, replicas * dp * tp, folders, dp, tp)[0]
+    for name, folder in folders.items():
+        losses, parameters = in_one_process(folder, replicas)
+        assert found[name][0] == pytest.approx(losses, abs=1e-4)
+        trained = found[name][1]
+        assert trained.keys() == parameters.keys()
+        elements = sum(t.numel() for t in parameters.values())
+        moved = sum((t - before[name][k]).abs().sum() for k, t in trained.items()) / elements
+        assert moved > LR, "several updates"
+        # An update is one of two numbers for each element: all of them are the same but where a
+        # coefficient is so near to another, or to 0, that the order of a sum decides.
+        flipped = sum(((t - parameters[k]).abs() > 1e-4).sum() for k, t in trained.items())
+        assert flipped / elements < 0.005
+        same = [(t - parameters[k]).abs() for k, t in trained.items()]
+        assert max(d[d <= 1e-4].max() for d in same) < 1e-6

@@ -1,0 +1,479 @@
+"""The trainer alone, on tiny models: what reaches the gradients and what does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from psyche_fast import config
+from psyche_fast.batch import Batch
+from psyche_fast.distro import Distro, exchange
+from psyche_fast.distro.message import MessageFormat, Unpacking
+from psyche_fast.distro.replicas import ReplicasDiffer
+from psyche_fast.kernels.plan import Entries
+from psyche_fast.models import load_model
+from psyche_fast.models.source import resolve_model
+from psyche_fast.psyche import evaluation
+from psyche_fast.rank import serve as runtime
+from psyche_fast.rank.gradients import local_parts
+from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.trainer import Trainer
+from psyche_fast.schedules import Constant
+from tests.groups import run_ranks
+from tests.tiny import random_tokens, save_llama
+
+DISTRO = config.Distro(
+    clip_grad_norm=1.0, weight_decay=0.1, compression_decay=0.9, compression_topk=4,
+    compression_chunk=16, quantize_1bit=True,
+)  # fmt: skip
+ADAMW = config.AdamW(betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, clip_grad_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+def trainer(
+    folder: Path,
+    optimizer: config.OptimizerConfig,
+    *,
+    micro: int = 2,
+    topology: Topology | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> Trainer:
+    topology = topology or Topology()
+    model = load_model(
+        resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=dtype,
+        shard_mesh=topology.shard_mesh, group=topology.copy,
+    )  # fmt: skip
+    schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
+    return Trainer(model, topology, schedule, optimizer, micro_batch_size=micro, **options)  # type: ignore[arg-type]
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def grads(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+def test_every_real_token_weighs_the_same(folder: Path, rows: int) -> None:
+    ids, labels = random_tokens(rows, 10), random_tokens(rows, 10, seed=1)
+    labels[0, 3:] = -100
+    labels[2] = -100
+    tested = trainer(folder, config.Dummy(), micro=2)
+    output = tested.train(1, Batch(ids, labels))
+    model = reference(folder)
+    loss = model(ids, labels=labels).loss
+    loss.backward()
+    assert float(output.loss / output.kept) == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert float(output.kept) == pytest.approx((rows - 1) / rows)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_nonfinite_micro_batch_never_reaches_the_gradients(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = trainer(folder, config.Dummy(), micro=2)
+    ids = random_tokens(6, 10)
+    plain = type(tested.model).loss
+    calls = []
+
+    def poisoned(self: object, batch: Batch) -> torch.Tensor:
+        calls.append(batch.rows)
+        loss = plain(self, batch)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) == 2 else loss
+
+    monkeypatch.setattr(type(tested.model), "loss", poisoned)
+    output = tested.train(1, Batch(ids))
+    assert calls == [2, 2, 2]
+    assert output.nonfinite_losses == 1
+    assert not output.refused
+    model = reference(folder)
+    kept = torch.cat([ids[:2], ids[4:]])
+    loss = model(kept, labels=kept).loss * 4 / 6
+    loss.backward()
+    assert float(output.loss) == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert float(output.kept) == pytest.approx(4 / 6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads(tested)[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", [DISTRO, ADAMW])
+def test_a_gradient_that_is_not_finite_is_refused(
+    folder: Path, optimizer: config.OptimizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="psyche_fast")  # whatever earlier tests have set
+    tested = trainer(folder, optimizer, exchanges=True)
+    ids = random_tokens(2, 10)
+    fine = tested.train(1, Batch(ids))
+    runtime.warn_of_refusal(1, fine.refused)
+    assert not fine.refused
+    assert not caplog.messages
+    name, parameter = next(iter(tested.parameters.items()))
+    hook = parameter.register_hook(lambda g: g * float("inf"))
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    output = tested.train(2, Batch(ids))
+    hook.remove()
+    assert output.refused
+    runtime.warn_of_refusal(2, output.refused)
+    assert caplog.messages == ["step 2: the gradient is not finite and is refused"]
+    tested.optimize(2)
+    after = tested.train(3, Batch(ids))
+    assert all(p.isfinite().all() for p in tested.parameters.values())
+    assert torch.isfinite(after.loss).all()
+    if optimizer is ADAMW:
+        assert all(torch.equal(before[n], p) for n, p in tested.parameters.items()), name
+
+
+def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
+    tested = trainer(folder, DISTRO, exchanges=True)
+    ids = random_tokens(4, 10)
+    for step in (1, 2, 3):
+        tested.train(step, Batch(ids))
+        if step > 1:
+            tested.optimize(step)
+        model = reference(folder)
+        model.load_state_dict(dict(tested.model.full_state_dict_iter()))
+        logits, loss = evaluation.forward(
+            tested.model, Topology(), Batch(ids, labels=ids), num_logits_to_keep=2, loss_scale=2.0
+        )
+        expected = model(ids, labels=ids)
+        torch.testing.assert_close(logits, expected.logits[:, -2:], rtol=1e-5, atol=1e-6)
+        assert loss is not None
+        assert float(loss) == pytest.approx(float(expected.loss) / 2, abs=1e-5)
+
+
+def test_truncate_bf16(folder: Path) -> None:
+    tested = trainer(folder, config.Dummy())
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    evaluation.truncate_bf16(tested.model)
+    for name, parameter in tested.parameters.items():
+        assert torch.equal(parameter, before[name].bfloat16().float())
+        assert not torch.equal(parameter, before[name]) or before[name].unique().numel() == 1
+
+
+def test_fp32_accumulation_is_nearer_to_fp32(folder: Path) -> None:
+    ids = random_tokens(16, 12)
+    exact = trainer(folder, config.Dummy(), micro=16)
+    exact.train(1, Batch(ids))
+    errors = {}
+    for fp32 in (False, True):
+        tested = trainer(
+            folder, config.Dummy(), micro=1, dtype=torch.bfloat16, grad_accum_in_fp32=fp32
+        )
+        tested.train(1, Batch(ids))
+        errors[fp32] = sum(
+            float((g.float() - grads(exact)[n]).norm()) for n, g in grads(tested).items()
+        )
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("left_out", [None, 0, 3])
+def test_norm_of_gradients_summed_up_in_fp32(
+    folder: Path, left_out: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = trainer(folder, config.Dummy(), micro=1, dtype=torch.bfloat16, grad_accum_in_fp32=True)
+    plain = type(tested.model).loss
+    calls = []
+
+    def poisoned(self: object, batch: Batch) -> torch.Tensor:
+        calls.append(batch.rows)
+        loss = plain(self, batch)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) - 1 == left_out else loss
+
+    monkeypatch.setattr(type(tested.model), "loss", poisoned)
+    output = tested.train(1, Batch(random_tokens(4, 10)))
+    assert len(calls) == 4
+    assert output.nonfinite_losses == (left_out is not None)
+    held = grads(tested)
+    assert held.keys() == tested.parameters.keys()
+    assert all(g.dtype == torch.float32 for g in held.values())
+    exact = sum(float(g.double().square().sum()) for g in held.values()) ** 0.5
+    assert float(output.grad_norm) == pytest.approx(exact, rel=1e-6)
+
+
+def test_zero_optim_forgets_the_momentum(folder: Path) -> None:
+    ids = random_tokens(2, 10)
+    for optimizer in (ADAMW, DISTRO):
+        fresh, used = (trainer(folder, optimizer, exchanges=True) for _ in range(2))
+        used.train(1, Batch(random_tokens(2, 10, seed=5)))
+        if optimizer is ADAMW:
+            used.optimize(1)
+        for tested in (fresh, used):
+            tested.plain()
+            for name, parameter in reference(folder).named_parameters():
+                tested.parameters[name].data.copy_(parameter.data)
+        for tested in (fresh, used):
+            tested.train(2, Batch(ids), zero_optim=True)
+            if optimizer is ADAMW:
+                tested.optimize(2)
+                assert_same(tested.parameters, fresh.parameters)
+            else:
+                assert_same(tested._optimizer.momentum(), fresh._optimizer.momentum())
+
+
+def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_optimize_before_there_is_a_result(folder: Path) -> None:
+    tested = trainer(folder, DISTRO, exchanges=True)
+    tested.train(1, Batch(random_tokens(2, 8)))
+    with pytest.raises(ValueError, match="applied after the next"):
+        tested.optimize(1)
+
+
+class Slow:
+    """An exchange that has brought everything when it has been asked ``asks`` times, or waits."""
+
+    def __init__(self, message: torch.Tensor, asks: float, said: list[str]) -> None:
+        self.bytes_sent = message.nbytes
+        self._message, self._asks, self._said = message, asks, said
+
+    def completed(self) -> bool:
+        self._asks -= 1
+        return self._asks < 0
+
+    def wait(self) -> torch.Tensor:
+        self._said.append("there" if self._asks < 0 else "waits")
+        return torch.stack([self._message, self._message])
+
+
+def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What happens in the fourth step, and the parameters after it."""
+    tested = trainer(folder, DISTRO, exchanges=True, micro=2)
+    said: list[str] = []
+
+    def spy(owner: type, name: str, word: str) -> mock._patch[object]:
+        plain = getattr(owner, name)
+
+        def call(*args: object, **options: object) -> object:
+            said.append(word)
+            return plain(*args, **options)
+
+        return mock.patch.object(owner, name, call)
+
+    with (
+        mock.patch.object(exchange, "start", lambda message, peers: Slow(message, asks, said)),
+        spy(MessageFormat, "begin_unpack", "unpacks"),
+        spy(Unpacking, "result", "checked?"),
+        spy(type(tested.model), "loss", "forward"),
+        spy(torch.Tensor, "backward", "backward"),
+        spy(Distro, "compress", "compress"),
+        spy(Distro, "update", "apply"),
+    ):
+        for step in (1, 2, 3, 4):
+            said.clear()
+            tested.train(step, Batch(random_tokens(4, 10, seed=step)))
+            if step > 1:
+                tested.optimize(step)
+    return said, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def test_results_are_unpacked_once_they_are_there_and_waited_for_last(folder: Path) -> None:
+    step = ["forward", "backward", "forward", "backward", "compress", "checked?", "apply"]
+    found = {}
+    # Where in the step the results are found to be there: between forwards and backwards, after
+    # the last backward, or not before they are waited for.
+    for asks, at in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4)):
+        said, found[asks] = _with_link(folder, asks)
+        assert said == [*step[:at], "there", "unpacks", *step[at:]]
+    said, found[-1] = _with_link(folder, float("inf"))
+    assert said == [*step[:5], "waits", "unpacks", *step[5:]]
+    untrained = reference(folder).state_dict()
+    assert any(not torch.equal(found[-1][n], untrained[n]) for n in untrained)
+    for parameters in found.values():
+        assert_same(parameters, found[-1])
+
+
+def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+    losses = []
+    for step in range(1, 7):
+        batch = Batch(random_tokens(rows, 10, seed=step))
+        output = tested.train(step, batch.share(rank, 2))
+        totals = torch.stack([output.loss, output.kept])
+        dist.all_reduce(totals)
+        losses.append(float(totals[0] / totals[1]))
+        if step > 1:
+            tested.optimize(step)
+    return losses, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def _split(rank: int, folder: Path) -> list[tuple[list[object], dict[str, torch.Tensor]]]:
+    found = []
+    for split in (False, True):
+        topology = Topology.build(2, 1, torch.device("cpu"), split=split)
+        assert (topology.everyone is not None) == split
+        assert topology.peers is not None
+        ranks = dist.get_process_group_ranks(topology.peers)
+        assert ranks == [topology.shard, topology.shard + 2]
+        tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+        counts: list[object] = []
+        for step in (1, 2, 3):
+            batch = Batch(random_tokens(4, 10, seed=step))
+            totals = runtime.Totals(tested.train(step, batch.share(topology.replica, 2)), tested)
+            if step > 1:
+                tested.optimize(step)
+            counts.append(totals.wait())
+        parameters = local_parts(tested.parameters)
+        found.append((counts, {n: p.detach().clone() for n, p in parameters.items()}))
+    return found
+
+
+def _debugging(rank: int, release: str) -> str:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    with mock.patch.object(torch, "__version__", TorchVersion(release)):
+        Topology.build(2, 1, torch.device("cpu"))
+        try:
+            Topology.build(1, 2, torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_checks_between_ranks_that_an_older_torch_does_not_have_are_refused() -> None:
+    said = run_ranks(_debugging, 2, "2.11.0")
+    assert said == [said[0]] * 2
+    assert said[0].startswith("TORCH_DISTRIBUTED_DEBUG=DETAIL with tensor parallelism needs torch")
+    assert "this is 2.11.0;" in said[0]
+    assert run_ranks(_debugging, 2, "2.13.0") == ["", ""]
+
+
+def test_gloo_between_replicas_changes_nothing(folder: Path) -> None:
+    for (counts, one), (again, other) in run_ranks(_split, 4, folder):
+        assert counts == again
+        assert counts[1].loss > 0  # type: ignore[attr-defined]
+        assert counts[1].bytes_sent > 0  # type: ignore[attr-defined]
+        assert_same(one, other)
+
+
+def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("psyche_fast").addHandler(handler)
+    pack = MessageFormat.pack
+
+    def damaged(self: MessageFormat, entries: list[Entries]) -> torch.Tensor:
+        message = pack(self, entries)
+        if rank == 1 and step == 2:
+            message[-20] ^= 1
+        return message
+
+    before = {n: p.detach().clone() for n, p in tested.parameters.items()}
+    with mock.patch.object(MessageFormat, "pack", damaged):
+        for step in (1, 2, 3, 4):
+            tested.train(step, Batch(random_tokens(2, 10, seed=step)))
+            if step > 1:
+                tested.optimize(step)  # compares the replicas' bits
+    moved = any(not torch.equal(before[n], p) for n, p in tested.parameters.items())
+    return [text for text in said if "refused" in text], moved
+
+
+def test_a_replica_that_sends_damaged_results_is_left_out_by_name(folder: Path) -> None:
+    for said, moved in run_ranks(_lying, 2, folder):
+        assert said == [
+            "the result of replica 1 is refused: its checksum does not match its content"
+        ]
+        assert moved
+
+
+def _diverging(rank: int, folder: Path) -> str:
+    topology = Topology.build(1, 1, torch.device("cpu"))
+    tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=2)
+    for step in (1, 2, 3, 4):
+        tested.train(step, Batch(random_tokens(2, 10, seed=step)))
+        if step == 3 and rank == 1:  # as a flipped bit of memory would
+            tested.plain()
+            tested.parameters["model.norm.weight"].data.view(torch.int32)[5] ^= 1
+        try:
+            if step > 1:
+                tested.optimize(step)
+        except ReplicasDiffer as error:
+            return f"{step}: {error}"
+    return "not found"
+
+
+def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
+    for said in run_ranks(_diverging, 2, folder):
+        assert said.startswith("4: step 4: replicas are no longer bit-identical")
+        assert "model.norm.weight" in said
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_replicas_stay_bit_identical(folder: Path, rows: int) -> None:
+    (losses, one), (_, other) = run_ranks(_replicas, 2, folder, rows)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    untrained = reference(folder).state_dict()
+    assert any(not torch.equal(one[n], untrained[n]) for n in one)
+    model = reference(folder)
+    first = random_tokens(rows, 10, seed=1)
+    assert losses[0] == pytest.approx(float(model(first, labels=first).loss), abs=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _deferred(rank: int, folder: Path, bad: int | None) -> list[tuple[object, ...]]:
+    topology = Topology.build(2, 1, torch.device("cpu"))
+    found: list[tuple[object, ...]] = []
+    for defer in (False, True):
+        model = load_model(
+            resolve_model(str(folder)), device=torch.device("cpu"), param_dtype=torch.float32,
+            shard_mesh=topology.shard_mesh,
+        )  # fmt: skip
+        schedule = Constant(base_lr=0.01, warmup_init_lr=0.0, warmup_steps=0)
+        own = Trainer(
+            model, topology, schedule, config.Dummy(), micro_batch_size=2, defer_grad_sync=defer
+        )
+        calls, loss = iter(range(100)), model.loss
+
+        def spoilt(batch: Batch, loss=loss, calls=calls) -> torch.Tensor:
+            return loss(batch) * (torch.nan if next(calls) == bad else 1.0)
+
+        with Operators() as operators, mock.patch.object(model, "loss", spoilt):
+            output = own.train(1, Batch(random_tokens(6, 16)))
+        reduced = sum("reduce_scatter" in name for name in operators.names)
+        grads = {n: p.grad.to_local() for n, p in own.parameters.items() if p.grad is not None}
+        found.append((grads, float(output.loss), output.nonfinite_losses, reduced))
+    return found
+
+
+@pytest.mark.parametrize("bad", [None, 1, 2])
+def test_deferred_gradients_are_the_same_with_one_reduction(folder: Path, bad: int | None) -> None:
+    for each, deferred in run_ranks(_deferred, 2, folder, bad):
+        assert deferred[1:3] == each[1:3]
+        assert deferred[0].keys() == each[0].keys()
+        for name, gradient in each[0].items():
+            torch.testing.assert_close(deferred[0][name], gradient, rtol=1e-4, atol=1e-6)
+        # two blocks and what is left, for each of the micro-batches that were kept
+        assert (each[3], deferred[3]) == (3 * (3 if bad is None else 2), 3)
