@@ -44,10 +44,10 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 from benchmarks.common import environment, percentiles, write_json
 from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import elements, llama
-from psyche_fast.config import Distro as Settings
+from psyche_fast.config import Optimizer
 from psyche_fast.distro import exchange
 from psyche_fast.models.parallel import shard
-from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.optimizers import DistroOptimizer
 
 SHAPES = llama(vocabulary=2048, width=256, layers=8, key_value=128, hidden=1024, tied=True)
 REPLICAS, SHARDS = 2, 2
@@ -180,14 +180,13 @@ class Ours:
     """What the trainer does in a step, forward and backward apart."""
 
     def __init__(self, parameters: list[Tensor], peers: dist.ProcessGroup) -> None:
-        settings = Settings(
-            clip_grad_norm=None, weight_decay=None, compression_decay=DECAY,
-            compression_topk=TOPK, compression_chunk=64, quantize_1bit=True,
+        options = Optimizer(
+            distro=True, weight_decay=0.0, compression_decay=DECAY, compression_topk=TOPK,
+            compression_chunk=64, distro_quantization=True,
         )  # fmt: skip
         named = {f"{i:04}": p for i, p in enumerate(parameters)}
-        self.optimizer = make_optimizer(settings, named, peers, True)
+        self.optimizer = DistroOptimizer(named, options, peers)
         self.seconds = 0.0
-        self._first = True
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -208,10 +207,8 @@ class Ours:
             mock.patch.object(Future, "result", self._timed(Future.result)),
             mock.patch.object(dist, "all_to_all_single", self._timed(dist.all_to_all_single)),
         ):
-            self.optimizer.after_backward([], RATE, RATE, torch.ones(()))
-            if not self._first:
-                self.optimizer.step(None, RATE)
-            self._first = False
+            self.optimizer.after_backward(RATE, RATE, torch.ones(()))
+            self.optimizer.step(RATE)
 
 
 def _sharded(mesh: DeviceMesh) -> list[Tensor]:

@@ -17,9 +17,10 @@ from psyche_fast.distro.chunks import (
     check_delta_shape,
     warn_of_tiny_chunks,
 )
-from psyche_fast.distro.shards import Parts, full_tensor
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.sharding import full_tensor
 
 MAX_OFFLOADED_ELEMENTS = 1 << 26
 """Elements of delta on the device at once where it is offloaded, or those of one parameter."""

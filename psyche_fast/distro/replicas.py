@@ -18,7 +18,7 @@ class ReplicasDiffer(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Check:
+class PendingCheck:
     """A comparison under way.
 
     Attributes:
@@ -46,11 +46,12 @@ class Check:
             )
 
 
-def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> Check:
+def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> PendingCheck:
     """Begin to compare this rank's tensors with its counterparts in the other replicas.
 
     Hashes take as long as several round trips, and on NCCL they queue behind results under way:
-    `Check.finish` a step later waits for neither. The tensors may change as soon as this returns.
+    `PendingCheck.finish` a step later waits for neither. The tensors may change as soon as this
+    returns.
 
     Args:
         tensors: this rank's parts, by name; the same names on every peer.
@@ -59,4 +60,4 @@ def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) ->
     """
     hashes = [hash_bits(tensor) for tensor in tensors.values()]
     own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
-    return Check(step, list(tensors), exchange.start(own, peers if hashes else None))
+    return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None))

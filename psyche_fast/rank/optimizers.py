@@ -1,11 +1,10 @@
-"""The optimisers of the protocol behind one face, in the order of Psyche's train loop.
+"""The optimisers behind one face, in the order of Psyche's train loop.
 
-`train` calls `look_ahead`, `receive` and `after_backward`; `optimize` calls `step`.
+`Trainer.train` calls `look_ahead`, `receive` and `after_backward`; `Trainer.optimize` calls `step`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +14,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
-from psyche_fast.distro import DistroResult, DistroStep
+from psyche_fast.distro import DistroStep
 from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.results import collect, collect_own, to_results
 from psyche_fast.kernels.plan import Entries
-from psyche_fast.rank.gradients import drop_gradients, gradients, scale_
+from psyche_fast.rank.gradients import gradients, scale_
 
-Results = list[list[DistroResult]]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Optimizer:
-    """One rank's optimiser over named parameters. This one is Psyche's `Dummy`: no change."""
+    """One rank's optimiser over named parameters. This one changes nothing."""
 
     @property
     def bytes_sent(self) -> int:
@@ -42,33 +40,21 @@ class Optimizer:
         To be called between forwards and backwards, as often as one likes.
         """
 
-    def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor
-    ) -> list[DistroResult]:
+    def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Take up the gradients.
 
         Args:
-            results: own results of the previous step as rank 0 sent them; empty otherwise.
             prev_lr: learning rate of the previous step.
             lr: learning rate of this step.
             factor: what to multiply the gradients by (clipping), 0-d on their device. NaN where
                 the gradients are not to be used at all.
-
-        Returns:
-            This step's result, where it is for rank 0 to send on.
         """
-        return []
 
-    def step(self, results: Results | None, lr: float) -> None:
+    def step(self, lr: float) -> None:
         """Change the parameters.
 
         Args:
-            results: all peers' results of the previous step as rank 0 sent them; None where the
-                ranks exchange them themselves.
             lr: learning rate of this step.
-
-        Raises:
-            ValueError: there is no result to apply, or one is malformed.
         """
 
     def settle(self) -> None:
@@ -86,9 +72,9 @@ class Optimizer:
 
 
 class AdamWOptimizer(Optimizer):
-    """`torch.optim.AdamW`, fused where torch can."""
+    """`torch.optim.AdamW`, fused."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], settings: config.AdamW) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], options: config.Optimizer) -> None:
         """Take the parameters by name."""
         # One group per mesh: torch's fused and foreach paths refuse a mixture of plain tensors
         # and DTensors, or of DTensors of two meshes, inside one group.
@@ -98,30 +84,26 @@ class AdamWOptimizer(Optimizer):
             groups.setdefault(key, []).append(parameter)
         self._adamw = torch.optim.AdamW(
             [{"params": group} for group in groups.values()],
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
             fused=True,
         )
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = list(parameters.values())
 
-    def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor
-    ) -> list[DistroResult]:
-        """Clip, or refuse the gradient; the step itself is for `step`."""
-        scale = float(factor)  # the step's one wait for the device: AdamW cannot refuse there
-        if not math.isfinite(scale):
-            drop_gradients(self._parameters)
-            return []
-        scale_(gradients(self._parameters), scale)
+    def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
+        """Clip; what is to be refused `step` refuses, on the device."""
+        # What mixed precision's loss scaler says of gradients that overflowed: the fused kernel
+        # then changes neither parameters nor moments.
+        self._adamw.found_inf = (~factor.isfinite()).float()  # type: ignore[attr-defined]
+        scale_(gradients(self._parameters), factor)
         for parameter in self._parameters:
             # fused AdamW takes gradients of the parameters' own type only
             if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
                 parameter.grad = parameter.grad.to(parameter.dtype)
-        return []
 
-    def step(self, results: Results | None, lr: float) -> None:
+    def step(self, lr: float) -> None:
         """Take AdamW's step."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -137,27 +119,24 @@ class AdamWOptimizer(Optimizer):
         return {self._names[id(p)]: s["exp_avg"] for p, s in self._adamw.state.items()}
 
 
-class ExchangedDistro(DistroStep, Optimizer):
-    """DisTrO whose results the replicas exchange among themselves, rank by rank."""
+class DistroOptimizer(DistroStep, Optimizer):
+    """DisTrO: replicas exchange their results among themselves and apply them one step late."""
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
+        options: config.Optimizer,
         peers: dist.ProcessGroup | None,
-        *,
-        signs: bool,
-        **options: Any,
     ) -> None:
-        """Agree on groups; a collective of all ranks.
+        """Take the parameters by name; a collective of all ranks where there are peers.
 
         Args:
             parameters: by name.
+            options: the run's.
             peers: this rank's counterparts in the other replicas.
-            signs: send only the values' signs.
-            **options: those of `DistroStep`.
         """
-        super().__init__(parameters, **options)
-        form = MessageFormat(self.layout, self.backends, signs=signs)
+        super().__init__(parameters, **distro_options(options))
+        form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
         # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
         agreement = None if peers is None else dist.new_group(backend="gloo")
         assert agreement is None or isinstance(agreement, dist.ProcessGroup)
@@ -178,21 +157,19 @@ class ExchangedDistro(DistroStep, Optimizer):
         """
         self._exchange.poll()
 
-    def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor
-    ) -> list[DistroResult]:
+    def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Compress, and send what comes of it on its way."""
-        assert not results, "own results are kept by the ranks"
-        self._exchange.poll()  # the last moment at which the device still has something to do
+        self.receive()  # the last moment at which the device still has something to do
         self._own = self.compress(self._own, lr, grad_scale=factor)
         self._exchange.send(self._own)
-        return []
 
-    def step(self, results: Results | None, lr: float) -> None:
-        """Apply the previous step's results of all replicas."""
-        assert results is None, "results are exchanged by the ranks"
+    def step(self, lr: float) -> None:
+        """Apply the previous step's results of all replicas; after the very first there are none.
+
+        What any rank refuses is left out by all, with a warning that names the sender.
+        """
         if len(self._exchange) < 2:
-            raise ValueError("optimize: the first train's results are applied after the next")
+            return
         entries = self._exchange.receive()
         if entries is not None:
             self.update(entries, lr)
@@ -207,53 +184,30 @@ class ExchangedDistro(DistroStep, Optimizer):
         self._own = None
 
 
-class PsycheDistro(DistroStep, Optimizer):
-    """DisTrO whose results rank 0 sends and takes: Psyche's way, over whole parameters."""
-
-    def after_backward(
-        self, results: Results, prev_lr: float, lr: float, factor: Tensor
-    ) -> list[DistroResult]:
-        """Compress."""
-        previous = collect_own([self.parts.own_results(own) for own in results], self.layout)
-        own = to_results(self.layout, self.compress(previous, lr, grad_scale=factor))
-        return self.parts.whole_results(own)
-
-    def step(self, results: Results | None, lr: float) -> None:
-        """Apply the results of all peers."""
-        if results is None:
-            raise ValueError("optimize: there are no results to apply")
-        if results:
-            own = [self.parts.own_results(peer) for peer in results]
-            self.update(collect(own, self.layout), lr)
+def distro_options(options: config.Optimizer) -> dict[str, Any]:
+    """What `DistroStep` takes of a run's options."""
+    return {
+        "compression_decay": options.compression_decay,
+        "compression_chunk": options.compression_chunk,
+        "compression_topk": options.compression_topk,
+        "weight_decay": options.weight_decay,
+        "delta_dtype": _DTYPES[options.delta_dtype],
+        "offload_delta": options.offload_delta,
+    }
 
 
 def make_optimizer(
-    settings: config.OptimizerConfig,
+    options: config.Optimizer,
     parameters: Mapping[str, Tensor],
     peers: dist.ProcessGroup | None,
-    exchanges: bool,
-    **momentum: Any,
 ) -> Optimizer:
-    """Build the optimiser that the hyperparameters name; a collective where ranks exchange.
+    """The optimiser that the options name; a collective of all ranks where there are peers.
 
     Args:
-        settings: the protocol's.
+        options: the run's.
         parameters: by name.
-        peers: this rank's counterparts in the other replicas.
-        exchanges: whether ranks keep and exchange their own results.
-        **momentum: `delta_dtype` and `offload_delta` of DisTrO.
+        peers: this rank's counterparts in the other replicas; None for one replica.
     """
-    if isinstance(settings, config.AdamW):
-        return AdamWOptimizer(parameters, settings)
-    if not isinstance(settings, config.Distro):
-        return Optimizer()
-    options = {
-        "compression_decay": settings.compression_decay,
-        "compression_chunk": settings.compression_chunk,
-        "compression_topk": settings.compression_topk,
-        "weight_decay": settings.weight_decay or 0.0,
-        **momentum,
-    }
-    if exchanges:
-        return ExchangedDistro(parameters, peers, signs=settings.quantize_1bit, **options)
-    return PsycheDistro(parameters, **options)
+    if options.distro:
+        return DistroOptimizer(parameters, options, peers)
+    return AdamWOptimizer(parameters, options)

@@ -70,6 +70,7 @@ def test_a_step_without_update_leaves_nothing_undone():
     run(dtype=torch.float64, skip=(2,))
 
 
+@pytest.mark.no_gpu
 def test_kernels_follow_the_oracle():
     pytest.importorskip("triton")
     shapes = {name: SHAPES[name] for name in ("square", "odd", "experts", "vector", "column")}

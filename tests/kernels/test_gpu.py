@@ -13,6 +13,7 @@ import torch
 
 from psyche_fast import kernels
 from psyche_fast.distro import DeMo, DistroStep
+from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from tests.kernels import support
 from tests.kernels.support import CLASSES, f64, one_class
@@ -174,12 +175,15 @@ def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
     else:
         options = {"compression_decay": 0.9, "compression_chunk": 64, "compression_topk": 4}
         distro = DistroStep(parameters, **options, backend=backend)
+        form = MessageFormat(distro.layout, distro.backends, signs=True)
         own = distro.compress(None, lr)
+        peers, faults = form.unpack(form.pack(own)[None])  # the one thing that waits
+        assert faults == {}
 
         def step():
             distro.look_ahead(lr)
-            distro.compress(own, lr, grad_scale=lr)
-            distro.update(own, lr)
+            form.pack(distro.compress(own, lr, grad_scale=lr))
+            distro.update(peers, lr)
 
     step()  # compiles, which may wait
     before = [p.detach().clone() for p in parameters.values()]

@@ -13,13 +13,13 @@ from torch import Tensor
 from psyche_fast import config
 from psyche_fast.distro import DeMo
 from psyche_fast.distro.exchange import Pending
-from psyche_fast.rank.optimizers import ExchangedDistro, make_optimizer
+from psyche_fast.rank.optimizers import DistroOptimizer, make_optimizer
 from tests.distro.support import SHAPES, random_arrays, to_parameters
 from tests.groups import run_ranks
 
-SETTINGS = config.Distro(
-    clip_grad_norm=None, weight_decay=0.1, compression_decay=0.9, compression_topk=3,
-    compression_chunk=8, quantize_1bit=True,
+OPTIONS = config.Optimizer(
+    distro=True, weight_decay=0.1, compression_decay=0.9, compression_topk=3, compression_chunk=8,
+    distro_quantization=True,
 )  # fmt: skip
 STEPS = 5
 DAMAGED = 2
@@ -67,16 +67,15 @@ def _distro(rank: int, replicas: int, receiver: int, byte: int) -> tuple[list[st
     ranks = dist.get_world_size() // replicas
     groups = [dist.new_group(list(range(p, replicas * ranks, ranks))) for p in range(ranks)]
     parameters = to_parameters(random_arrays(0), torch.float32)
-    optimizer = make_optimizer(SETTINGS, parameters, groups[rank % ranks], True)
+    optimizer = make_optimizer(OPTIONS, parameters, groups[rank % ranks])
     said = _warnings()
     with Damage(rank == receiver, byte):
         for step in range(STEPS):
             optimizer.look_ahead(0.01)
             _set_gradients(parameters, 100 * (rank // ranks) + step)
             optimizer.receive()
-            optimizer.after_backward([], 0.01, 0.01, torch.ones(()))
-            if step:
-                optimizer.step(None, 0.01)
+            optimizer.after_backward(0.01, 0.01, torch.ones(()))
+            optimizer.step(0.01)
         optimizer.plain()
         optimizer.settle()
     return said, [p.detach() for p in parameters.values()]
@@ -141,15 +140,15 @@ def _waits(rank: int) -> list[str]:
     peers = dist.new_group()
     store = dist.distributed_c10d._get_default_store()
     parameters = to_parameters(random_arrays(0), torch.float32)
-    optimizer = make_optimizer(SETTINGS, parameters, peers, True)
-    assert isinstance(optimizer, ExchangedDistro)
+    optimizer = make_optimizer(OPTIONS, parameters, peers)
+    assert isinstance(optimizer, DistroOptimizer)
     said = []
     for step in range(3):
         if rank == 1 and step == 1:
             store.wait(["rank 0 goes on"])
         optimizer.look_ahead(0.01)
         _set_gradients(parameters, step)
-        optimizer.after_backward([], 0.01, 0.01, torch.ones(()))
+        optimizer.after_backward(0.01, 0.01, torch.ones(()))
         if rank == 0 and step == 1:
             # The other replica has not sent this step's: the wait would never end.
             optimizer.receive()
@@ -159,7 +158,7 @@ def _waits(rank: int) -> list[str]:
             optimizer.settle()
             with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError("late")):
                 optimizer.receive()
-                optimizer.step(None, 0.01)
+                optimizer.step(0.01)
                 said.append("applied")
     optimizer.settle()
     return said
