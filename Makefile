@@ -60,4 +60,4 @@ bench: setup ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o timeout=0 $(ARGS)
 
 kernels: setup ## compile the Triton kernels for all GPUs and print what they cost
-	$(BIN)/psyche-fast kernels $(ARGS)
+	$(BIN)/python -m tools.kernel_guard $(ARGS)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from psyche_fast.kernels import limits
-from psyche_fast.kernels.aot import TARGETS, Measurement
-from psyche_fast.kernels.limits import CEILINGS, Limits, allowed, check, updated
+from tools.kernel_guard import limits
+from tools.kernel_guard.aot import TARGETS, Measurement
+from tools.kernel_guard.limits import CEILINGS, Limits, allowed, check, updated
 
 ROOT = Path(__file__).parents[2]
 MEASURED = Measurement(
@@ -199,7 +199,7 @@ def taken(one: Measurement) -> dict[str, dict[str, limits.Line]]:
 
 def test_a_case_without_limits_is_a_fault():
     [told] = faults(Limits("3.7.1"))
-    assert told == f"{NAME} on sm_90: has no limits (psyche-fast kernels --update-limits)"
+    assert told == f"{NAME} on sm_90: has no limits (make kernels ARGS=--update-limits)"
 
 
 def test_a_metric_without_a_limit_or_without_a_value_is_a_fault():
