@@ -68,6 +68,7 @@ def test_a_class_of_chunks_that_falls_back_on_a_gpu_is_said_once_with_the_reason
     assert "triton is not installed" in record.getMessage()
 
 
+@pytest.mark.no_gpu
 def test_the_environment_decides_for_auto(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv(backends.ENVIRONMENT, "interpret")
@@ -88,6 +89,7 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
         kernels.resolve_backend("auto")
 
 
+@pytest.mark.no_gpu
 @pytest.mark.parametrize(
     ("shape", "dtype", "chunk", "message"),
     [
