@@ -38,8 +38,9 @@ from psyche_fast.metrics import Console, MetricsWriter, PhaseTimer
 from psyche_fast.rank.protocol import Sender
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.topology import join
+from psyche_fast.start.network import listen
 from psyche_fast.start.signals import StopRequest
-from psyche_fast.start.store import host_store, listen
+from psyche_fast.start.store import host_store
 
 WARMUP = 3
 LENGTH = 128

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -19,8 +20,11 @@ import click
 
 from psyche_fast import __version__
 from psyche_fast.config import FLAGS, Machines, RunConfig, flag, read_toml
-from psyche_fast.start import lifecycle
+from psyche_fast.errors import exit_status
+from psyche_fast.start import signals
 from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.network import tcp_url
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -74,7 +78,6 @@ def train(
 ) -> None:
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
-    lifecycle.quiet_torch()
     place = launched()
     if place is not None:
         resolved = _launched(resolved, place)
@@ -95,8 +98,9 @@ def train(
     from psyche_fast.core.run import run
 
     result = run(plan, place)
-    click.echo(f"run         {result.output}")
-    click.echo(f"checkpoint  {result.checkpoint}")
+    with suppress(OSError):  # a terminal that has been closed
+        click.echo(f"run         {result.output}")
+        click.echo(f"checkpoint  {result.checkpoint}")
     if result.signal is not None:
         sys.exit(128 + result.signal)
 
@@ -119,17 +123,18 @@ def _launched(config: RunConfig, place: Launched) -> RunConfig:
 
 
 def _serve(config: RunConfig, place: Launched) -> None:
-    """A rank after the first."""
+    """A rank after the first, in the place of a sidecar that the core spawns."""
+    quiet_terminal()
+    signals.leave_to_core()
     from psyche_fast import sidecar
-    from psyche_fast.start.devices import choose_devices
+    from psyche_fast.start.devices import device_of_launched
 
     machines = config.machines
-    devices = choose_devices(machines.device, place.local_world_size)
-    device = devices.devices[place.local_rank]
+    device, backend = device_of_launched(machines.device, place)
     host, port = meet(dataclasses.replace(place, port=machines.port or None), machines.timeout)
     os.environ.setdefault(sidecar.TIMEOUT, str(machines.timeout))
-    arguments = ["--backend", devices.backend, "--world-size", str(place.world_size)]
-    arguments += ["--init-method", f"tcp://{f'[{host}]' if ':' in host else host}:{port}"]
+    arguments = ["--backend", backend, "--world-size", str(place.world_size)]
+    arguments += ["--init-method", tcp_url(host, port)]
     arguments += ["--rank", str(place.rank)]
     if device.index is not None:
         arguments += ["--device", str(device.index)]
@@ -148,7 +153,6 @@ def demo(
     max_steps: int | None, output: Path | None, replicas: int, data_parallelism: int, device: str
 ) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
-    lifecycle.quiet_torch()
     from psyche_fast.core.showcase import run_demo
 
     run_demo(
@@ -187,7 +191,7 @@ def estimate(
     **flags: Any,
 ) -> None:
     """Say what a run would need: memory, bytes a step, time. Reads only the model's config."""
-    lifecycle.quiet_torch()
+    quiet_terminal()
     run = RunConfig.of(**flags)
     from psyche_fast.core import estimate as estimates
 
@@ -239,7 +243,7 @@ def tokenize(
     errors: Literal["strict", "skip"],
 ) -> None:
     """Turn text files, folders, jsonl or Parquet into token files."""
-    lifecycle.quiet_torch()
+    quiet_terminal()
     from psyche_fast.data import find_files, iter_texts, load_tokenizer, tokenize_files
     from psyche_fast.data import train_tokenizer as learn
 
@@ -313,7 +317,7 @@ def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
         return
     from psyche_fast.kernels import autotune as tuner
 
-    chosen = tuner.torch_device(device)
+    chosen = tuner.gpu_of(device)
     table = tuner.autotune(chosen, options["kernels"] or None)
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
@@ -331,10 +335,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        _fail(str(error), 2, error)
-    except (RuntimeError, OSError) as error:
-        _fail(str(error), 1, error)
+    except Exception as error:
+        status = exit_status(error)
+        if status is None:
+            raise
+        _fail(str(error), status, error)
 
 
 def _fail(message: str, status: int, error: Exception | None = None) -> None:

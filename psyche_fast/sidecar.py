@@ -16,7 +16,11 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from psyche_fast.start import lifecycle
+from psyche_fast.errors import explain
+from psyche_fast.start import signals
+from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.network import use_interface
+from psyche_fast.start.parent import PARENT_PIPE, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +30,6 @@ log = logging.getLogger("psyche_fast.sidecar")
 TIMEOUT = "PSYCHE_FAST_TIMEOUT"
 """Environment variable: seconds until a collective that a rank misses is an error."""
 DEFAULT_TIMEOUT = 600
-
-_LOST = ("Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
-"""What gloo's plain RuntimeErrors say where another rank is gone."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,11 +54,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`main` for arguments that are parsed."""
-    lifecycle.quiet_torch()
-    # SIGTERM and Ctrl-C act at once, inside a collective too: there is nothing here to save.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    quiet_terminal()
+    if PARENT_PIPE in os.environ:
+        signals.leave_to_core()
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing here is to save.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if args.parent_pid is not None:
-        lifecycle.die_with_parent(args.parent_pid)
+        die_with_parent(args.parent_pid)
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
@@ -66,32 +70,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         serve(args)
     except Exception as error:  # the last resort: nobody else would say it
-        if not isinstance(error, ValueError):
+        if not (isinstance(error, ValueError) and sys.stderr.isatty()):
             log.info("where it happened:", exc_info=True)
         log.error("%s", explain(error))
         sys.stderr.flush()
         # No clean-up of the process group: it would wait for ranks that are gone.
         os._exit(1)
-
-
-def explain(error: Exception) -> str:
-    """One line for a user."""
-    import torch
-    import torch.distributed as dist
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"out of memory: {str(error).splitlines()[0]} Lower --micro-batch or "
-            "--sequence-length, or use --activation-checkpointing or more --data-parallelism."
-        )
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "timeout caused" in text or "timed out" in text.lower():
-        return f"another rank did not answer within --timeout ({TIMEOUT} of a sidecar): {text}"
-    if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
-        return f"lost another rank: {text}"
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -115,7 +99,7 @@ def serve(args: argparse.Namespace) -> None:
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
         raise ValueError(f"--init-method: wanted tcp://HOST:PORT, got {args.init_method!r}")
-    lifecycle.use_interface(address.hostname)
+    use_interface(address.hostname)
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     client = StoreClient(address.hostname, address.port, args.world_size, timeout)

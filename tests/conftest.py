@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """Skips tests marked `gpu` where there is none, and those marked `no_gpu` where one is."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("no_gpu") is not None and torch.cuda.is_available():
+        pytest.skip("cannot hold where there is a CUDA GPU")

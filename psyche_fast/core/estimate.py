@@ -29,7 +29,7 @@ from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.shards import local_tensor, own_layouts
+from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
@@ -43,6 +43,7 @@ from psyche_fast.models.source import (
 )
 from psyche_fast.models.tensor_parallel import tensor_parallel
 from psyche_fast.rank.topology import Topology
+from psyche_fast.sharding import local_tensor
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

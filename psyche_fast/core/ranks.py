@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch.distributed as dist
 
 from psyche_fast.core.plan import Plan
 from psyche_fast.distro.replicas import ReplicasDiffer
+from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import Console
-from psyche_fast.sidecar import TIMEOUT, explain
-from psyche_fast.start import lifecycle
+from psyche_fast.sidecar import TIMEOUT
 from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.network import listen, tcp_url, use_interface
 from psyche_fast.start.signals import StopRequest, stop_on_signal
-from psyche_fast.start.spawn import SidecarFailed, Sidecars, local_ranks
-from psyche_fast.start.store import host_store, listen
-
-log = logging.getLogger("psyche_fast.core")
+from psyche_fast.start.spawn import Sidecars, local_ranks
+from psyche_fast.start.store import host_store
 
 _DEATH_SECONDS = 2.5
 """How long a failing core looks for the sidecar whose death is the cause."""
@@ -61,12 +59,13 @@ def started(plan: Plan, output: Path, place: Launched | None, console: Console) 
     world_size = config.parallelism.world_size
     sock = listen(config.machines.host, config.machines.port)
     host, port = sock.getsockname()[:2]
-    lifecycle.use_interface(host)
+    use_interface(host)
     environment = {TIMEOUT: str(config.machines.timeout)}
     if config.machines.threads:
         environment["OMP_NUM_THREADS"] = str(config.machines.threads)
-    address = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+    address = tcp_url(host, port)
     with (
+        closing(sock),  # until the store takes it over
         Sidecars(devices.backend, address, world_size, environment) as sidecars,
         stop_on_signal(console.message, sidecars.kill) as stop,
     ):
@@ -95,7 +94,6 @@ def started(plan: Plan, output: Path, place: Launched | None, console: Console) 
             if message is None:
                 if isinstance(error, ValueError | OSError):
                     raise
-                log.info("where it happened:", exc_info=True)
                 message = explain(error)
             raise SidecarFailed(message) from error
 

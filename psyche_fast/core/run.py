@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -37,6 +36,8 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.ending import also_at_exit_now
+from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest
 from psyche_fast.start.store import barrier, processors
 
@@ -100,7 +101,7 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(config.to_toml())
     console = Console(config.schedule.total_steps, config.schedule.start_step)
-    with _logging(output / "logs" / "rank-0.log"):
+    with rank_log(output / "logs" / "rank-0.log", rank=0):
         with console, started(plan, output, place, console) as ranks:
             result = _train(plan, output, ranks, console)
         try:
@@ -108,20 +109,6 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
         except OSError as error:  # the run is complete without them
             console.message(f"plots not written: {error}")
     return result
-
-
-@contextmanager
-def _logging(file: Path) -> Iterator[None]:
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s rank 0 %(levelname)s %(message)s"))
-    logger = logging.getLogger("psyche_fast")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResult:
@@ -148,8 +135,9 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
         BatchPrefetcher(plan.dataset, run.total_batch, first, total) as batches,
+        make_tracker(run.tracker, output, plan.config.to_dict()) as tracker,
+        also_at_exit_now(tracker.finish),
     ):
-        tracker = make_tracker(run.tracker, output, plan.config.to_dict())
 
         def report(line: dict[str, Any]) -> None:
             writer.write(line)
@@ -158,7 +146,6 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
 
         for last_step, saved in steps(core, batches, report):  # noqa: B007 - used below
             checkpoint = saved or checkpoint
-        tracker.finish()
     if run.save_path is not None and checkpoint is not None:
         with atomic_folder(Path(run.save_path).resolve()) as folder:
             shutil.copytree(checkpoint, folder, dirs_exist_ok=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.workloads import Workload, workload
+from psyche_fast.start.devices import choose_devices
 
 Options = dict[str, Any]
 
@@ -101,10 +102,11 @@ def autotune(
         record: is called with every trial.
 
     Returns:
-        For each kernel all its options, to be given to `write`.
+        For each kernel all its options, to be given to `write`; not for one that fails as it is.
 
     Raises:
         ValueError: no CUDA device, or an unknown kernel.
+        RuntimeError: every kernel fails as it is, or a setting has left the GPU unusable.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"autotuning needs a CUDA device, got {device}")
@@ -136,6 +138,7 @@ def tune(
 
     Raises:
         ValueError: an unknown kernel.
+        RuntimeError: every kernel fails as it is, or a setting has left the GPU unusable.
     """
     names = list(SEARCH) if kernels is None else list(kernels)
     for name in names:
@@ -143,6 +146,7 @@ def tune(
             raise ValueError(f"no kernel {name!r} to tune; known are {', '.join(SEARCH)}")
     gpu = gpu_name(device)
     table = {name: tuning.options(name, device) for name in SEARCH}
+    failed: dict[str, str | None] = {}
     show = _Progress(sum(1 + sum(map(len, SEARCH[name])) for name in names))
     with tempfile.TemporaryDirectory() as folder, show:
         files = (Path(folder) / f"{number}.toml" for number in count())
@@ -161,8 +165,16 @@ def tune(
                 show.tell(trial)
                 if record is not None:
                     record(trial)
+                if trial.milliseconds is None:
+                    if not trial.changes:
+                        failed[name] = trial.fault
+                    if device.type == "cuda":
+                        # Raises where the fault sticks to this process: nothing more would run.
+                        torch.cuda.synchronize(device)
             del work, attempt
-    return {name: table[name] for name in names}
+    if failed and failed.keys() == set(names):
+        raise RuntimeError("; ".join(f"{name}: {fault}" for name, fault in failed.items()))
+    return {name: table[name] for name in names if name not in failed}
 
 
 def _search(
@@ -172,9 +184,11 @@ def _search(
     deadline: float,
 ) -> Iterator[Trial]:
     """Try settings until the deadline (of `time.monotonic`), leaving the best in the table."""
-    from triton.errors import TritonError
-
-    fastest, expected = attempt(table[kernel])
+    try:
+        fastest, expected = attempt(table[kernel])
+    except Exception as error:
+        yield Trial(kernel, {}, None, _first_line(error))
+        return
     yield Trial(kernel, {}, fastest)
     for changes in chain(*SEARCH[kernel]):
         candidate = {**table[kernel], **changes}
@@ -184,8 +198,8 @@ def _search(
             return
         try:
             taken, result = attempt(candidate)
-        except TritonError as error:  # registers or shared memory do not suffice
-            yield Trial(kernel, changes, None, str(error).splitlines()[0])
+        except Exception as error:  # registers or shared memory do not suffice, say
+            yield Trial(kernel, changes, None, _first_line(error))
             continue
         if not all(_same_bits(a, b) for a, b in zip(result, expected, strict=True)):
             yield Trial(kernel, changes, taken, "other bits than without tuning")
@@ -194,6 +208,10 @@ def _search(
             fastest = taken
             table[kernel] = candidate
         yield Trial(kernel, changes, taken)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write(path: Path, gpu: str, table: dict[str, Options]) -> None:
@@ -240,16 +258,18 @@ def using(path: Path, gpu: str, table: dict[str, Options]) -> Iterator[None]:
             os.environ[tuning.ENVIRONMENT] = before
 
 
-def torch_device(name: str) -> torch.device:
-    """The device of a name as torch writes it.
+def gpu_of(spec: str) -> torch.device:
+    """The GPU that `--device` names, with its index.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: there is none, or it is no GPU.
     """
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device: cuda or cuda:N") from error
+    if not torch.cuda.is_available():
+        raise ValueError(f"--autotune --device {spec}: this machine has no CUDA device")
+    device = choose_devices(spec, 1).devices[0]
+    if device.type != "cuda":
+        raise ValueError(f"--autotune needs a CUDA device, got --device {spec}")
+    return device
 
 
 def gpu_name(device: torch.device) -> str:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.distro.shards import local_tensor
 from psyche_fast.kernels.accumulate import accumulate, plan_accumulation, squared_norms
 from psyche_fast.kernels.backends import resolve_backend
+from psyche_fast.sharding import local_tensor, placed_like
 
 _Key = tuple[dist.ProcessGroup, ...]
 """The groups over which a tensor's shards are spread; empty where every rank has all of it."""
@@ -91,15 +91,7 @@ class Fp32Accumulator:
             local = buffer[start : start + numel].view(local_tensor(parameter).shape)
             self._sums.append(local)
             if isinstance(parameter, DTensor):
-                whole = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-                self._gradients.append(whole)
+                self._gradients.append(placed_like(local, parameter))
             else:
                 self._gradients.append(local)
 

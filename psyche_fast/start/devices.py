@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from psyche_fast.start.cluster import Launched
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -53,6 +55,27 @@ def choose_devices(spec: str, ranks: int) -> Devices:
             f"{len(indices)} (lower --replicas, --data-parallelism or --tensor-parallelism)"
         )
     return Devices(tuple(torch.device("cuda", n) for n in indices[:ranks]), "nccl")
+
+
+def device_of_launched(spec: str, place: Launched) -> tuple[torch.device, str]:
+    """The device of a rank that torchrun or Slurm started, and the backend that fits it.
+
+    Ranks that see all of their machine's GPUs take one each. Where Slurm gives every task GPUs of
+    its own (`--gpus-per-task`, `--gpu-bind`), a task sees only these, and takes the first.
+
+    Args:
+        spec: as of `choose_devices`.
+        place: this rank's.
+
+    Raises:
+        ValueError: as of `choose_devices`.
+    """
+    ranks, own = place.local_world_size, place.local_rank
+    visible = torch.cuda.device_count()
+    if 0 < visible < ranks and place.has_own_gpus:
+        ranks, own = 1, 0
+    chosen = choose_devices(spec, ranks)
+    return chosen.devices[own], chosen.backend
 
 
 @dataclass(frozen=True)

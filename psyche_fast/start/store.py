@@ -26,28 +26,8 @@ _LOOKS = (0.01, 0.25)
 """Seconds between two looks for a key: the first, and the most that they grow to."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Opens the store's listening socket, bound to `host` alone (TCPStore would bind to all).
-
-    Raises:
-        ValueError: the port is in use or the address is not this machine's.
-    """
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, proto, _, address = infos[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(1024)
-    except OSError as error:
-        raise ValueError(
-            f"--host {host} --port {port}: cannot listen there: {error.strerror}"
-        ) from error
-    return sock
-
-
 def host_store(sock: socket.socket, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """The store on a socket that `listen` opened, which it takes over."""
+    """The store on a socket that `network.listen` opened, which it takes over."""
     host, port = sock.getsockname()[:2]
     return dist.TCPStore(
         host_name=host,

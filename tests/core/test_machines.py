@@ -70,6 +70,19 @@ def test_ranks_of_another_machine(tmp_path: Path) -> None:
     )
 
 
+def test_a_launcher_alone_says_what_it_waits_for() -> None:
+    port = free_port()
+    alone = launch(port)
+    assert alone.stderr is not None
+    try:
+        said = alone.stderr.readline()  # blocks until it speaks; the test's time limit is the limit
+        assert said.startswith("psyche-fast: waiting for the core: nobody listens at 127.0.0.1:")
+        assert f"{port} yet (Connection refused); is psyche-fast train running there" in said
+    finally:
+        alone.kill()
+        alone.wait()
+
+
 def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:
     port = free_port()
     core = start(tmp_path, tmp_path / "run", port, steps=100_000)

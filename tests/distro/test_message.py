@@ -135,7 +135,7 @@ def _no_indices(row):
     resealed(row)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on CPU tensors")
+@pytest.mark.no_gpu
 def test_kernels_and_reference_understand_each_other():
     of = layout({"a": (32, 24), "b": (40,)})
     reference, kernels = (form(of, signs=True, backend=b) for b in ("torch", "interpret"))

@@ -41,6 +41,7 @@ def test_auto_without_triton_takes_torch_and_says_so(monkeypatch):
         kernels.explain(torch.device("cuda"), "triton")
 
 
+@pytest.mark.no_gpu
 def test_the_environment_decides_for_auto(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv(backends.ENVIRONMENT, "interpret")
@@ -61,6 +62,7 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
         kernels.resolve_backend("auto")
 
 
+@pytest.mark.no_gpu
 @pytest.mark.parametrize(
     ("shape", "dtype", "chunk", "message"),
     [
