@@ -191,8 +191,7 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def on(host: str, *command: str) -> subprocess.Popen[str]:
-    # Without the checks between ranks that tests ask for too: they have timeouts of their own.
-    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISTRIBUTED_DEBUG")
+    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *command],
         stderr=subprocess.PIPE, text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +48,7 @@ def gather(rank: int, bucket: int) -> tuple[list[torch.Tensor], int]:
     return [t if rank == 0 else t.to("meta") for t in found], collective.call_count
 
 
+@pytest.mark.processes
 def test_the_first_rank_gets_them_whole_in_a_few_gathers() -> None:
     for bucket, most in ((1 << 20, 2), (200, 4)):
         found = run_ranks(gather, 4, bucket)

@@ -98,6 +98,7 @@ def measure(rank: int, folder: Path, layout: str) -> dict[str, int]:
     }
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("layout", ["shard", "tensor"])

@@ -273,6 +273,7 @@ def _split(rank: int, folder: Path) -> list[tuple[list[object], dict[str, torch.
     return found
 
 
+@pytest.mark.processes
 def test_gloo_between_replicas_changes_nothing(folder: Path) -> None:
     for (counts, one), (again, other) in run_ranks(_split, 4, folder):
         assert counts == again
@@ -306,6 +307,7 @@ def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:
     return [text for text in said if "refused" in text], moved
 
 
+@pytest.mark.processes
 def test_a_replica_that_sends_damaged_results_is_left_out_by_name(folder: Path) -> None:
     for said, moved in run_ranks(_lying, 2, folder):
         assert said == [
@@ -330,12 +332,14 @@ def _diverging(rank: int, folder: Path) -> str:
     return "not found"
 
 
+@pytest.mark.processes
 def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
     for said in run_ranks(_diverging, 2, folder):
         assert said.startswith("4: step 4: replicas are no longer bit-identical")
         assert "model.norm.weight" in said
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rows", [4, 5])
 def test_replicas_stay_bit_identical(folder: Path, rows: int) -> None:
     (losses, one), (_, other) = run_ranks(_replicas, 2, folder, rows)
@@ -384,6 +388,7 @@ def _deferred(rank: int, folder: Path, bad: int | None) -> list[tuple[object, ..
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("bad", [None, 1, 2])
 def test_deferred_gradients_are_the_same_with_one_reduction(folder: Path, bad: int | None) -> None:
     for each, deferred in run_ranks(_deferred, 2, folder, bad):
