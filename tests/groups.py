@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -114,6 +115,16 @@ def run_command(
         said = [[Path(name).read_text() for name in names] for names in outputs]
     assert None not in codes, f"not done after {TIMEOUT:g} s: {said}"
     return [Finished(*fields) for fields in zip(codes, *zip(*said, strict=True), strict=True)]
+
+
+@contextmanager
+def running(function: Callable[..., None], *args: Any) -> Iterator[Any]:
+    """Runs `function(*args)` in a process, a `multiprocessing.Process`, that ends with the block."""
+    process = _start(function, *args)
+    try:
+        yield process
+    finally:
+        _end([process])
 
 
 def _start(function: Callable[..., None], *args: Any) -> Any:
