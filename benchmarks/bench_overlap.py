@@ -31,12 +31,13 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 
 from benchmarks.common import environment, percentiles, write_json
 from psyche_fast.batch import Batch
-from psyche_fast.config import Distro
+from psyche_fast.config import Optimizer, Training
 from psyche_fast.distro import exchange
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
+from psyche_fast.rank.optimizers import make_optimizer
 from psyche_fast.rank.topology import Topology
-from psyche_fast.rank.trainer import Trainer
+from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.schedules import Constant
 
 VOCABULARY = 2048
@@ -62,6 +63,9 @@ class Link:
         class Held:
             bytes_sent = pending.bytes_sent
 
+            def completed(self) -> bool:
+                return time.perf_counter() >= there and pending.completed()
+
             def wait(self) -> Tensor:
                 asked = time.perf_counter()
                 received = pending.wait()
@@ -81,9 +85,9 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     topology = Topology.build(1, 1, torch.device("cpu"))
-    settings = Distro(
-        clip_grad_norm=1.0, weight_decay=0.1, compression_decay=0.999, compression_topk=8,
-        compression_chunk=64, quantize_1bit=True,
+    options = Optimizer(
+        distro=True, weight_decay=0.1, compression_decay=0.999, compression_topk=8,
+        compression_chunk=64, distro_quantization=True,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     length, rows = arguments["length"], 2 * arguments["micro"]
@@ -93,9 +97,9 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
             resolve_model(f"{folder}/model"), device=torch.device("cpu"), param_dtype=torch.float32
         )
         schedule = Constant(base_lr=1e-3, warmup_init_lr=0.0, warmup_steps=0)
-        trainer = Trainer(
-            model, topology, schedule, settings, micro_batch_size=arguments["micro"], exchanges=True
-        )
+        optimizer = make_optimizer(options, trainable(model), topology.peers)
+        training = Training(micro_batch=arguments["micro"], check_every=0)
+        trainer = Trainer(model, topology, schedule, optimizer, training, options.max_grad_norm)
         link = Link(overlap=mode != "no overlap")
         if mode != "no link":
             link.latency = arguments["latency_ms"] / 1e3
@@ -107,8 +111,7 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
                 dist.barrier()
                 link.waited, began = 0.0, time.perf_counter()
                 trainer.train(step, batch.share(rank, 2))
-                if step > 1:
-                    trainer.optimize(step)
+                trainer.optimize(step)
                 if step > 2:
                     steps.append(1e3 * (time.perf_counter() - began))
                     exposed.append(1e3 * link.waited)

@@ -42,7 +42,7 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 from benchmarks.common import environment, percentiles, write_json
 from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import elements, llama
-from psyche_fast.config import Distro as Settings
+from psyche_fast.config import Optimizer
 from psyche_fast.distro import exchange
 from psyche_fast.models.parallel import shard
 from psyche_fast.rank.optimizers import DistroOptimizer
@@ -178,14 +178,13 @@ class Ours:
     """What the trainer does in a step, forward and backward apart."""
 
     def __init__(self, parameters: list[Tensor], peers: dist.ProcessGroup) -> None:
-        settings = Settings(
-            clip_grad_norm=None, weight_decay=None, compression_decay=DECAY,
-            compression_topk=TOPK, compression_chunk=64, quantize_1bit=True,
+        options = Optimizer(
+            distro=True, weight_decay=0.0, compression_decay=DECAY, compression_topk=TOPK,
+            compression_chunk=64, distro_quantization=True,
         )  # fmt: skip
         named = {f"{i:04}": p for i, p in enumerate(parameters)}
-        self.optimizer = DistroOptimizer(named, settings, peers, exchanges=True)
+        self.optimizer = DistroOptimizer(named, options, peers)
         self.seconds = 0.0
-        self._first = True
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -204,10 +203,8 @@ class Ours:
             mock.patch.object(exchange.Pending, "wait", self._timed(exchange.Pending.wait)),
             mock.patch.object(dist, "all_to_all_single", self._timed(dist.all_to_all_single)),
         ):
-            self.optimizer.after_backward([], RATE, RATE, torch.ones(()))
-            if not self._first:
-                self.optimizer.step(None, RATE)
-            self._first = False
+            self.optimizer.after_backward(RATE, RATE, torch.ones(()))
+            self.optimizer.step(RATE)
 
 
 def _sharded(mesh: DeviceMesh) -> list[Tensor]:

@@ -30,21 +30,24 @@ import torch.distributed as dist
 import transformers
 
 from benchmarks.common import environment, percentiles
-from psyche_fast.config import RunConfig, optimizer_to_json
-from psyche_fast.core.loop import StepLoop
-from psyche_fast.core.plan import make_plan
+from psyche_fast.config import RunConfig
+from psyche_fast.core.plan import Plan, make_plan
+from psyche_fast.core.run import Core, steps
 from psyche_fast.data import BatchPrefetcher
-from psyche_fast.metrics import MetricsWriter, PhaseTimer
-from psyche_fast.psyche import messages
-from psyche_fast.psyche.store import CoreStore, listen
-from psyche_fast.rank import serve as runtime
+from psyche_fast.metrics import Console, MetricsWriter, PhaseTimer
+from psyche_fast.rank.protocol import Sender
+from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.topology import join
+from psyche_fast.start.network import listen
+from psyche_fast.start.signals import StopRequest
+from psyche_fast.start.store import host_store
 
 WARMUP = 3
 LENGTH = 128
 ROWS = 16
 
 
-def prepare(folder: Path, steps: int) -> RunConfig:
+def prepare(folder: Path, count: int) -> RunConfig:
     """A small Llama, random tokens, and the run on them."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -54,42 +57,37 @@ def prepare(folder: Path, steps: int) -> RunConfig:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "data").mkdir()
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 2048, (steps * ROWS + 1) * LENGTH, dtype=np.uint16)
+    tokens = rng.integers(0, 2048, ((count + 1) * ROWS + 1) * LENGTH, dtype=np.uint16)
     tokens.tofile(folder / "data" / "tokens.bin")
-    return RunConfig(
+    return RunConfig.of(
         model=str(folder / "model"), data_path=str(folder / "data"), sequence_length=LENGTH,
-        micro_batch=ROWS, total_batch=ROWS, total_steps=steps, warmup_steps=0,
+        micro_batch=ROWS, total_batch=ROWS, warmup_steps=0,
+        total_steps=count + 1,  # the last one, which ends with a checkpoint, is not gone through
         learning_rate=1e-3, param_dtype="float32", device="cpu", output=str(folder / "run"),
     )  # fmt: skip
 
 
-def compare(steps: int = 30) -> dict[str, Any]:
+def compare(count: int = 30) -> dict[str, Any]:
     """Runs both loops in turns; milliseconds per step at p20, p50, p80, and the ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = prepare(folder, steps)
-        plan = make_plan(config)
-        device = torch.device("cpu")
-        store = CoreStore(listen("127.0.0.1", 0), 1, timedelta(seconds=60))
-        runtime.join("gloo", store.store, 1, 0, device, timedelta(seconds=60))
+        plan = make_plan(prepare(folder, count))
+        seconds = timedelta(seconds=60)
+        store = host_store(listen("127.0.0.1", 0), 1, seconds)
+        join("gloo", store, 1, 0, torch.device("cpu"), seconds)
         try:
-            return _turns(config, plan, store, device, folder, steps)
+            return _turns(plan, store, folder, count)
         finally:
             dist.destroy_process_group()
 
 
-def _turns(
-    config: RunConfig, plan: Any, store: CoreStore, device: torch.device, folder: Path, steps: int
-) -> dict[str, Any]:
-    model, topology = runtime.load("HfAuto", plan.source, 1, 1, plan.settings, device)
-    operation = messages.Hyperparameters(
-        lr_scheduler=config.lr_scheduler(), optimizer=optimizer_to_json(config.optimizer()),
-        micro_batch_size=ROWS, grad_accum_in_fp32=False,
-    )  # fmt: skip
-    trainer = runtime.build_trainer(model, topology, operation, plan.settings)
-
+def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str, Any]:
+    trainer = build_trainer(plan.resolved, plan.source, torch.device("cpu"))
+    core = Core(
+        plan, folder, trainer, Sender(store, 1), StopRequest(), Console(count, 1), PhaseTimer()
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=torch.float32, attn_implementation="sdpa"
+        plan.config.model.model, dtype=torch.float32, attn_implementation="sdpa"
     ).train()
     optimizer = torch.optim.AdamW(
         plain.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
@@ -116,23 +114,17 @@ def _turns(
 
     with (
         MetricsWriter(folder / "metrics.jsonl") as writer,
-        BatchPrefetcher(plan.dataset, ROWS, 1, steps) as batches,
+        BatchPrefetcher(plan.dataset, ROWS, 1, count + 1) as batches,
     ):
-        loop = StepLoop(
-            config, store, trainer, batches, report,
-            device=device, timer=PhaseTimer(), side_files=[],
-        )  # fmt: skip
-
-        def our_step(step: int) -> None:
-            loop.step(step, saves=False, last=step == steps)
-
-        for step in range(1, steps + 1):
-            turns = [("plain", plain_step), ("psyche_fast", our_step)]
+        ours = steps(core, batches, report)
+        for step in range(1, count + 1):
+            turns = [("plain", plain_step), ("psyche_fast", lambda step: next(ours))]
             for name, run in turns if step % 2 else reversed(turns):
                 began = time.perf_counter()
                 run(step)
                 times[name].append(1e3 * (time.perf_counter() - began))
-        loop.finish()
+        ours.close()
+    del losses["plain"][-1]  # a line of ours is written during the step after it
     worst = max(abs(a - b) for a, b in zip(losses["plain"], losses["psyche_fast"], strict=True))
     if worst > 1e-3:
         raise AssertionError(f"no figures: the losses differ by {worst}")

@@ -1,7 +1,7 @@
-"""The ``psyche-fast`` command: parses, then one call.
+"""The `psyche-fast` command: parses, then one call.
 
-Nothing heavy is imported before a command runs, so that ``--help`` is instant. The flags of
-``train`` are made from the fields of ``RunConfig``.
+Nothing heavy is imported before a command runs, so that `--help` is instant. The flags of
+`train` are made from the fields of its configuration.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import dataclasses
 import json
 import os
 import sys
-import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from psyche_fast import __version__
-from psyche_fast.config import RunConfig, flag, read_toml
-from psyche_fast.start import lifecycle
+from psyche_fast.config import FLAGS, Machines, RunConfig, flag, read_toml
+from psyche_fast.errors import exit_status
+from psyche_fast.start import signals
 from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.network import tcp_url
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -36,35 +39,32 @@ def cli() -> None:
 
 
 def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
-    """Adds one option for each field of ``RunConfig``, or for ``only`` some."""
-    hints = get_type_hints(RunConfig)
-    for field in reversed(dataclasses.fields(RunConfig)):
-        if only is not None and field.name not in only:
+    """Adds one option for each of the configuration's `FLAGS`, or for `only` some."""
+    for name, known in reversed(list(FLAGS.items())):
+        if only is not None and name not in only:
             continue
-        kind = hints[field.name]
-        if get_origin(kind) in (Union, types.UnionType):
-            kind = next(k for k in get_args(kind) if k is not type(None))
-        names = [flag(field.name)]
-        options: dict[str, Any] = {"help": field.metadata["help"], "default": field.default}
-        options["show_default"] = field.default is not None
-        if kind is bool:
-            names = [f"{flag(field.name)}/{flag('no_' + field.name)}"]
+        names = [flag(name)]
+        options: dict[str, Any] = {"help": known.help, "default": known.default}
+        options["show_default"] = known.default is not None
+        if known.kind is bool:
+            names = [f"{flag(name)}/{flag('no_' + name)}"]
             options["show_default"] = False
-        elif get_origin(kind) is Literal:
-            options["type"] = click.Choice(get_args(kind))
+        elif get_origin(known.kind) is Literal:
+            words = get_args(known.kind)
+            options["type"] = click.Choice(words) if isinstance(words[0], str) else type(words[0])
         else:
-            options["type"] = kind
-        function = click.option(*names, field.name, **options)(function)
+            options["type"] = known.kind
+        function = click.option(*names, name, **options)(function)
     return function
 
 
 def _resolve(context: click.Context, config: str | None, flags: dict[str, Any]) -> RunConfig:
-    """Defaults, then ``--config``, then the flags that were typed."""
+    """Defaults, then `--config`, then the flags that were typed."""
     values = {} if config is None else read_toml(config)
     for name, value in flags.items():
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             values[name] = value
-    return RunConfig(**values)
+    return RunConfig.of(**values)
 
 
 @cli.command()
@@ -78,7 +78,6 @@ def train(
 ) -> None:
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
-    lifecycle.quiet_torch()
     place = launched()
     if place is not None:
         resolved = _launched(resolved, place)
@@ -99,39 +98,43 @@ def train(
     from psyche_fast.core.run import run
 
     result = run(plan, place)
-    click.echo(f"run         {result.output}")
-    click.echo(f"checkpoint  {result.checkpoint}")
+    with suppress(OSError):  # a terminal that has been closed
+        click.echo(f"run         {result.output}")
+        click.echo(f"checkpoint  {result.checkpoint}")
     if result.signal is not None:
         sys.exit(128 + result.signal)
 
 
 def _launched(config: RunConfig, place: Launched) -> RunConfig:
     """The run where each rank was started by torchrun or Slurm: the core starts none."""
-    if place.world_size != config.world_size:
+    parallelism, machines = config.parallelism, config.machines
+    if place.world_size != parallelism.world_size:
         raise ValueError(
-            f"{place.world_size} ranks were started, but --replicas {config.replicas} x "
-            f"--data-parallelism {config.data_parallelism} x --tensor-parallelism "
-            f"{config.tensor_parallelism} are {config.world_size}"
+            f"{place.world_size} ranks were started, but --replicas {parallelism.replicas} x "
+            f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
+            f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
     changes: dict[str, Any] = {"local_ranks": 1}
-    if place.host is not None and config.host == RunConfig.host:
+    if place.host is not None and machines.host == Machines().host:
         changes["host"] = place.host
-    if place.port is not None and config.port == 0:
+    if place.port is not None and machines.port == 0:
         changes["port"] = place.port
-    return dataclasses.replace(config, **changes)
+    return config.replace(**changes)
 
 
 def _serve(config: RunConfig, place: Launched) -> None:
-    """A rank after the first."""
+    """A rank after the first, in the place of a sidecar that the core spawns."""
+    quiet_terminal()
+    signals.leave_to_core()
     from psyche_fast import sidecar
-    from psyche_fast.start.devices import choose_devices
+    from psyche_fast.start.devices import device_of_launched
 
-    devices = choose_devices(config.device, place.local_world_size)
-    device = devices.devices[place.local_rank]
-    host, port = meet(dataclasses.replace(place, port=config.port or None), config.timeout)
-    os.environ.setdefault(sidecar.TIMEOUT, str(config.timeout))
-    arguments = ["--backend", devices.backend, "--world-size", str(place.world_size)]
-    arguments += ["--init-method", f"tcp://{f'[{host}]' if ':' in host else host}:{port}"]
+    machines = config.machines
+    device, backend = device_of_launched(machines.device, place)
+    host, port = meet(dataclasses.replace(place, port=machines.port or None), machines.timeout)
+    os.environ.setdefault(sidecar.TIMEOUT, str(machines.timeout))
+    arguments = ["--backend", backend, "--world-size", str(place.world_size)]
+    arguments += ["--init-method", tcp_url(host, port)]
     arguments += ["--rank", str(place.rank)]
     if device.index is not None:
         arguments += ["--device", str(device.index)]
@@ -150,7 +153,6 @@ def demo(
     max_steps: int | None, output: Path | None, replicas: int, data_parallelism: int, device: str
 ) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
-    lifecycle.quiet_torch()
     from psyche_fast.core.showcase import run_demo
 
     run_demo(
@@ -163,7 +165,8 @@ def demo(
 
 
 _ESTIMATED = (
-    "model", "sequence_length", "micro_batch", "tensor_parallelism", "data_parallelism", "replicas",
+    "model", "sequence_length", "micro_batch", "total_batch",
+    "tensor_parallelism", "data_parallelism", "replicas",
     "grad_accum_in_fp32", "compression_chunk", "compression_topk", "delta_dtype", "offload_delta",
     "distro", "distro_quantization", "attn_implementation", "param_dtype",
     "activation_checkpointing",
@@ -188,13 +191,13 @@ def estimate(
     **flags: Any,
 ) -> None:
     """Say what a run would need: memory, bytes a step, time. Reads only the model's config."""
-    lifecycle.quiet_torch()
-    run = RunConfig(**flags)
+    quiet_terminal()
+    run = RunConfig.of(**flags)
     from psyche_fast.core import estimate as estimates
 
     rate = estimates.parse_bandwidth(bandwidth)
-    found = estimates.estimate(estimates.read_model(run.model), run, device_type)
-    ranks = ranks_per_host or min(run.ranks_per_replica, 8)
+    found = estimates.estimate(estimates.read_model(run.model.model), run, device_type)
+    ranks = ranks_per_host or min(run.parallelism.ranks_per_replica, 8)
     seconds = estimates.exchange_seconds(found, ranks, rate, latency_ms / 1e3)
     if as_json:
         fields = {**dataclasses.asdict(found), "memory": found.memory, "exchange_seconds": seconds}
@@ -209,6 +212,9 @@ def estimate(
     if found.sent:
         less = f"{found.dense / found.sent:.0f} times less than a dense exchange"
         click.echo(f"sent        {format_bytes(found.sent):>8} per rank and step, {less}")
+        click.echo(
+            f"batch       {format_bytes(found.batch):>8} per replica and step, from the core"
+        )
         click.echo(
             f"exchange    {seconds:.3g} s at {bandwidth} and {latency_ms:g} ms for {ranks} ranks "
             "of a host; it hides behind the next step where that takes longer"
@@ -237,7 +243,7 @@ def tokenize(
     errors: Literal["strict", "skip"],
 ) -> None:
     """Turn text files, folders, jsonl or Parquet into token files."""
-    lifecycle.quiet_torch()
+    quiet_terminal()
     from psyche_fast.data import find_files, iter_texts, load_tokenizer, tokenize_files
     from psyche_fast.data import train_tokenizer as learn
 
@@ -311,7 +317,7 @@ def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
         return
     from psyche_fast.kernels import autotune as tuner
 
-    chosen = tuner.torch_device(device)
+    chosen = tuner.gpu_of(device)
     table = tuner.autotune(chosen, options["kernels"] or None)
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
@@ -329,10 +335,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        _fail(str(error), 2, error)
-    except (RuntimeError, OSError) as error:
-        _fail(str(error), 1, error)
+    except Exception as error:
+        status = exit_status(error)
+        if status is None:
+            raise
+        _fail(str(error), status, error)
 
 
 def _fail(message: str, status: int, error: Exception | None = None) -> None:

@@ -1,191 +1,182 @@
-"""Every configuration of the product: what a run does, and which optimiser it uses.
+"""The configuration of a run: one struct for each part of the program that uses it.
 
-``RunConfig`` has Psyche's train example's names and defaults; a TOML file may give any of its
-fields, the command line goes over it, and the resolved configuration is written to the run
-directory. The command line's flags are made from these fields, so that a name, a default and a
-help text stand in one place.
+`RunConfig` has Psyche's train example's names and defaults. A field is declared once, with its
+range and its help: the command line's flags, the keys of `--config`, the checks and what travels
+to the other ranks are all made from it. The resolved configuration is written to the run
+directory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import tomllib
-from dataclasses import dataclass, field
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from psyche_fast import strict
+from psyche_fast.schedules import Cosine
 
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
-DeltaDtype = Literal["float32", "bfloat16"]
-DeviceBackend = Literal["auto", "nccl", "split"]
-ParamDtype = Literal["bfloat16", "float32"]
-TrackerName = Literal["none", "wandb", "trackio", "tensorboard"]
+_PORTS, _SEEDS = 1 << 16, 1 << 32
 
 
-class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Psyche's ``{"AdamW": {...}}``."""
-
-    betas: tuple[float, float]
-    weight_decay: float
-    eps: float
-    clip_grad_norm: float | None = None
+def _help(text: str) -> Meta:
+    return Meta(description=text)
 
 
-class Distro(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Psyche's ``{"Distro": {...}}``."""
-
-    clip_grad_norm: float | None = None
-    weight_decay: float | None = None
-    compression_decay: float
-    compression_topk: int
-    compression_chunk: int
-    quantize_1bit: bool
-
-
-class Dummy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Psyche's ``"Dummy"``: trains, and changes nothing."""
-
-    clip_grad_norm: None = None
-
-
-OptimizerConfig = AdamW | Distro | Dummy
-
-
-def optimizer_from_json(obj: Any) -> OptimizerConfig:
-    """Reads Psyche's optimiser form: ``"Dummy"``, ``{"AdamW": {...}}`` or ``{"Distro": {...}}``.
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The options of one part; each field is the flag of that name (`--total-batch`).
 
     Raises:
-        ValueError: another form, an unknown or missing field, or a wrong type or value.
+        ValueError: a value outside the range that its field declares, named by its flag.
     """
-    if obj == "Dummy":
-        return Dummy()
-    forms: dict[str, type[AdamW] | type[Distro]] = {"AdamW": AdamW, "Distro": Distro}
-    if not isinstance(obj, dict) or len(obj) != 1 or next(iter(obj)) not in forms:
-        raise ValueError(f'optimizer: wanted "Dummy", {{"AdamW": ...}} or {{"Distro": ...}}: {obj}')
-    ((name, fields),) = obj.items()
-    config = strict.convert(fields, forms[name], f"optimizer.{name}")
-    clip = config.clip_grad_norm
-    if clip is not None and clip <= 0:
-        raise ValueError(f"optimizer.{name}.clip_grad_norm must be over 0 or null, got {clip}")
-    return config
-
-
-def optimizer_to_json(config: OptimizerConfig) -> Any:
-    """The object that ``optimizer_from_json`` takes."""
-    if isinstance(config, Dummy):
-        return "Dummy"
-    return {type(config).__name__: msgspec.to_builtins(config)}
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One training run. Each field is the flag of that name (``--total-batch``)."""
-
-    model: str = _option("emozilla/llama2-215m-init", "model folder, or a Hugging Face hub id")
-    data_path: str = _option("data", "folder of token files (.npy .bin .ds) or Parquet files")
-    sequence_length: int = _option(2048, "tokens per sequence; overrides the position limit")
-    token_size: int = _option(2, "bytes per token in token files: 2 or 4")
-    micro_batch: int = _option(8, "sequences per forward on one data-parallel rank")
-    total_batch: int = _option(256, "sequences per step, over all replicas")
-    beta1: float = _option(0.9, "AdamW")
-    beta2: float = _option(0.95, "AdamW")
-    weight_decay: float = _option(0.1, "AdamW and DisTrO")
-    eps: float = _option(1e-8, "AdamW")
-    learning_rate: float = _option(4e-4, "peak; a cosine falls from it to a tenth")
-    warmup_steps: int = _option(500, "linear rise from 0 to --learning-rate")
-    total_steps: int = _option(25000, "steps until the end of the schedule and the run")
-    max_grad_norm: float = _option(1.0, "clip the gradient's global norm; 0 = off")
-    tensor_parallelism: int = _option(1, "ranks that share each layer of one replica")
-    data_parallelism: int = _option(1, "ranks that shard one replica with FSDP2")
-    optim_stats: bool = _option(False, "log norms of gradient and momentum per parameter")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")
-    grad_accum_in_fp32: bool = _option(False, "add up micro-batches' gradients in fp32")
-    defer_grad_sync: bool = _option(False, "FSDP2: reduce gradients once per step; see README")
-    compression_chunk: int = _option(64, "DisTrO: side of a DCT chunk")
-    compression_topk: int = _option(4, "DisTrO: coefficients sent per chunk")
-    compression_decay: float = _option(0.999, "DisTrO: decay of the momentum")
-    delta_dtype: DeltaDtype = _option("float32", "DisTrO: the momentum's type")
-    offload_delta: bool = _option(False, "DisTrO: keep the momentum in host memory (CUDA)")
-    distro: bool = _option(False, "train with DisTrO instead of AdamW")
-    distro_quantization: bool = _option(False, "DisTrO: send signs only (1 bit)")
-    attn_implementation: Attention = _option("auto", "the same one on every rank")
-    start_step: int = _option(1, "first step: where the schedule and the data begin")
-    python_arch: str = _option("HfAuto", "HfAuto, a registered name, or module:function")
-    seed: int | None = _option(None, "shuffle the data with this seed; no seed, no shuffle")
-    save_path: str | None = _option(None, "also write the final model to this folder")
-    replicas: int = _option(1, "DisTrO peers; ranks = replicas x data x tensor parallelism")
-    param_dtype: ParamDtype = _option("bfloat16", "the parameters' type")
-    output: str | None = _option(None, "run directory (default: runs/DATE-TIME)")
-    checkpoint_every: int = _option(0, "steps between checkpoints; 0 = only at the end")
-    check_every: int = _option(10, "steps between checks that replicas are bit-identical; 0 = off")
-    activation_checkpointing: bool = _option(False, "recompute activations to save memory")
-    compile: bool = _option(False, "compile the model's blocks with torch.compile")
-    liger: bool = _option(False, "Liger kernels in the model (CUDA, extra 'liger')")
-    tracker: TrackerName = _option("none", "where metrics go besides metrics.jsonl")
-    threads: int = _option(0, "CPU threads per rank; 0 = the cores shared evenly")
-    device_backend: DeviceBackend = _option(
-        "auto", "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
-    )
-    host: str = _option("127.0.0.1", "address on which the core listens; another one is opt-in")
-    port: int = _option(0, "port of the core's store; 0 = a free one")
-    local_ranks: int = _option(0, "ranks on this machine, the rest by `sidecar`; 0 = all")
-    timeout: int = _option(600, "seconds until a collective that a rank misses is an error")
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag(name)} must be a finite number, got {value}")
-        for name in ("sequence_length", "micro_batch", "total_batch", "total_steps", "replicas",
-                     "tensor_parallelism", "data_parallelism", "start_step", "timeout",
-                     "compression_chunk", "compression_topk"):  # fmt: skip
-            self._at_least(name, 1)
-        for name in ("weight_decay", "eps", "learning_rate", "warmup_steps", "max_grad_norm",
-                     "checkpoint_every", "check_every", "threads", "local_ranks"):  # fmt: skip
-            self._at_least(name, 0)
-        for name in ("beta1", "beta2", "compression_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
-        if self.token_size not in (2, 4):
-            raise ValueError(f"--token-size must be 2 or 4, got {self.token_size}")
-        if self.sequence_length < 2:
-            raise ValueError("--sequence-length must be at least 2: a token is learnt from another")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be in [0, 2^32), got {self.seed}")
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port must be in [0, 65536), got {self.port}")
+        hints = get_type_hints(type(self), include_extras=True)
+        for name, hint in hints.items():
+            fault = _fault(getattr(self, name), hint)
+            if fault is not None:
+                raise ValueError(f"{flag(name)} must be {fault}, got {getattr(self, name)}")
+
+
+class Model(Section, frozen=True, kw_only=True):
+    """What is trained, for `models`."""
+
+    model: Annotated[str, _help("model folder, or a Hugging Face hub id")] = (
+        "emozilla/llama2-215m-init"
+    )
+    python_arch: Annotated[str, _help("HfAuto, a registered name, or module:function")] = "HfAuto"
+    param_dtype: Annotated[
+        Literal["bfloat16", "float32"], _help("the parameters' type")
+    ] = "bfloat16"  # fmt: skip
+    attn_implementation: Annotated[
+        Literal["auto", "eager", "sdpa", "flash_attention_2"], _help("the same one on every rank")
+    ] = "auto"
+    sequence_length: Annotated[
+        int, Meta(ge=2), _help("tokens per sequence; overrides the position limit")
+    ] = 2048
+    activation_checkpointing: Annotated[bool, _help("recompute activations to save memory")] = False
+    compile: Annotated[bool, _help("compile the model's blocks with torch.compile")] = False
+    liger: Annotated[bool, _help("Liger kernels in the model (CUDA, extra 'liger')")] = False
+
+
+class Data(Section, frozen=True, kw_only=True):
+    """What it is trained on, for `data`."""
+
+    data_path: Annotated[str, _help("folder of token files (.npy .bin .ds) or Parquet files")] = (
+        "data"
+    )
+    token_size: Annotated[Literal[2, 4], _help("bytes per token in token files: 2 or 4")] = 2
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, lt=_SEEDS)] | None,
+        _help("shuffle the data with this seed; no seed, no shuffle"),
+    ] = None
+
+
+class Training(Section, frozen=True, kw_only=True):
+    """How a rank goes through its batch, for `rank.trainer`."""
+
+    micro_batch: Annotated[
+        int, Meta(ge=1), _help("sequences per forward on one data-parallel rank")
+    ] = 8
+    grad_accum_in_fp32: Annotated[bool, _help("add up micro-batches' gradients in fp32")] = False
+    defer_grad_sync: Annotated[
+        bool, _help("FSDP2: reduce gradients once per step; see README")
+    ] = False  # fmt: skip
+    optim_stats: Annotated[bool, _help("log norms of gradient and momentum per parameter")] = False
+    check_every: Annotated[
+        int, Meta(ge=0), _help("steps between checks that replicas are bit-identical; 0 = off")
+    ] = 10
+
+
+class Optimizer(Section, frozen=True, kw_only=True):
+    """DisTrO or AdamW, for `rank.optimizers`."""
+
+    distro: Annotated[bool, _help("train with DisTrO instead of AdamW")] = False
+    max_grad_norm: Annotated[
+        float, Meta(ge=0), _help("clip the gradient's global norm; 0 = off")
+    ] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0), _help("AdamW and DisTrO")] = 0.1
+    beta1: Annotated[float, Meta(ge=0, lt=1), _help("AdamW")] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1), _help("AdamW")] = 0.95
+    eps: Annotated[float, Meta(ge=0), _help("AdamW")] = 1e-8
+    compression_chunk: Annotated[int, Meta(ge=1), _help("DisTrO: side of a DCT chunk")] = 64
+    compression_topk: Annotated[int, Meta(ge=1), _help("DisTrO: coefficients sent per chunk")] = 4
+    compression_decay: Annotated[
+        float, Meta(ge=0, lt=1), _help("DisTrO: decay of the momentum")
+    ] = 0.999
+    distro_quantization: Annotated[bool, _help("DisTrO: send signs only (1 bit)")] = False
+    delta_dtype: Annotated[
+        Literal["float32", "bfloat16"], _help("DisTrO: the momentum's type")
+    ] = "float32"  # fmt: skip
+    offload_delta: Annotated[bool, _help("DisTrO: keep the momentum in host memory (CUDA)")] = False
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        for name in ("distro_quantization", "offload_delta"):
+            if getattr(self, name) and not self.distro:
+                raise ValueError(f"{flag(name)} needs --distro")
+
+
+class Schedule(Section, frozen=True, kw_only=True):
+    """Which steps there are and their learning rates."""
+
+    learning_rate: Annotated[
+        float, Meta(ge=0), _help("peak; a cosine falls from it to a tenth")
+    ] = 4e-4
+    warmup_steps: Annotated[int, Meta(ge=0), _help("linear rise from 0 to --learning-rate")] = 500
+    total_steps: Annotated[
+        int, Meta(ge=1), _help("steps until the end of the schedule and the run")
+    ] = 25000
+    start_step: Annotated[
+        int, Meta(ge=1), _help("first step: where the schedule and the data begin")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
         if self.start_step > self.total_steps:
             raise ValueError(
                 f"--start-step {self.start_step} is after --total-steps {self.total_steps}"
             )
-        if self.replicas > 1 and not self.distro:
-            raise ValueError(
-                f"--replicas {self.replicas} needs --distro: AdamW has no exchange between peers"
-            )
-        if self.total_batch < self.replicas:
-            raise ValueError(
-                f"--total-batch {self.total_batch} is less than --replicas {self.replicas}: "
-                "each needs a sequence to train on"
-            )
-        for name in ("distro_quantization", "offload_delta"):
-            if getattr(self, name) and not self.distro:
-                raise ValueError(f"{flag(name)} needs --distro")
-        if self.local_ranks > self.world_size:
-            raise ValueError(
-                f"--local-ranks {self.local_ranks} is more than the run's {self.world_size} ranks"
-            )
 
-    def _at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            raise ValueError(f"{flag(name)} must be at least {least}, got {getattr(self, name)}")
+    def learning_rates(self) -> Cosine:
+        """Psyche's train example's schedule."""
+        return Cosine(
+            base_lr=self.learning_rate,
+            warmup_init_lr=0.0,
+            final_lr=self.learning_rate / 10.0,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+
+class Parallelism(Section, frozen=True, kw_only=True):
+    """How many ranks do what, for `rank.topology`."""
+
+    replicas: Annotated[
+        int, Meta(ge=1), _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
+    ] = 1
+    data_parallelism: Annotated[
+        int, Meta(ge=1), _help("ranks that shard one replica with FSDP2")
+    ] = 1
+    tensor_parallelism: Annotated[
+        int, Meta(ge=1), _help("ranks that share each layer of one replica")
+    ] = 1
+    device_backend: Annotated[
+        Literal["auto", "nccl", "split"],
+        _help(
+            "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
+        ),
+    ] = "auto"  # fmt: skip
+    mixed_gpus: Annotated[
+        bool, _help("let replicas try GPUs of several generations; see README")
+    ] = False
 
     @property
     def ranks_per_replica(self) -> int:
@@ -197,49 +188,168 @@ class RunConfig:
         """All ranks of the run, the core's own included."""
         return self.replicas * self.ranks_per_replica
 
+
+class Machines(Section, frozen=True, kw_only=True):
+    """Where the ranks run, for `start`."""
+
+    device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
+    threads: Annotated[
+        int, Meta(ge=0), _help("CPU threads per rank; 0 = the cores shared evenly")
+    ] = 0
+    host: Annotated[str, _help("address on which the core listens; another one is opt-in")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[
+        int, Meta(ge=0, lt=_PORTS), _help("port of the core's store; 0 = a free one")
+    ] = 0
+    local_ranks: Annotated[
+        int, Meta(ge=0), _help("ranks on this machine, the rest by `sidecar`; 0 = all")
+    ] = 0
+    timeout: Annotated[
+        int, Meta(ge=1), _help("seconds until a collective that a rank misses is an error")
+    ] = 600
+
+
+class Run(Section, frozen=True, kw_only=True):
+    """What the core does, for `core`."""
+
+    total_batch: Annotated[int, Meta(ge=1), _help("sequences per step, over all replicas")] = 256
+    output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
+    save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
+    checkpoint_every: Annotated[
+        int, Meta(ge=0), _help("steps between checkpoints; 0 = only at the end")
+    ] = 0
+    tracker: Annotated[
+        Literal["none", "wandb", "trackio", "tensorboard"],
+        _help("where metrics go besides metrics.jsonl"),
+    ] = "none"
+
+
+class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One training run.
+
+    Raises:
+        ValueError: sections that do not go together, named by their flags.
+    """
+
+    model: Model = msgspec.field(default_factory=Model)
+    data: Data = msgspec.field(default_factory=Data)
+    training: Training = msgspec.field(default_factory=Training)
+    optimizer: Optimizer = msgspec.field(default_factory=Optimizer)
+    schedule: Schedule = msgspec.field(default_factory=Schedule)
+    parallelism: Parallelism = msgspec.field(default_factory=Parallelism)
+    machines: Machines = msgspec.field(default_factory=Machines)
+    run: Run = msgspec.field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
+        if replicas > 1 and not self.optimizer.distro:
+            raise ValueError(
+                f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
+            )
+        if self.run.total_batch < replicas:
+            raise ValueError(
+                f"--total-batch {self.run.total_batch} is less than --replicas {replicas}: "
+                "each needs a sequence to train on"
+            )
+        if self.machines.local_ranks > world_size:
+            raise ValueError(
+                f"--local-ranks {self.machines.local_ranks} is more than the run's "
+                f"{world_size} ranks"
+            )
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The configuration with these flags' values, by name whatever their section."""
+        return cls().replace(**values)
+
+    def replace(self, **values: Any) -> Self:
+        """The configuration with other values of these flags."""
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            changes.setdefault(FLAGS[name].section, {})[name] = value
+        sections = {
+            name: msgspec.structs.replace(getattr(self, name), **fields)
+            for name, fields in changes.items()
+        }
+        return msgspec.structs.replace(self, **sections)
+
     @property
     def ranks_here(self) -> int:
         """Ranks on the core's machine, the core's own included."""
-        return self.local_ranks or self.world_size
-
-    def lr_scheduler(self) -> dict[str, Any]:
-        """Psyche's train example's schedule in the protocol's form."""
-        return {
-            "Cosine": {
-                "base_lr": self.learning_rate,
-                "warmup_init_lr": 0.0,
-                "final_lr": self.learning_rate / 10.0,
-                "warmup_steps": self.warmup_steps,
-                "total_steps": self.total_steps,
-            }
-        }
-
-    def optimizer(self) -> OptimizerConfig:
-        """The optimiser in the protocol's form."""
-        clip = self.max_grad_norm or None
-        if self.distro:
-            return Distro(
-                clip_grad_norm=clip,
-                weight_decay=self.weight_decay,
-                compression_decay=self.compression_decay,
-                compression_topk=self.compression_topk,
-                compression_chunk=self.compression_chunk,
-                quantize_1bit=self.distro_quantization,
-            )
-        return AdamW(
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            clip_grad_norm=clip,
-        )
+        return self.machines.local_ranks or self.parallelism.world_size
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as the run directory's ``config.toml`` has them (None is left out)."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """All values by the flags' names; None is left out."""
+        values = {n: getattr(getattr(self, f.section), n) for n, f in FLAGS.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_toml(self) -> str:
-        """A file that ``--config`` takes."""
-        return msgspec.toml.encode(self.to_dict()).decode()
+        """A file that `--config` takes, as the run directory's `config.toml`."""
+        tables: dict[str, dict[str, Any]] = {}
+        for name, value in self.to_dict().items():
+            tables.setdefault(FLAGS[name].section, {})[name] = value
+        return msgspec.toml.encode(tables).decode()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option, as the command line and `--config` know it.
+
+    Attributes:
+        section: the field of `RunConfig` that has it.
+        kind: its type: a class or a `Literal`.
+        default: its value where nobody gives one.
+        help: what it does.
+    """
+
+    section: str
+    kind: Any
+    default: Any
+    help: str
+
+
+def _flags() -> dict[str, Flag]:
+    found: dict[str, Flag] = {}
+    for section, kind in get_type_hints(RunConfig).items():
+        default, bare = kind(), get_type_hints(kind)
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            assert name not in found, f"{name} is in two sections"
+            help = next(meta.description for meta in _metas(hint) if meta.description)
+            value = getattr(default, name)
+            found[name] = Flag(section, _without_none(bare[name]), value, help)
+    return found
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _metas(hint: Any) -> Iterator[Meta]:
+    """What is declared of a field, inside a union with None too."""
+    if get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+        yield from _metas(hint.__origin__)
+    elif get_origin(hint) in (Union, types.UnionType):
+        for part in get_args(hint):
+            yield from _metas(part)
+
+
+def _fault(value: Any, hint: Any) -> str | None:
+    """What a value should have been, if it is not what its field declares."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    bare = hint.__origin__
+    if get_origin(bare) is Literal:
+        return None if value in get_args(bare) else " or ".join(map(str, get_args(bare)))
+    if value is None:
+        return None
+    for meta in _metas(hint):
+        if (meta.ge is not None and value < meta.ge) or (meta.lt is not None and value >= meta.lt):
+            return f"at least {meta.ge}" if meta.lt is None else f"in [{meta.ge}, {meta.lt})"
+    return None
 
 
 def flag(name: str) -> str:
@@ -247,27 +357,49 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+FLAGS: Mapping[str, Flag] = _flags()
+"""Every option by its name, in the order of the sections."""
+
+
 def read_toml(path: str) -> dict[str, Any]:
-    """Reads ``--config``: a TOML table with ``RunConfig``'s fields; ``-`` and ``_`` are the same.
+    """Reads `--config`: flags by name, in tables by section or without; `-` and `_` are the same.
 
     Raises:
         ValueError: no such file, not TOML, or a key that does not exist (the nearest is named).
     """
+    what = f"--config {path}"
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from error
+        raise ValueError(f"{what}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not TOML: {error}") from error
-    hints = get_type_hints(RunConfig)
+        raise ValueError(f"{what} is not TOML: {error}") from error
     values: dict[str, Any] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--config {path}: there is no key {key!r}{hint}")
-        if name in values:
-            raise ValueError(f"--config {path}: key {name!r} appears twice, as {key!r} too")
-        values[name] = strict.convert(value, hints[name], f"--config {path}: {key}")
+        if not isinstance(value, dict):
+            _take(values, key, value, what)
+        elif key not in RunConfig.__struct_fields__:
+            raise ValueError(f"{what}: there is no table [{key}]{_near(key, sections=True)}")
+        else:
+            for inner, content in value.items():
+                name = _take(values, inner, content, f"{what}: [{key}]")
+                if FLAGS[name].section != key:
+                    raise ValueError(
+                        f"{what}: {inner!r} is in [{key}], not [{FLAGS[name].section}]"
+                    )
     return values
+
+
+def _take(values: dict[str, Any], key: str, value: Any, what: str) -> str:
+    name = key.replace("-", "_")
+    if name not in FLAGS:
+        raise ValueError(f"{what}: there is no key {key!r}{_near(name)}")
+    if name in values:
+        raise ValueError(f"{what}: key {name!r} appears twice, as {key!r} too")
+    values[name] = strict.convert(value, FLAGS[name].kind, f"{what}: {key}")
+    return name
+
+
+def _near(name: str, *, sections: bool = False) -> str:
+    near = difflib.get_close_matches(name, RunConfig.__struct_fields__ if sections else FLAGS, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

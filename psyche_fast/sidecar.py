@@ -1,9 +1,9 @@
-"""A sidecar: one rank after the first, driven by a core over the store (Psyche's protocol).
+"""A sidecar: one rank after the first, driven by our own core or by Psyche's.
 
-``python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
---world-size N --rank R [--device D]``
+`python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
+--world-size N --rank R [--device D]`
 
-Any core that speaks the protocol can drive it; nothing beyond the protocol is required.
+Any core that speaks Psyche's protocol can drive it; nothing beyond the protocol is required.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from psyche_fast.start import lifecycle
+from psyche_fast.errors import explain
+from psyche_fast.start import signals
+from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.network import use_interface
+from psyche_fast.start.parent import PARENT_PIPE, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +30,6 @@ log = logging.getLogger("psyche_fast.sidecar")
 TIMEOUT = "PSYCHE_FAST_TIMEOUT"
 """Environment variable: seconds until a collective that a rank misses is an error."""
 DEFAULT_TIMEOUT = 600
-
-_LOST = ("Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
-"""What gloo's plain RuntimeErrors say where another rank is gone."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,17 +48,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a sidecar until ``exit``; status 0 then, 1 after an error that was said."""
+    """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
     run(parse(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    """``main`` for arguments that are parsed."""
-    lifecycle.quiet_torch()
-    # SIGTERM and Ctrl-C act at once, inside a collective too: there is nothing here to save.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """`main` for arguments that are parsed."""
+    quiet_terminal()
+    if PARENT_PIPE in os.environ:
+        signals.leave_to_core()
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing here is to save.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if args.parent_pid is not None:
-        lifecycle.die_with_parent(args.parent_pid)
+        die_with_parent(args.parent_pid)
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         serve(args)
     except Exception as error:  # the last resort: nobody else would say it
-        if not isinstance(error, ValueError):
+        if not (isinstance(error, ValueError) and sys.stderr.isatty()):
             log.info("where it happened:", exc_info=True)
         log.error("%s", explain(error))
         sys.stderr.flush()
@@ -74,55 +78,35 @@ def run(args: argparse.Namespace) -> None:
         os._exit(1)
 
 
-def explain(error: Exception) -> str:
-    """One line for a user."""
-    import torch
-    import torch.distributed as dist
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"out of memory: {str(error).splitlines()[0]} Lower --micro-batch or "
-            "--sequence-length, or use --activation-checkpointing or more --data-parallelism."
-        )
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "timeout caused" in text or "timed out" in text.lower():
-        return f"another rank did not answer within --timeout ({TIMEOUT} of a sidecar): {text}"
-    if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
-        return f"lost another rank: {text}"
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
-
-
 def serve(args: argparse.Namespace) -> None:
-    """Connects, loads the model and serves operations until ``exit``.
+    """Connects, looks which core it is, and serves that until the end of the run.
 
     Raises:
-        ValueError: what rank 0 sent is not the protocol's.
+        ValueError: what rank 0 sent is not understood.
     """
     from datetime import timedelta
 
-    import torch
     import torch.distributed as dist
 
-    from psyche_fast.psyche.store import SidecarStore
-    from psyche_fast.rank import serve as runtime
+    from psyche_fast.psyche import serving
+    from psyche_fast.psyche.store import FIRST_KEY as PSYCHES
+    from psyche_fast.rank import serve as own
+    from psyche_fast.rank.protocol import FIRST_KEY as OURS
+    from psyche_fast.rank.topology import join
+    from psyche_fast.start.devices import processor
+    from psyche_fast.start.store import StoreClient, introduce
 
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
         raise ValueError(f"--init-method: wanted tcp://HOST:PORT, got {args.init_method!r}")
-    lifecycle.use_interface(address.hostname)
+    use_interface(address.hostname)
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
-    store = SidecarStore(address.hostname, address.port, args.world_size, timeout)
-    runtime.join(args.backend, store.store, args.world_size, args.rank, device, timeout)
-    torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
-
-    architecture, source = store.receive_model(device)
-    dp, tp, settings = store.receive_parallelism()
-    model, topology = runtime.load(architecture, source, dp, tp, settings, device)
-    log.info("loaded %s on %s", architecture, device)
-    runtime.serve_operations(store, model, topology, settings, device)
+    client = StoreClient(address.hostname, address.port, args.world_size, timeout)
+    introduce(client.store, args.rank, processor(device))
+    join(args.backend, client.store, args.world_size, args.rank, device, timeout)
+    core = own if client.first_of((OURS, PSYCHES)) == OURS else serving
+    core.serve(client, device)
     dist.destroy_process_group()
 
 

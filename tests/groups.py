@@ -119,7 +119,7 @@ def run_command(
 
 @contextmanager
 def running(function: Callable[..., None], *args: Any) -> Iterator[Any]:
-    """Runs `function(*args)` in a process, a `multiprocessing.Process`, that ends with the block."""
+    """Runs `function(*args)` in a `multiprocessing.Process` that ends with the block."""
     process = _start(function, *args)
     try:
         yield process

@@ -36,7 +36,7 @@ def test_padding_rows_count_for_nothing() -> None:
     assert padded.rows == 4
     assert padded.labels is not None
     assert padded.labels[3].tolist() == [IGNORE] * 4
-    assert padded.real_tokens().tolist() == [3, 3, 3, 0]
+    assert padded.real_tokens() == [3, 3, 3, 0]
     assert padded.position_ids is not None
     assert padded.position_ids[3].tolist() == [0, 1, 2, 3]
     assert batch.pad_rows(3) is batch
@@ -45,5 +45,5 @@ def test_padding_rows_count_for_nothing() -> None:
 def test_real_tokens_are_the_predicted_ones() -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
     labels = torch.tensor([[9, 1, IGNORE, 1, 1], [IGNORE] * 5])
-    assert Batch(ids).real_tokens().tolist() == [4, 4]
-    assert Batch(ids, labels).real_tokens().tolist() == [3, 0]
+    assert Batch(ids).real_tokens() == [4, 4]
+    assert Batch(ids, labels).real_tokens() == [3, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 
@@ -11,6 +13,7 @@ import torch
 from psyche_fast import cli
 from psyche_fast.kernels import limits
 from psyche_fast.kernels import report as command
+from psyche_fast.kernels.aot import Measurement
 
 SMALL = "tests.kernels.small_kernels"
 
@@ -66,18 +69,19 @@ def test_tables_say_which_path_runs_and_what_every_kernel_costs(capsys):
 
 @needs_triton
 def test_a_limit_that_is_exceeded_ends_in_an_error_that_names_it(capsys, tmp_path):
-    path = tmp_path / "limits.toml"
-    some = {"kernels": ["product 64"], "targets": ["sm_90"], "provider": SMALL, "path": path}
+    version = importlib.metadata.version("triton")
+    limits.write(limits.Limits(version), tmp_path)  # of which a part is taken
+    some = {"kernels": ["product 64"], "targets": ["sm_90"], "provider": SMALL, "folder": tmp_path}
     command.report(update_limits=True, check=True, **some)
     out = capsys.readouterr().out
-    assert f"wrote {path}" in out
-    assert "1 compilations are within the limits" in out
-    taken = limits.read(path)
+    assert f"wrote {limits.path_of(version, tmp_path)}" in out
+    assert f"1 compilations are within the limits (those of Triton {version})" in out
+    taken = limits.read_all(tmp_path)[version]
     line = taken.cases["product 64"]["sm_90"]
     assert line["mma"] == 4
 
     line["registers"] = 20
-    limits.write(taken, path)
+    limits.write(taken, tmp_path)
     with pytest.raises(RuntimeError, match="limits of the kernels are exceeded"):
         command.report(check=True, as_json=True, **some)
     report = json.loads(capsys.readouterr().out)
@@ -87,6 +91,16 @@ def test_a_limit_that_is_exceeded_ends_in_an_error_that_names_it(capsys, tmp_pat
         f"product 64 on sm_90: registers {measured['registers']}, at most 20"
     ]
     assert measured["mma"] == 4
+
+
+@needs_triton
+def test_under_a_triton_without_limits_it_says_what_it_is_held_to(capsys, tmp_path, monkeypatch):
+    one = Measurement("product", "64", "sm_90", registers=40, spills=0, shared=0, mma=4)
+    limits.write(limits.updated(limits.Limits(), [one], "3.0.0", whole=True), tmp_path)
+    slower = dataclasses.replace(one, registers=50)  # 44 and 15 %
+    monkeypatch.setattr(command, "_measure", lambda *_: [slower])
+    command.report(kernels=["product"], check=True, folder=tmp_path)
+    assert "are within the limits (of any Triton, and slack)" in capsys.readouterr().out
 
 
 @needs_triton
@@ -134,11 +148,11 @@ def test_without_triton_it_says_so_and_compiles_nothing(capsys):
 @pytest.mark.usefixtures("no_triton")
 @pytest.mark.parametrize("option", ["--check", "--update-limits", "--lines=encode"])
 def test_without_triton_nothing_can_be_checked(capsys, option):
-    before = limits.PATH.read_bytes()
+    before = limits.read_all()
     status, _, err = run(capsys, option)
     assert status == 2
     assert "triton is not installed, so nothing can be compiled" in err
-    assert limits.PATH.read_bytes() == before
+    assert limits.read_all() == before
 
 
 def test_a_backend_that_cannot_run_is_an_error(capsys, monkeypatch):

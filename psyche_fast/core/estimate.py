@@ -29,14 +29,21 @@ from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.shards import local_tensor, own_layouts
+from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
-from psyche_fast.models.source import FilesSource, TensorsSource, read_config, resolve_model
+from psyche_fast.models.source import (
+    FilesSource,
+    TensorsSource,
+    read_config,
+    resolve_model,
+    vocabulary_size,
+)
 from psyche_fast.models.tensor_parallel import tensor_parallel
 from psyche_fast.rank.topology import Topology
+from psyche_fast.sharding import local_tensor
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -56,6 +63,7 @@ class Estimate:
         sent: what this rank hands to the other replicas in a step; 0 for one replica.
         dense: the same for a dense exchange of the gradient.
         received: from the other replicas in a step.
+        batch: rows of a step that the core sends to each other replica, once; 0 for one replica.
     """
 
     total_parameters: int
@@ -68,6 +76,7 @@ class Estimate:
     sent: int
     dense: int
     received: int
+    batch: int
 
     @property
     def memory(self) -> int:
@@ -133,29 +142,33 @@ def _nobody(world: int) -> Iterator[None]:
 
 
 def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") -> Estimate:
-    """Estimates what a rank of ``run`` needs.
+    """Estimates what a rank of `run` needs.
 
     Args:
-        model: ``config.json`` of a Transformers model.
-        run: as ``train`` would take it; its ``model`` is not looked at.
+        model: `config.json` of a Transformers model.
+        run: as `train` would take it; its `model` is not looked at.
         device_type: what attention is chosen for. Forward is gone through as the CPU does it.
 
     Raises:
         ValueError: the model cannot be built or split so.
     """
-    dtype = _DTYPES[run.param_dtype]
-    attention = choose_attention(run.attn_implementation, device_type, model.get("model_type"))
+    dtype = _DTYPES[run.model.param_dtype]
+    attention = choose_attention(
+        run.model.attn_implementation, device_type, model.get("model_type")
+    )
     if attention == "flash_attention_2":
         attention = "sdpa"  # holds as much
     device = torch.device("cpu")
-    with _nobody(run.world_size):
-        topology = Topology.build(run.data_parallelism, run.tensor_parallelism, device)
+    with _nobody(run.parallelism.world_size):
+        topology = Topology.build(
+            run.parallelism.data_parallelism, run.parallelism.tensor_parallelism, device
+        )
 
         def build() -> tuple[nn.Module, dict[str, str]]:
             with torch.device("meta"):  # buffers too: what is in them does not matter here
-                module = huggingface.build(model, dtype, attention, run.sequence_length)
+                module = huggingface.build(model, dtype, attention, run.model.sequence_length)
             aliases = building.tied_names(module)
-            if run.activation_checkpointing:
+            if run.model.activation_checkpointing:
                 huggingface.enable_activation_checkpointing(module)
             if topology.tensor_mesh is not None:
                 tensor_parallel(module, topology.tensor_mesh, module.config, aliases)
@@ -171,19 +184,19 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         own = sum(map(_bytes, named.values()))
         elements = own // dtype.itemsize
         sent = optimizer = workspace = 0
-        if run.distro:
+        if run.optimizer.distro:
             wholes = [_layout(n, p, run, device) for n, p in named.items()]
             layouts, shared = own_layouts(list(named.values()), wholes)
             layout = Layout(layouts)
             size = MessageFormat(
-                layout, ["torch"] * len(layout.plans), signs=run.distro_quantization
+                layout, ["torch"] * len(layout.plans), signs=run.optimizer.distro_quantization
             ).size
-            sent = size if run.replicas > 1 else 0
+            sent = size if run.parallelism.replicas > 1 else 0
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
-            optimizer = chunks * (dtype.itemsize + _DTYPES[run.delta_dtype].itemsize)
+            optimizer = chunks * (dtype.itemsize + _DTYPES[run.optimizer.delta_dtype].itemsize)
             if device_type == "cpu":
                 workspace = max(map(_workspace, layout.plans))
-            if run.offload_delta:
+            if run.optimizer.offload_delta:
                 optimizer = chunks * dtype.itemsize
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
             for at in (at for members in shared.values() for at in members):
@@ -192,7 +205,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
                 optimizer += 8 * (part + held) + part * dtype.itemsize
         else:
             optimizer = 2 * own
-    sharded = run.data_parallelism > 1
+    sharded = run.parallelism.data_parallelism > 1
     # The block at work and the next one, and embedding and head beside them; gradients of a block
     # whole, and in fp32 on their way to the ranks.
     most = max([*largest, 0])
@@ -200,15 +213,24 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
     return Estimate(
         total_parameters=sum(p.numel() for p in named.values()),
         parameters=own,
-        gradients=elements * (4 if run.grad_accum_in_fp32 else dtype.itemsize),
+        gradients=elements * (4 if run.training.grad_accum_in_fp32 else dtype.itemsize),
         optimizer=optimizer,
         activations=activations,
         workspace=workspace,
         unsharded=unsharded,
         sent=sent,
-        dense=own if run.replicas > 1 else 0,
-        received=sent * (run.replicas - 1),
+        dense=own if run.parallelism.replicas > 1 else 0,
+        received=sent * (run.parallelism.replicas - 1),
+        batch=_batch(model, run),
     )
+
+
+def _batch(model: dict[str, Any], run: RunConfig) -> int:
+    replicas = run.parallelism.replicas
+    if replicas == 1:
+        return 0
+    width = 2 if (vocabulary_size(model) or 0) <= 1 << 16 else 4
+    return width * -(-run.run.total_batch // replicas) * run.model.sequence_length
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -227,7 +249,8 @@ def _workspace(plan: ChunkPlan) -> int:
 def _layout(name: str, parameter: Tensor, run: RunConfig, device: torch.device) -> ParameterLayout:
     return ParameterLayout.of(
         name, parameter.shape, parameter.dtype, device,
-        compression_chunk=run.compression_chunk, compression_topk=run.compression_topk,
+        compression_chunk=run.optimizer.compression_chunk,
+        compression_topk=run.optimizer.compression_topk,
     )  # fmt: skip
 
 
@@ -245,14 +268,14 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
             # Counted apart; here each lives as long as it takes to be added.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         model.train()
-        tokens = torch.zeros(run.micro_batch, run.sequence_length, dtype=torch.int64)
+        tokens = torch.zeros(run.training.micro_batch, run.model.sequence_length, dtype=torch.int64)
         with LiveBytes() as bytes_:
             model.loss(Batch(tokens)).backward()
     return bytes_.peak
 
 
 def read_model(name: str) -> dict[str, Any]:
-    """The configuration of a folder, of a ``config.json``, or of a hub id, without its weights.
+    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
 
     Raises:
         ValueError: there is none.
@@ -277,7 +300,7 @@ _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bits per second of ``100Mbit`` and the like.
+    """Bits per second of `100Mbit` and the like.
 
     Raises:
         ValueError: another form.
@@ -293,7 +316,7 @@ def parse_bandwidth(text: str) -> float:
 
 
 def exchange_seconds(found: Estimate, ranks: int, bandwidth: float, latency: float) -> float:
-    """How long one exchange takes where ``ranks`` ranks of a host share its link.
+    """How long one exchange takes where `ranks` ranks of a host share its link.
 
     Args:
         found: the estimate.

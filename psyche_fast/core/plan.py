@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psyche_fast.config import RunConfig, flag
+from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.data import Dataset, open_dataset
 from psyche_fast.metrics.formatting import format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
-from psyche_fast.models.source import FilesSource, check_model, resolve_model
-from psyche_fast.psyche.messages import Settings
+from psyche_fast.models.source import (
+    FilesSource,
+    ModelSummary,
+    check_model,
+    resolve_model,
+    text_config,
+    vocabulary_size,
+)
 from psyche_fast.start.devices import Devices, choose_devices, cores
 
 
@@ -24,18 +30,18 @@ class Plan:
 
     Attributes:
         config: as the user gave it.
+        resolved: what every rank is told: `auto` and 0 replaced by what they stand for.
         source: the model's files.
         dataset: the data, opened.
         devices: of the ranks on this machine.
-        settings: what sidecars are told beyond Psyche's protocol.
         summary: lines for the user.
     """
 
     config: RunConfig
+    resolved: RunConfig
     source: FilesSource
     dataset: Dataset
     devices: Devices
-    settings: Settings
     summary: tuple[str, ...]
 
 
@@ -49,88 +55,89 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
-    if config.output is not None:
-        _check_output(Path(config.output), config.start_step)
-    if config.save_path is not None:
-        _check_save_path(Path(config.save_path))
-    check_tracker(config.tracker)
-    devices = choose_devices(config.device, config.ranks_here)
-    registry.resolve(config.python_arch)
-    source = resolve_model(config.model)
-    model = check_model(source, config.python_arch)
+    run, options, parallelism = config.run, config.model, config.parallelism
+    if run.output is not None:
+        _check_output(Path(run.output), config.schedule.start_step)
+    if run.save_path is not None:
+        _check_save_path(Path(run.save_path))
+    check_tracker(run.tracker)
+    devices = choose_devices(config.machines.device, config.ranks_here)
+    registry.resolve(options.python_arch)
+    source = resolve_model(options.model)
+    model = check_model(source, options.python_arch)
     attention = choose_attention(
-        config.attn_implementation, devices.devices[0].type, model.model_type
+        options.attn_implementation, devices.devices[0].type, model.model_type
     )
     dataset = open_dataset(
-        config.data_path,
-        token_size=config.token_size,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
+        config.data.data_path,
+        token_size=config.data.token_size,
+        sequence_length=options.sequence_length,
+        seed=config.data.seed,
     )
-    vocabulary = model.config.get("vocab_size")
-    if isinstance(vocabulary, int):
+    vocabulary = vocabulary_size(model.config)
+    if vocabulary is not None:
         dataset.check_vocabulary(vocabulary)
     on_cpu = devices.backend == "gloo"
-    _check_parallelism(model.config, config.tensor_parallelism)
-    for name in ("liger", "offload_delta"):
-        if getattr(config, name) and on_cpu:
+    _check_parallelism(text_config(model.config), parallelism.tensor_parallelism)
+    on_gpus = {"liger": options.liger, "offload_delta": config.optimizer.offload_delta}
+    for name, wanted in on_gpus.items():
+        if wanted and on_cpu:
             raise ValueError(f"{flag(name)} needs a CUDA device")
     sharing = ranks_on_this_machine or config.ranks_here
-    split = _splits(config, on_cpu, sharing)
-    threads = config.threads or (max(1, cores() // sharing) if on_cpu else 0)
-    settings = Settings(
-        replicas=config.replicas,
-        param_dtype=config.param_dtype,
+    split = _splits(parallelism, on_cpu, sharing)
+    threads = config.machines.threads or (max(1, cores() // sharing) if on_cpu else 0)
+    resolved = config.replace(
         attn_implementation=attention,
-        sequence_length=config.sequence_length,
-        activation_checkpointing=config.activation_checkpointing,
-        liger=config.liger,
-        compile=config.compile,
-        optim_stats=config.optim_stats,
-        check_every=config.check_every,
-        delta_dtype=config.delta_dtype,
-        offload_delta=config.offload_delta,
-        defer_grad_sync=config.defer_grad_sync,
-        split=split,
-        threads=threads or None,
-        timeout=config.timeout,
+        device_backend="split" if split else "nccl",
+        threads=threads,
     )
-    needed = config.total_steps * config.total_batch
+    summary = _summary(config, resolved, model, dataset, devices)
+    return Plan(config, resolved, source, dataset, devices, summary)
+
+
+def _summary(
+    config: RunConfig,
+    resolved: RunConfig,
+    model: ModelSummary,
+    dataset: Dataset,
+    devices: Devices,
+) -> tuple[str, ...]:
+    optimizer, parallelism, rows = config.optimizer, resolved.parallelism, config.run.total_batch
+    needed = config.schedule.total_steps * rows
     passes = needed / len(dataset)
     again = f", read {passes:.1f} times" if passes > 1 else ""
-    optimizer = "AdamW"
-    if config.distro:
-        bits = ", 1 bit" if config.distro_quantization else ""
-        optimizer = f"DisTrO (top {config.compression_topk} of {config.compression_chunk}^2{bits})"
-    summary = (
-        f"model    {config.model}: {model.model_type or config.python_arch}, "
+    method = "AdamW"
+    if optimizer.distro:
+        chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
+        method = f"DisTrO (top {chunks}{', 1 bit' if optimizer.distro_quantization else ''})"
+    threads = resolved.machines.threads
+    return (
+        f"model    {config.model.model}: {model.model_type or config.model.python_arch}, "
         f"{format_count(model.num_parameters)} parameters",
-        f"data     {config.data_path}: {format_count(len(dataset))} sequences of "
-        f"{config.sequence_length} tokens, {format_count(needed)} needed{again}",
-        f"ranks    {config.replicas} replicas x {config.data_parallelism} data x "
-        f"{config.tensor_parallelism} tensor parallel on {devices.describe()}"
-        + (", gloo between replicas" if split else "")
+        f"data     {config.data.data_path}: {format_count(len(dataset))} sequences of "
+        f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
+        f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
+        f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
+        + (", gloo between replicas" if parallelism.device_backend == "split" else "")
         + (f", {threads} threads each" if threads else ""),
-        f"training {optimizer}, {config.param_dtype}, {attention} attention, "
-        f"{math.ceil(config.total_batch / config.replicas)} sequences per replica and step",
+        f"training {method}, {config.model.param_dtype}, {resolved.model.attn_implementation} "
+        f"attention, {math.ceil(rows / parallelism.replicas)} sequences per replica and step",
     )
-    return Plan(config, source, dataset, devices, settings, summary)
 
 
-def _splits(config: RunConfig, on_cpu: bool, ranks_here: int) -> bool:
+def _splits(parallelism: Parallelism, on_cpu: bool, ranks_here: int) -> bool:
     """Whether results go over gloo while what is inside a replica goes over NCCL.
 
     A collective of NCCL's holds multiprocessors of the GPU until the last byte is in; over a link
     between machines that is most of a step, which gloo's threads wait for on the host instead.
     """
-    if on_cpu and config.device_backend != "auto":
-        raise ValueError(
-            f"--device-backend {config.device_backend} needs CUDA devices; a CPU has only gloo"
-        )
-    if on_cpu or config.replicas == 1:
+    wanted = parallelism.device_backend
+    if on_cpu and wanted != "auto":
+        raise ValueError(f"--device-backend {wanted} needs CUDA devices; a CPU has only gloo")
+    if on_cpu or parallelism.replicas == 1:
         return False
-    several = ranks_here < config.world_size
-    return config.device_backend == "split" or (config.device_backend == "auto" and several)
+    several = ranks_here < parallelism.world_size
+    return wanted == "split" or (wanted == "auto" and several)
 
 
 def _check_output(output: Path, start_step: int) -> None:

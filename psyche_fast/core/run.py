@@ -1,46 +1,47 @@
-"""The step loop of rank 0."""
+"""A run, as rank 0 leads it: `steps` is the loop."""
 
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from psyche_fast.config import RunConfig, optimizer_to_json
-from psyche_fast.core.loop import StepLoop
+from psyche_fast.batch import Batch
+from psyche_fast.core.feed import Feed
+from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
+from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.data import BatchPrefetcher
-from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
     PhaseTimer,
     make_tracker,
+    memory_bytes,
     plot_run,
 )
-from psyche_fast.psyche import messages
-from psyche_fast.psyche.store import CoreStore, barrier, listen
-from psyche_fast.rank import serve as runtime
-from psyche_fast.rank.checkpoint import atomic_folder
-from psyche_fast.sidecar import TIMEOUT, explain
-from psyche_fast.start import lifecycle
-from psyche_fast.start.cluster import Launched, announce
-from psyche_fast.start.signals import StopRequest, stop_on_signal
-from psyche_fast.start.spawn import SidecarFailed, Sidecars, local_ranks
+from psyche_fast.models.source import vocabulary_size
+from psyche_fast.rank.checkpoint import atomic_folder, save_model
+from psyche_fast.rank.counts import Totals
+from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.topology import join
+from psyche_fast.rank.trainer import Trainer
+from psyche_fast.start.cluster import Launched
+from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.ending import also_at_exit_now
+from psyche_fast.start.logs import rank_log
+from psyche_fast.start.signals import StopRequest
+from psyche_fast.start.store import barrier, processors
 
 log = logging.getLogger("psyche_fast.core")
-
-_DEATH_SECONDS = 2.5
-"""How long a failing core looks for the sidecar whose death is the cause."""
-_EXIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,29 @@ class RunResult:
     signal: int | None
 
 
+@dataclass(frozen=True)
+class Core:
+    """What the loop works with.
+
+    Attributes:
+        plan: the run.
+        output: the run directory.
+        trainer: rank 0's own.
+        sender: takes what the other ranks are told.
+        stop: whether the user wants the run to end.
+        console: for what the user should know.
+        timer: phases of a step are charged to it.
+    """
+
+    plan: Plan
+    output: Path
+    trainer: Trainer
+    sender: Sender
+    stop: StopRequest
+    console: Console
+    timer: PhaseTimer
+
+
 def run(plan: Plan, place: Launched | None = None) -> RunResult:
     """Runs a plan to its end.
 
@@ -73,179 +97,166 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
         OSError: the run directory or the last checkpoint cannot be written.
     """
     config = plan.config
-    name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
-    output = Path(config.output or name)
+    output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(config.to_toml())
-    handler = logging.FileHandler(output / "logs" / "rank-0.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s rank 0 %(levelname)s %(message)s"))
-    logging.getLogger("psyche_fast").addHandler(handler)
-    logging.getLogger("psyche_fast").setLevel(logging.INFO)
-    try:
-        return _Core(plan, output, place).run()
-    finally:
-        logging.getLogger("psyche_fast").removeHandler(handler)
-        handler.close()
-
-
-class _Core:
-    def __init__(self, plan: Plan, output: Path, place: Launched | None) -> None:
-        self.plan = plan
-        self.place = place
-        self.config: RunConfig = plan.config
-        self.output = output
-        self.device = plan.devices.devices[0]
-        self.timeout = timedelta(seconds=self.config.timeout)
-        self.console = Console(self.config.total_steps, self.config.start_step)
-        self.timer = PhaseTimer()
-
-    def run(self) -> RunResult:
-        config, plan = self.config, self.plan
-        sock = listen(config.host, config.port)
-        host, port = sock.getsockname()[:2]
-        lifecycle.use_interface(host)
-        environment = {TIMEOUT: str(config.timeout)}
-        if plan.settings.threads:
-            environment["OMP_NUM_THREADS"] = str(plan.settings.threads)
-        address = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
-        with ExitStack() as stack:
-            stack.enter_context(self.console)
-            sidecars = stack.enter_context(
-                Sidecars(plan.devices.backend, address, config.world_size, environment)
-            )
-            stop = stack.enter_context(stop_on_signal(self.console.message, sidecars.kill))
-            for rank in local_ranks(config.world_size, config.ranks_here):
-                device = plan.devices.devices[rank]
-                log_file = self.output / "logs" / f"rank-{rank}.log"
-                sidecars.spawn(rank, device.index, log_file)
-            sidecars.watch(grace=_DEATH_SECONDS + 1)
-            missing = config.world_size - config.ranks_here
-            if self.place is not None:
-                announce(self.place, host, port)
-            elif missing:
-                self.console.message(
-                    f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
-                    f"--main-host {_reachable(host)} --port {port} "
-                    f"--world-size {config.world_size} --start-rank {config.ranks_here} "
-                    f"--num-local-ranks {missing} "
-                    f"--backend {plan.devices.backend}"
-                )
-            store = CoreStore(sock, config.world_size, self.timeout)
-            try:
-                result = self._train(store, stop, sidecars)
-                sidecars.join(_EXIT_SECONDS)
-            except (SidecarFailed, ReplicasDiffer):
-                raise
-            except Exception as error:
-                message = sidecars.failure(_DEATH_SECONDS if _lost_a_rank(error) else 0.2)
-                if message is None:
-                    if isinstance(error, ValueError | OSError):
-                        raise
-                    log.info("where it happened:", exc_info=True)
-                    message = explain(error)
-                raise SidecarFailed(message) from error
+    console = Console(config.schedule.total_steps, config.schedule.start_step)
+    with rank_log(output / "logs" / "rank-0.log", rank=0):
+        with console, started(plan, output, place, console) as ranks:
+            result = _train(plan, output, ranks, console)
         try:
-            plot_run(self.output)
+            plot_run(output)
         except OSError as error:  # the run is complete without them
-            self.console.message(f"plots not written: {error}")
-        return result
+            console.message(f"plots not written: {error}")
+    return result
 
-    def _train(self, store: CoreStore, stop: StopRequest, sidecars: Sidecars) -> RunResult:
-        config, plan, device = self.config, self.plan, self.device
-        store.publish_model(
-            config.python_arch,
-            plan.source,
-            config.data_parallelism,
-            config.tensor_parallelism,
-            plan.settings,
-            str(Path.home()),
-        )
-        runtime.join(plan.devices.backend, store.store, config.world_size, 0, device, self.timeout)
-        torch.manual_seed(1337)  # as the sidecars do
-        model, topology = runtime.load(
-            config.python_arch,
-            plan.source,
-            config.data_parallelism,
-            config.tensor_parallelism,
-            plan.settings,
-            device,
-        )
-        operation = messages.Hyperparameters(
-            lr_scheduler=config.lr_scheduler(),
-            optimizer=optimizer_to_json(config.optimizer()),
-            micro_batch_size=config.micro_batch * config.data_parallelism,
-            grad_accum_in_fp32=config.grad_accum_in_fp32,
-        )
-        store.publish(operation)
-        trainer = runtime.build_trainer(model, topology, operation, plan.settings)
-        log.info("training begins")
-        checkpoint = None
-        stop.has_work = True
-        with (
-            MetricsWriter(
-                self.output / "metrics.jsonl", drop_from_step=config.start_step
-            ) as writer,
-            BatchPrefetcher(
-                plan.dataset, config.total_batch, config.start_step, config.total_steps
-            ) as batches,
-        ):
-            tracker = make_tracker(config.tracker, self.output, config.to_dict())
 
-            def report(line: dict[str, Any]) -> None:
-                writer.write(line)
-                tracker.log(line["step"], line)
-                self.console.step(line)
+def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResult:
+    """Loads the model on all ranks, goes through the steps and ends the ranks."""
+    config, device = plan.resolved, plan.devices.devices[0]
+    run, stop = config.run, ranks.stop
+    sender = Sender(ranks.store, config.parallelism.replicas)
+    sender.publish_run(config, plan.source, Path.home())
+    timeout = timedelta(seconds=config.machines.timeout)
+    parallelism = config.parallelism
+    # Before the ranks meet, which those of different backends never would.
+    check_processors(
+        [processor(device), *processors(ranks.store, parallelism.world_size, timeout)],
+        parallelism.ranks_per_replica,
+        mixed=parallelism.mixed_gpus,
+    )
+    join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
+    trainer = build_trainer(config, plan.source, device)
+    core = Core(plan, output, trainer, sender, stop, console, PhaseTimer())
+    log.info("training begins")
+    last_step, checkpoint = 0, None
+    stop.has_work = True
+    first, total = config.schedule.start_step, config.schedule.total_steps
+    with (
+        MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
+        BatchPrefetcher(plan.dataset, run.total_batch, first, total) as batches,
+        make_tracker(run.tracker, output, plan.config.to_dict()) as tracker,
+        also_at_exit_now(tracker.finish),
+    ):
 
-            loop = StepLoop(
-                config, store, trainer, batches, report, device=device, timer=self.timer,
-                side_files=plan.source.side_files,
-            )  # fmt: skip
-            step = config.start_step
-            while True:
-                last = step == config.total_steps or stop.signal is not None
-                saves = last or self._saves(step)
-                loop.step(step, saves=saves, last=last)
-                if saves:
-                    checkpoint = self._checkpoint(loop, step, must=last) or checkpoint
-                    loop.finish()
-                if last:
-                    break
-                step += 1
-            tracker.finish()
-        if config.save_path is not None and checkpoint is not None:
-            with atomic_folder(Path(config.save_path).resolve()) as folder:
-                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-        stopped = stop.signal if step < config.total_steps else None
-        stop.has_work = False
-        sidecars.expect_exit()
-        store.publish(messages.Exit())
-        barrier(device, topology.everyone)
-        dist.destroy_process_group()
-        return RunResult(self.output, checkpoint, step, stopped)
+        def report(line: dict[str, Any]) -> None:
+            writer.write(line)
+            tracker.log(line["step"], line)
+            console.step(line)
 
-    def _saves(self, step: int) -> bool:
-        every = self.config.checkpoint_every
-        return every > 0 and step % every == 0
+        for last_step, saved in steps(core, batches, report):  # noqa: B007 - used below
+            checkpoint = saved or checkpoint
+    if run.save_path is not None and checkpoint is not None:
+        with atomic_folder(Path(run.save_path).resolve()) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    stopped = stop.signal if last_step < total else None
+    stop.has_work = False
+    ranks.sidecars.expect_exit()
+    sender.publish(Exit())
+    hand_on(Exit(), trainer.topology)
+    barrier(device, trainer.topology.everyone)
+    dist.destroy_process_group()
+    return RunResult(output, checkpoint, last_step, stopped)
 
-    def _checkpoint(self, loop: StepLoop, step: int, *, must: bool) -> Path | None:
-        path = self.output / "checkpoints" / f"step-{step:06d}"
+
+def steps(
+    core: Core,
+    batches: Iterator[tuple[int, Batch]],
+    report: Callable[[dict[str, Any]], None],
+) -> Iterator[tuple[int, Path | None]]:
+    """Goes through the steps on all ranks.
+
+    Nothing that the ranks say to each other is waited for in the step that it belongs to: a step is
+    sent before the step before it is trained, and its line is written after the step that follows
+    it. Over a slow link that costs no time as long as a step takes longer than a few round trips.
+
+    Args:
+        core: what to work with.
+        batches: gives the steps' batches in turn.
+        report: takes the steps' lines of `metrics.jsonl` in turn.
+
+    Yields:
+        each step when it is done, and its checkpoint if there is one.
+
+    Raises:
+        ValueError: a batch cannot be read or has a token that the model does not know.
+        OSError: a batch cannot be read, or the last checkpoint not be written.
+        ReplicasDiffer: the replicas' parameters are no longer the same.
+    """
+    config, trainer, sender, timer = core.plan.resolved, core.trainer, core.sender, core.timer
+    schedule, replicas = config.schedule, config.parallelism.replicas
+    vocabulary = vocabulary_size(trainer.model.config)
+    feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
+    num_tokens = (schedule.start_step - 1) * config.run.total_batch * config.model.sequence_length
+    dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
+    before = -1
+    feed.send(schedule.start_step)
+    for step in range(schedule.start_step, schedule.total_steps + 1):
+        began = time.perf_counter()
+        last = step == schedule.total_steps or core.stop.signal is not None
+        every = config.run.checkpoint_every
+        saves = last or (every > 0 and step % every == 0)
         try:
-            with self.timer.phase("checkpoint"):
-                loop.save(path)
-        except OSError as error:
-            if must:
-                raise
-            # A full disk is no reason to lose the run: older checkpoints are untouched.
-            self.console.message(f"checkpoint of step {step} not written: {error}; going on")
-            log.warning("checkpoint of step %d not written: %s", step, error)
-            return None
-        return path
+            sent = feed.take()
+        except (ValueError, OSError):
+            lines.write()
+            raise
+        if saves:  # in the order in which the ranks carry it out
+            sender.publish(Save(step))
+        if not last:
+            feed.send(step + 1)
+        hand_on(sent.mine, trainer.topology)
+        with timer.phase("train"):
+            output = trainer.train(step, sent.mine.batch())
+            totals = Totals(output, trainer)
+        with timer.phase("optimize"):
+            trainer.optimize(step)
+        lines.write()
+        sender.forget(before)  # every rank's counts of that step have come
+        before = sent.number
+        num_tokens += sent.tokens
+        seconds = time.perf_counter() - began
+        fields = {
+            "step": step,
+            "learning_rate": trainer.learning_rate(step),
+            "num_tokens": num_tokens,
+            "tokens_per_second": sent.tokens / seconds,
+            "step_seconds": seconds,
+            "dense_bytes": dense if replicas > 1 else 0,
+            "batch_bytes": sent.bytes,
+            "memory": memory_bytes(trainer.model.device),
+        }
+        lines.hold(totals, output.grad_norm, trainer.stats, fields)
+        checkpoint = None
+        if saves:
+            checkpoint = _checkpoint(core, step, must=last)
+            lines.write(checkpoint=True)
+        yield step, checkpoint
+        if last:
+            return
 
 
-def _reachable(host: str) -> str:
-    """What other machines call this one."""
-    return platform.node() if host in ("0.0.0.0", "::") else host
+def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
+    """Writes a checkpoint folder; all ranks take part.
 
-
-def _lost_a_rank(error: Exception) -> bool:
-    return isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, ValueError)
+    Raises:
+        OSError: it cannot be written, and `must` be; the ranks are in step all the same.
+        ReplicasDiffer: there is nothing worth writing.
+    """
+    path = core.output / "checkpoints" / f"step-{step:06d}"
+    trainer = core.trainer
+    hand_on(Save(step), trainer.topology)
+    try:
+        with core.timer.phase("checkpoint"):
+            trainer.plain()
+            trainer.check_replicas(step)
+            tensors = trainer.model.full_state_dict_iter()
+            save_model(path, trainer.model, tensors, core.plan.source.side_files)
+    except OSError as error:
+        if must:
+            raise
+        # A full disk is no reason to lose the run: older checkpoints are untouched.
+        core.console.message(f"checkpoint of step {step} not written: {error}; going on")
+        log.warning("checkpoint of step %d not written: %s", step, error)
+        return None
+    return path

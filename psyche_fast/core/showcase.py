@@ -88,7 +88,7 @@ def run_demo(
         output: run directory.
         replicas: DisTrO peers.
         data_parallelism: ranks that share a replica's model.
-        device: as of ``train``; ``auto`` takes the CPU where there are fewer GPUs than ranks.
+        device: as of `train`; `auto` takes the CPU where there are fewer GPUs than ranks.
 
     Raises:
         ValueError: the output folder is in use.
@@ -111,7 +111,7 @@ def run_demo(
     make_model(output / "model", tokenizer)
     steps = max_steps or STEPS
     plan = make_plan(
-        RunConfig(
+        RunConfig.of(
             model=str(output / "model"),
             data_path=str(output / "data"),
             sequence_length=SEQUENCE_LENGTH,

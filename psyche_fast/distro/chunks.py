@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from psyche_fast.devices import indexed
 from psyche_fast.distro.basis import dct_basis
 from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
 
@@ -45,7 +46,7 @@ class ParameterLayout:
         name: name for messages and saved state.
         shape: shape of the parameter; a 0-d one is treated as `[1]`.
         dtype: dtype of the parameter and of unquantised values.
-        device: device of the parameter.
+        device: device of the parameter, always with its index.
         h: rows of a chunk, 1 for a vector.
         w: columns of a chunk.
         k: coefficients kept of each chunk.
@@ -83,7 +84,8 @@ class ParameterLayout:
         w = chunk_side(sizes[-1], compression_chunk)
         h = 1 if len(sizes) == 1 else chunk_side(sizes[-2], compression_chunk)
         k = min(compression_topk, h * w)
-        return cls(name, tuple(shape), dtype, device, h, w, k, _encoded(sizes, h, w))
+        xshape = _encoded(sizes, h, w)
+        return cls(name, tuple(shape), dtype, indexed(device), h, w, k, xshape)
 
     def part(self, shape: Sequence[int]) -> ParameterLayout:
         """The same chunks for a part of the parameter that cuts none of them."""

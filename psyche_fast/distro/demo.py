@@ -49,6 +49,11 @@ class DeMo(torch.optim.Optimizer):
     A learning rate may be a 0-d float32 tensor on the parameters' device. It is not waited for, and
     with it a CUDA graph can be captured of a step.
 
+    All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
+    streams would write at once. Steps may move to another stream once the former one has done its
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError. A CUDA graph's
+    replay is a step too, which nothing here sees.
+
     Args:
         params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
             tensor) pairs.

@@ -35,13 +35,21 @@ class Pending:
     _received: Sequence[Tensor]
     _works: Sequence[dist.Work | None]
 
+    def completed(self) -> bool:
+        """Whether all messages are there, so that nothing is waited for any more."""
+        return all(work is None or work.is_completed() for work in self._works)
+
     def wait(self) -> Tensor:
-        """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer."""
+        """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer.
+
+        Where they lie on a GPU it is the current stream that waits, and over gloo the host, for
+        the link but not for the device.
+        """
         for work in self._works:
             if work is not None:
                 work.wait()
-        whole = self._received[0] if len(self._received) == 1 else torch.cat(self._received, dim=1)  # type: ignore[arg-type]
-        return whole.to(self._device)
+        parts = [part.to(self._device, non_blocking=True) for part in self._received]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
@@ -58,7 +66,9 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     limit = BUCKET_BYTES[staged.device.type] // message.element_size()
     sent = staged.split(limit)
     ranks = dist.get_world_size(peers)
-    received = [part.new_empty(ranks, part.numel()) for part in sent]
+    # Over gloo for a GPU: only from pinned memory does a copy go there without the host.
+    pinned = message.is_cuda and not staged.is_cuda
+    received = [part.new_empty((ranks, part.numel()), pin_memory=pinned) for part in sent]
     works = [
         _all_gather(into.view(-1), part, peers) for into, part in zip(received, sent, strict=True)
     ]

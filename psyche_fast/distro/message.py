@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,9 +92,15 @@ class MessageFormat:
             messages: uint8 `[peers, size]`, contiguous; from anybody.
 
         Returns:
-            The entries of the good ones side by side, in the order of the rows, one `Entries` per
-            chunk class; None where there is no good one. And for each bad row what is wrong with
-            it.
+            What `Unpacking.result` gives.
+
+        Raises:
+            ValueError: messages of another shape or dtype.
+        """
+        return self.begin_unpack(messages).result()
+
+    def begin_unpack(self, messages: Tensor) -> Unpacking:
+        """`unpack` in two parts: this one waits for nothing, `Unpacking.result` for what it gave.
 
         Raises:
             ValueError: messages of another shape or dtype.
@@ -111,21 +118,11 @@ class MessageFormat:
                 hash_rows(words[:, _HEADER // 8 :]) == words[:, _HEADER // 8 - 1],
                 well_formed,
             ]
-        ).tolist()
-        faults = {}
-        for row, (header, checksum, formed) in enumerate(zip(*checks, strict=True)):
-            if not header:
-                faults[row] = self._what_differs(bytes(messages[row, : _FIELDS.size].tolist()))
-            elif not checksum:
-                faults[row] = "its checksum does not match its content"
-            elif not formed:
-                faults[row] = "an index is out of order or range, or a value is not finite"
-        if not faults:
-            return entries, faults
-        good = [row for row in range(len(messages)) if row not in faults]
-        if not good:
-            return None, faults
-        return self._decode(messages[good])[0], faults
+        ).to("cpu", non_blocking=True)  # from a GPU into pinned memory, behind the decoding
+        copied = None
+        if messages.is_cuda:
+            copied = torch.cuda.current_stream(messages.device).record_event()
+        return Unpacking(self, messages, entries, checks, copied)
 
     def _decode(self, messages: Tensor) -> tuple[list[Entries], Tensor]:
         """Entries by chunk class, and bool `[peers]`: whether all chunks are well-formed."""
@@ -148,3 +145,43 @@ class MessageFormat:
             if mine != theirs:
                 return f"its header has the {name} {theirs!r}, wanted {mine!r}"
         return "its header has bytes set that should be 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacking:
+    """Messages that are being decoded and checked on their device.
+
+    `result` is to be called on the stream on which it was begun.
+    """
+
+    _format: MessageFormat
+    _messages: Tensor
+    _entries: list[Entries]
+    _checks: Tensor  # bool [3, peers] in host memory, there once `_copied` is past
+    _copied: torch.cuda.Event | None
+
+    def result(self) -> tuple[list[Entries] | None, dict[int, str]]:
+        """What the messages hold; the host waits until they are checked, and for nothing since.
+
+        Returns:
+            The entries of the good ones side by side, in the order of the rows, one `Entries` per
+            chunk class; None where there is no good one. And for each bad row what is wrong with
+            it.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        faults = {}
+        for row, (header, checksum, formed) in enumerate(zip(*self._checks.tolist(), strict=True)):
+            if not header:
+                fields = bytes(self._messages[row, : _FIELDS.size].tolist())
+                faults[row] = self._format._what_differs(fields)
+            elif not checksum:
+                faults[row] = "its checksum does not match its content"
+            elif not formed:
+                faults[row] = "an index is out of order or range, or a value is not finite"
+        if not faults:
+            return self._entries, faults
+        good = [row for row in range(len(self._messages)) if row not in faults]
+        if not good:
+            return None, faults
+        return self._format._decode(self._messages[good])[0], faults

@@ -13,9 +13,10 @@ from psyche_fast.distro.checks import check_compression, check_delta_shape
 from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
 from psyche_fast.distro.momentum import Momentum
 from psyche_fast.distro.results import DistroResult, collect, collect_own, to_results
-from psyche_fast.distro.shards import Parts, full_tensor
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.sharding import full_tensor
 
 MAX_OFFLOADED_ELEMENTS = 1 << 26
 """Elements of delta on the device at once where it is offloaded, or those of one parameter."""
@@ -39,6 +40,11 @@ class Distro:
 
     The learning rates may be 0-d float32 tensors on the parameters' device: nothing then waits for
     the device, and a CUDA graph can be captured of a whole step.
+
+    All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
+    streams would write at once. Steps may move to another stream once the former one has done its
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError. A CUDA graph's
+    replay is a step too, which nothing here sees.
 
     The state, `delta`, is the momentum that has not been sent yet, float32 unless told otherwise
     (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the

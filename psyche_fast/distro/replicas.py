@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -46,26 +47,38 @@ def hash_rows(words: Tensor) -> Tensor:
     return total
 
 
-def check_identical(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> None:
-    """Compares this rank's tensors with its counterparts in the other replicas.
+@dataclass(frozen=True)
+class PendingCheck:
+    """A comparison under way."""
+
+    _names: tuple[str, ...]
+    _hashes: exchange.Pending
+    _step: int
+
+    def finish(self) -> None:
+        """Waits for the peers' hashes and compares them.
+
+        Raises:
+            ReplicasDiffer: on every peer, naming the first tensors that differ.
+        """
+        hashes = self._hashes.wait()
+        differ = hashes.ne(hashes[0]).any(dim=0).tolist()
+        names = [name for name, bad in zip(self._names, differ, strict=True) if bad]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ReplicasDiffer(
+                f"step {self._step}: replicas are no longer bit-identical in {len(names)} of "
+                f"{len(self._names)} parameters: {shown}"
+            )
+
+
+def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> PendingCheck:
+    """Begins to compare this rank's tensors with its counterparts in the other replicas.
 
     Args:
-        tensors: this rank's parts, by name; the same names on every peer.
+        tensors: this rank's parts, by name; the same names on every peer, at least one.
         peers: the group to compare with.
         step: for the message.
-
-    Raises:
-        ReplicasDiffer: on every peer, naming the first tensors that differ.
     """
-    if not tensors:
-        return
     own = torch.stack([hash_bits(t) for t in tensors.values()])
-    hashes = exchange.start(own, peers).wait()
-    differ = hashes.ne(hashes[0]).any(dim=0).tolist()
-    names = [name for name, bad in zip(tensors, differ, strict=True) if bad]
-    if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ReplicasDiffer(
-            f"step {step}: replicas are no longer bit-identical in {len(names)} of "
-            f"{len(tensors)} parameters: {shown}"
-        )
+    return PendingCheck(tuple(tensors), exchange.start(own, peers), step)

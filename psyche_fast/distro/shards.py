@@ -5,37 +5,30 @@ shards falls on the chunks' edges, a rank works on its own shard where it lies, 
 The chunks of other parameters are divided among the ranks that share them: gradients travel from
 shards to chunks, parameters back, those of all such parameters together.
 
-Whole tensors are made for `state_dict` and for results that leave the replica only. Everything that
-knows about DTensor is in this file.
+Whole tensors are made for `state_dict` and for results that leave the replica only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from psyche_fast.distro.chunks import ParameterLayout
 from psyche_fast.distro.results import DistroResult, check_form
 from psyche_fast.distro.scattered import Scattered, Slab, divided_layouts
-
-
-def local_tensor(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this rank holds, sharing its memory."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, a collective; a plain tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from psyche_fast.sharding import (
+    cuts,
+    full_tensor,
+    local_tensor,
+    part_of,
+    placed_like,
+    sharing_group,
+)
 
 
 def is_aligned(whole: ParameterLayout, parameter: DTensor) -> bool:
@@ -47,55 +40,18 @@ def is_aligned(whole: ParameterLayout, parameter: DTensor) -> bool:
     """
     sides = (*[1] * (len(whole.shape) - 2), whole.h, whole.w)[-len(whole.shape) :]
     sizes = list(whole.shape)
-    for dim, ranks in _cuts(parameter):
-        # As torch.chunk: all but the last ones are of this size.
-        part = -(-sizes[dim] // ranks)
-        if part % sides[dim] and part < sizes[dim]:
+    for dim, axis in cuts(parameter):
+        size = -(-sizes[dim] // parameter.device_mesh.size(axis))  # of all shards but the last
+        if size % sides[dim] and size < sizes[dim]:
             return False
-        sizes[dim] = part
+        sizes[dim] = size
     return True
-
-
-def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
-    """Dimension and number of ranks of each cut, in the order in which they are made."""
-    mesh, cuts = parameter.device_mesh, []
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_replicate():
-            continue
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            raise ValueError(f"a parameter placed as {placement} cannot be trained with DisTrO")
-        # FSDP2's cut of what tensor parallelism has cut before stands first in the mesh.
-        strided = getattr(placement, "split_factor", 1) > 1
-        cuts.append((strided, dim % parameter.dim(), mesh.size(axis)))
-    return [(dim, ranks) for _, dim, ranks in sorted(cuts, key=lambda cut: cut[0])]
-
-
-def sharing_group(parameter: DTensor) -> dist.ProcessGroup:
-    """The ranks that hold different parts of a parameter; a collective where it has to be made."""
-    mesh = parameter.device_mesh
-    axes = [i for i, p in enumerate(parameter.placements) if not p.is_replicate()]
-    if len(axes) == 1:
-        return mesh.get_group(axes[0])
-    assert len(axes) == mesh.ndim, "sharded along some axes of a mesh of more than two"
-    return _group_of_mesh(mesh, dist.group.WORLD)
-
-
-@cache
-def _group_of_mesh(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
-    # By the world too: a mesh of a later process group may be equal to one of an earlier.
-    ranks = mesh.mesh.flatten().tolist()
-    group = dist.new_group(ranks, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def slab(parameter: DTensor) -> Slab:
     """Where this rank's shard begins in the whole parameter, and its sizes."""
-    shape, start = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return Slab(tuple(start), tuple(shape))
+    ranges = part_of(parameter)
+    return Slab(tuple(r.start for r in ranges), tuple(r.stop - r.start for r in ranges))
 
 
 _Shared = dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[int]]
@@ -228,10 +184,7 @@ class Parts:
         if position in self._where:
             moved, number = self._where[position]
             return moved.gather(number, part).view(shape)
-        stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return DTensor.from_local(
-            part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=tuple(stride)
-        )
+        return placed_like(part, p, shape)
 
     def own(self, position: int, whole: Tensor) -> Tensor:
         """This rank's part of a plain tensor over all chunks of a parameter; see `whole`."""

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from psyche_fast.devices import indexed
+
 GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 __all__ = ["AccumulationPlan", "accumulate", "plan_accumulation", "squared_norms"]
@@ -28,7 +30,7 @@ class AccumulationPlan:
         numels: elements of each tensor; any may be 0.
         groups: number of each tensor's group, `0 .. group_count - 1`.
         group_count: number of groups.
-        device: where all tensors lie.
+        device: where all tensors lie; always with its index.
     """
 
     numels: tuple[int, ...]
@@ -37,7 +39,6 @@ class AccumulationPlan:
     device: torch.device
 
 
-@functools.lru_cache(maxsize=256)
 def plan_accumulation(
     numels: tuple[int, ...], groups: tuple[int, ...], device: torch.device
 ) -> AccumulationPlan:
@@ -48,6 +49,13 @@ def plan_accumulation(
         groups: number of each tensor's group; groups are counted from 0 without gaps.
         device: where the tensors lie.
     """
+    return _plan(numels, groups, indexed(device))
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    numels: tuple[int, ...], groups: tuple[int, ...], device: torch.device
+) -> AccumulationPlan:
     assert len(numels) == len(groups)
     count = len(set(groups))
     assert all(0 <= group < count for group in groups)

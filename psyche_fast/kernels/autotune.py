@@ -27,6 +27,7 @@ from torch import Tensor
 
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.workloads import Workload, workload
+from psyche_fast.start.devices import choose_devices
 
 Options = dict[str, Any]
 
@@ -240,16 +241,18 @@ def using(path: Path, gpu: str, table: dict[str, Options]) -> Iterator[None]:
             os.environ[tuning.ENVIRONMENT] = before
 
 
-def torch_device(name: str) -> torch.device:
-    """The device of a name as torch writes it.
+def gpu_of(spec: str) -> torch.device:
+    """The GPU that `--device` names, with its index.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: there is none, or it is no GPU.
     """
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device: cuda or cuda:N") from error
+    if not torch.cuda.is_available():
+        raise ValueError(f"--autotune --device {spec}: this machine has no CUDA device")
+    device = choose_devices(spec, 1).devices[0]
+    if device.type != "cuda":
+        raise ValueError(f"--autotune needs a CUDA device, got --device {spec}")
+    return device
 
 
 def gpu_name(device: torch.device) -> str:

@@ -1,8 +1,10 @@
 """What the compile guard allows: limits per case and target, and the project's own ceilings.
 
-`limits.toml` is written from measurements (`psyche-fast kernels --update-limits`) with a margin, so
-that a change of cost shows as a diff of one line per case and target. `CEILINGS` are what the
-kernels were designed to; no measurement moves them.
+Compilers differ, so there is a file of limits, `limits-VERSION.toml`, for the oldest version of
+Triton that the project takes and for the one that it pins. It is written from measurements
+(`psyche-fast kernels --update-limits`) with a margin, so that a change of cost shows as a diff of
+one line per case and target. `CEILINGS` are what the kernels were designed to; no measurement moves
+them.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_fast.kernels.aot import TARGETS, Measurement
 
-PATH = Path(__file__).with_name("limits.toml")
+FOLDER = Path(__file__).parent
 
 HEADER = """\
 # Upper limits of the compile guard, one line per kernel and GPU; checked by `psyche-fast kernels
@@ -33,9 +35,10 @@ HEADER = """\
 #   round_barriers  barriers of the block in the rounds of the selection: none
 #   refused         why the kernel cannot run on this GPU; it is an error if it then compiles
 #
-# They hold for the version of Triton named here. Under another one registers may be 15 % more,
-# spills 384 bytes, shared memory 25 %, instructions and matrix instructions 40 %: that is how far
-# Triton 3.6 to 3.9 lie apart where the registers just do or do not suffice.
+# They hold for the version of Triton named here. A version without such a file is held to the
+# highest limit in any of them, and registers may then be 15 % more, spills 384 bytes, shared memory
+# 25 %, instructions and matrix instructions 40 %: nothing was measured with it, and it is only to
+# show what has gone badly wrong.
 """
 
 Line: TypeAlias = dict[str, int | str]
@@ -49,12 +52,20 @@ FOREIGN: dict[str, tuple[float, int]] = {
     "mma": (1.4, 0),
     "round_barriers": (1.0, 0),
 }
-"""Factor and addend on a limit under another Triton than it was taken with."""
+"""Factor and addend on a limit under a Triton that none were taken with, and on a ceiling under
+another than the kernels were designed with."""
+
+DESIGNED_WITH = "3.7.1"
+"""The version of Triton under which the ceilings hold to the letter: the pinned one. Its compiler
+decides the last few percent of a kernel's instructions."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Contents of `limits.toml`: Triton's version, and lines by case and target."""
+    """Contents of a file of limits: Triton's version, and lines by case and target.
+
+    `triton` is "" where it is none in particular.
+    """
 
     triton: str = ""
     cases: dict[str, dict[str, Line]] = field(default_factory=dict)
@@ -102,14 +113,27 @@ CEILINGS = (
 )
 
 
-def read(path: Path = PATH) -> Limits:
-    """Reads a file of limits; without one there are none.
+def path_of(triton: str, folder: Path = FOLDER) -> Path:
+    """The file with the limits of a version of Triton."""
+    return folder / f"limits-{triton}.toml"
+
+
+def read_all(folder: Path = FOLDER) -> dict[str, Limits]:
+    """Reads the files of limits, by version of Triton.
 
     Raises:
-        ValueError: the file is malformed.
+        ValueError: a file is malformed, or is named after another version than it is of.
     """
-    if not path.exists():
-        return Limits()
+    known = {}
+    for path in sorted(folder.glob("limits-*.toml")):
+        limits = _read(path)
+        if path != path_of(limits.triton, folder):
+            raise ValueError(f"{path} is of Triton {limits.triton}")
+        known[limits.triton] = limits
+    return known
+
+
+def _read(path: Path) -> Limits:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return Limits(content["triton"], content.get("limits", {}))
@@ -117,15 +141,17 @@ def read(path: Path = PATH) -> Limits:
         raise ValueError(f"{path} is malformed: {error!r}") from error
 
 
-def write(limits: Limits, path: Path = PATH) -> None:
-    """Writes a file of limits, sorted, one line per case and target."""
+def write(limits: Limits, folder: Path = FOLDER) -> Path:
+    """Writes the file of a version's limits, sorted, one line per case and target; returns it."""
     lines = [HEADER, f"triton = {json.dumps(limits.triton)}"]
     for name in sorted(limits.cases, key=_natural):
         lines += ["", f"[limits.{json.dumps(name)}]"]
         for target, line in sorted(limits.cases[name].items(), key=lambda item: _natural(item[0])):
             values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in line.items())
             lines.append(f"{target} = {{ {values} }}")
+    path = path_of(limits.triton, folder)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -149,18 +175,18 @@ def updated(old: Limits, measured: Sequence[Measurement], triton: str, *, whole:
     """The limits that follow from measurements.
 
     Args:
-        old: those so far.
+        old: those of this version so far.
         measured: what was measured.
         triton: version of Triton that it was measured with.
         whole: all cases were measured on all targets: lines of others go.
 
     Raises:
-        ValueError: part of the limits would be of another version of Triton.
+        ValueError: only a part was measured, and there are no limits of this version to go on from.
     """
-    if not whole and old.triton not in ("", triton):
+    if not whole and old.triton != triton:
         raise ValueError(
-            f"the limits were taken with Triton {old.triton}, this is {triton}: "
-            "update all of them at once, without --target and --kernel"
+            f"there are no limits for Triton {triton} yet: take all of them at once, "
+            "without --target and --kernel"
         )
     cases = {} if whole else {name: dict(lines) for name, lines in old.cases.items()}
     for one in measured:
@@ -175,18 +201,35 @@ def _line(one: Measurement) -> Line:
     return {metric: with_margin(metric, v) for metric, v in values.items() if v is not None}
 
 
-def check(
-    measured: Sequence[Measurement], limits: Limits, triton: str, *, whole: bool = True
-) -> list[str]:
+def allowed(known: Mapping[str, Limits], triton: str) -> Limits:
+    """What is allowed under a version: its own limits, or the highest of all (`triton` is "")."""
+    if triton in known:
+        return known[triton]
+    merged: dict[str, dict[str, Line]] = {}
+    for limits in known.values():
+        for name, lines in limits.cases.items():
+            for target, line in lines.items():
+                there = merged.setdefault(name, {}).get(target)
+                merged[name][target] = line if there is None else _highest(there, line)
+    return Limits("", merged)
+
+
+def _highest(one: Line, other: Line) -> Line:
+    """The higher limit of each metric; a kernel that some version compiles is to compile."""
+    if "refused" in one or "refused" in other:
+        return other if "refused" in one else one
+    return {metric: max(one.get(metric, 0), other.get(metric, 0)) for metric in one | other}  # type: ignore[type-var]
+
+
+def check(measured: Sequence[Measurement], limits: Limits, *, whole: bool = True) -> list[str]:
     """What breaks a limit or a ceiling, one line each; empty where all is well.
 
     Args:
         measured: what was measured.
-        limits: what is allowed.
-        triton: version of Triton that it was measured with.
+        limits: what is `allowed`.
         whole: all cases were measured on all targets, so that a line for another is stale.
     """
-    foreign = triton != limits.triton
+    foreign = limits.triton == ""  # no version's own
     faults = [fault for one in measured for fault in _faults(one, limits, foreign)]
     if whole:
         there = {(one.name, one.target) for one in measured}
@@ -226,9 +269,10 @@ def _faults(one: Measurement, limits: Limits, foreign: bool) -> Iterable[str]:
             yield f"{where}: {metric} {value:g}, at most {most:g}"
         elif metric == "mma" and value < limit and not foreign:
             yield f"{where}: {metric} {value:g}, not {limit}: is a product done without them?"
+    to_the_letter = limits.triton == DESIGNED_WITH
     for ceiling in CEILINGS:
         value = getattr(one, ceiling.metric)
         factor, addend = FOREIGN[ceiling.metric]
-        most = ceiling.most * factor + addend if foreign else ceiling.most
+        most = ceiling.most if to_the_letter else ceiling.most * factor + addend
         if ceiling.covers(one) and value is not None and value > most:
             yield f"{where}: {ceiling.metric} {value:g}, designed for at most {most:g}"

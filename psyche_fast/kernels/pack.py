@@ -119,8 +119,8 @@ def pack(
         raise ValueError(
             f"out: wanted contiguous uint8 [{total}], got {out.dtype} {list(out.shape)}"
         )
-    elif out.device != entries.indices.device:
-        raise ValueError(f"out: wanted a tensor on {entries.indices.device}, got {out.device}")
+    elif out.device != plan.device:
+        raise ValueError(f"out: wanted a tensor on {plan.device}, got {out.device}")
     if total == 0:
         return out
     value_bytes = _value_bytes(plan, values)
@@ -186,7 +186,7 @@ def _unpack(
         )
     if rows.stride(1) != 1 and total > 1:
         raise ValueError(f"data: wanted contiguous rows, got strides {data.stride()}")
-    if rows.device.type != plan.device.type:
+    if rows.device != plan.device:
         raise ValueError(f"data: wanted a tensor on {plan.device}, got {data.device}")
     peers, chunks, k = len(rows), plan.chunks, plan.k
     code = index_code(plan.totalk, k)
@@ -221,7 +221,7 @@ def _check_entries(plan: ChunkPlan, entries: Entries) -> None:
     for name, tensor in (("indices", entries.indices), ("values", entries.values)):
         if tensor.shape != wanted:
             raise ValueError(f"{name}: wanted shape {list(wanted)}, got {list(tensor.shape)}")
-        if tensor.device.type != plan.device.type:
+        if tensor.device != plan.device:
             raise ValueError(f"{name}: wanted a tensor on {plan.device}, got {tensor.device}")
     if entries.indices.dtype != plan.index_dtype:
         raise ValueError(f"indices: wanted {plan.index_dtype}, got {entries.indices.dtype}")

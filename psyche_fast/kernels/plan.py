@@ -19,6 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from psyche_fast.devices import indexed
+
 Rates: TypeAlias = Sequence[float] | Tensor
 """Learning rates or factors: a number per member, or a float32 tensor `[]` or `[members]` on the
 members' device, which is not waited for."""
@@ -94,7 +96,7 @@ class ChunkPlan:
         k: coefficients kept of each chunk, `1 <= k <= h * w`.
         dtype: dtype of the parameters, and of the values sent.
         compute_dtype: dtype of the arithmetic, float32 (float64 for float64 parameters).
-        device: where parameters, state and basis live.
+        device: where parameters, state and basis live; always with its index.
         basis_h: DCT-II basis `[h, h]` in `compute_dtype`.
         basis_w: DCT-II basis `[w, w]` in `compute_dtype`.
         rows_h: `basis_h` transposed, contiguous: one row per frequency, to be gathered.
@@ -120,7 +122,8 @@ class ChunkPlan:
     """Name by which operators know the plan; no number, which tracing would make a variable."""
 
     def __post_init__(self) -> None:
-        """Make the plan known by its handle for as long as it lives."""
+        """Name the device as tensors do; make the plan known by its handle while it lives."""
+        object.__setattr__(self, "device", indexed(self.device))
         _plans[self.handle] = self
 
     @property

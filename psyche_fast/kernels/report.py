@@ -35,7 +35,7 @@ def report(
     update_limits: bool = False,
     lines: str | None = None,
     provider: str = aot.PROVIDER,
-    path: Path = limits.PATH,
+    folder: Path = limits.FOLDER,
 ) -> None:
     """Compiles the kernels and prints what they cost.
 
@@ -47,7 +47,7 @@ def report(
         update_limits: rewrite the limits from what is measured.
         lines: attribute the instructions of the case whose name contains this to lines of source.
         provider: module with the cases.
-        path: file with the limits.
+        folder: where the files with the limits are.
 
     Raises:
         ValueError: an argument is wrong, or nothing can be compiled for want of Triton.
@@ -71,11 +71,13 @@ def report(
         return
     measured = _measure(targets, kernels, provider)
     whole = not targets and not kernels
-    allowed = limits.read(path)
+    known, version = limits.read_all(folder), here["triton"]
     if update_limits:
-        allowed = limits.updated(allowed, measured, here["triton"], whole=whole)
-        limits.write(allowed, path)
-    faults = limits.check(measured, allowed, here["triton"], whole=whole) if check else []
+        old = known.get(version, limits.Limits())
+        known[version] = limits.updated(old, measured, version, whole=whole)
+        path = limits.write(known[version], folder)
+    allowed = limits.allowed(known, version)
+    faults = limits.check(measured, allowed, whole=whole) if check else []
     if as_json:
         found = [dataclasses.asdict(one) for one in measured]
         click.echo(json.dumps({**here, "measurements": found, "faults": faults}, indent=1))
@@ -86,9 +88,13 @@ def report(
         for fault in faults:
             click.echo(f"exceeded: {fault}")
     if faults:
-        raise RuntimeError(f"{len(faults)} limits of the kernels are exceeded ({path.name})")
+        raise RuntimeError(f"{len(faults)} limits of the kernels are exceeded ({_of(allowed)})")
     if check and not as_json:
-        click.echo(f"\n{len(measured)} compilations are within the limits")
+        click.echo(f"\n{len(measured)} compilations are within the limits ({_of(allowed)})")
+
+
+def _of(allowed: limits.Limits) -> str:
+    return f"those of Triton {allowed.triton}" if allowed.triton else "of any Triton, and slack"
 
 
 def environment() -> dict[str, Any]:

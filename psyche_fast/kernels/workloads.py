@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psyche_fast import kernels
+from psyche_fast.devices import indexed
 from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
@@ -55,8 +56,8 @@ class _Random:
     """Synthetic tensors and entries, the same in every run."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._generator = torch.Generator(device).manual_seed(0)
+        self.device = indexed(device)
+        self._generator = torch.Generator(self.device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -83,7 +85,8 @@ class Console:
         if self._bar is not None:
             parts = self._parts(metrics, ("loss", "tokens_per_second"))
             self._bar.set_description_str(" | ".join([*parts, f"{left} left"]), refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._as_long_as_it_is_there():
+                self._bar.update(step - self._bar.n)
             return
         due = self.every > 0 and step % self.every == 0
         if due or step in (self.start_step, self.total_steps):
@@ -92,19 +95,30 @@ class Console:
                 metrics, ("loss", "grad_norm", "learning_rate", "tokens_per_second")
             )
             head = f"step {step:>{width}}/{self.total_steps}"
-            print(" | ".join([head, *parts, f"eta {left}"]), file=self.stream, flush=True)
+            with self._as_long_as_it_is_there():
+                print(" | ".join([head, *parts, f"eta {left}"]), file=self.stream, flush=True)
 
     def message(self, text: str) -> None:
         """Prints a line of text; a live progress line is redrawn below it."""
-        if self._bar is not None:
-            tqdm.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        with self._as_long_as_it_is_there():
+            if self._bar is not None:
+                tqdm.write(text, file=self.stream)
+            else:
+                print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leaves the progress line as it stands and ends it; a second call does nothing."""
         if self._bar is not None:
-            self._bar.close()
+            with self._as_long_as_it_is_there():
+                self._bar.close()
+
+    @contextmanager
+    def _as_long_as_it_is_there(self) -> Iterator[None]:
+        """A terminal that is closed, or a pipe that nobody reads, is no reason to end a run."""
+        try:
+            yield
+        except OSError:
+            self._bar, self.stream = None, open(os.devnull, "w")  # noqa: SIM115  # until the end
 
     def _time_left(self, step: int) -> str:
         """Smooths the wall-clock time between steps: checkpoints and loading count, as they do."""

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Self
 
 TRACKERS = ("none", "wandb", "trackio", "tensorboard")
+
+_LOG = logging.getLogger(__name__)
 
 _PROJECT = "psyche-fast"
 
 
-class Tracker(Protocol):
-    """Receives the metrics of each step."""
+class Tracker:
+    """Receives the metrics of each step; this one records nothing.
+
+    Use as a context manager: however the run ends, the tracker is finished.
+    """
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records one step's metrics, as they are written to `metrics.jsonl`."""
 
-    def finish(self) -> None:
-        """Sends what is still waiting; nothing may be logged afterwards."""
+    def finish(self, *, failed: bool = False) -> None:
+        """Sends what is still waiting; nothing may be logged afterwards.
+
+        Args:
+            failed: Whether an error has ended the run.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish()
+            return
+        try:
+            self.finish(failed=True)
+        except Exception:  # the run's own error is the one to show
+            _LOG.warning("the tracker could not be finished", exc_info=True)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -42,28 +70,26 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return scalars
 
 
-class _NoTracker:
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        pass
+class _RunTracker(Tracker):
+    """wandb and trackio: `init` returns a run.
 
-    def finish(self) -> None:
-        pass
+    Args:
+        run: The run.
+        failure: Arguments of its `finish` after an error.
+    """
 
-
-class _RunTracker:
-    """wandb and trackio: `init` returns a run whose `log` and `finish` have the same arguments."""
-
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, failure: Mapping[str, Any] | None = None) -> None:
         self._run = run
+        self._failure = failure or {}
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log(flatten(metrics), step=step)
 
-    def finish(self) -> None:
-        self._run.finish()
+    def finish(self, *, failed: bool = False) -> None:
+        self._run.finish(**(self._failure if failed else {}))
 
 
-class _TensorBoard:
+class _TensorBoard(Tracker):
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
@@ -71,7 +97,7 @@ class _TensorBoard:
         for name, value in flatten(metrics).items():
             self._writer.add_scalar(name, value, global_step=step)
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         self._writer.close()
 
 
@@ -97,7 +123,7 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
         config: The resolved configuration, shown beside the run; anything JSON can hold.
 
     Returns:
-        The tracker; call its `finish` at the end of the run.
+        The tracker, a context manager that finishes it.
 
     Raises:
         ValueError: The name is unknown, or the tracker's package is not installed.
@@ -105,14 +131,17 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
     if name not in TRACKERS:
         raise ValueError(f"tracker: wanted one of {', '.join(TRACKERS)}, got {name!r}")
     if name == "none":
-        return _NoTracker()
+        return Tracker()
     folder = Path(run_dir).resolve()
     try:
         if name == "wandb":
             import wandb
 
             return _RunTracker(
-                wandb.init(project=_PROJECT, name=folder.name, dir=str(folder), config=dict(config))
+                wandb.init(
+                    project=_PROJECT, name=folder.name, dir=str(folder), config=dict(config)
+                ),
+                failure={"exit_code": 1},
             )
         if name == "trackio":
             import trackio

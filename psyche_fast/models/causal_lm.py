@@ -19,18 +19,19 @@ from psyche_fast.models import document_attention as documents
 from psyche_fast.models import huggingface, packing
 from psyche_fast.models.gathering import gather_whole
 from psyche_fast.models.parallel import blocks
+from psyche_fast.models.source import vocabulary_size
 
 
 class CausalLM:
     """One rank's part of a model.
 
-    ``loss`` and ``forward`` take this rank's rows; under FSDP2 and tensor parallelism every rank of
+    `loss` and `forward` take this rank's rows; under FSDP2 and tensor parallelism every rank of
     the replica has to call them alike, and backward with them.
 
     Attributes:
         module: the module; its parameters are distributed tensors where it is split.
         config: the configuration as plain data.
-        attn_implementation: what runs: ``eager``, ``sdpa`` or ``flash_attention_2`` (for models
+        attn_implementation: what runs: `eager`, `sdpa` or `flash_attention_2` (for models
             that are not Transformers' what was asked for; it is theirs to honour).
         device: where it is.
         shard_mesh: the ranks of FSDP2, or None.
@@ -87,19 +88,20 @@ class CausalLM:
         return dict(sorted(self.module.named_parameters()))
 
     def prepare(self, batch: Batch) -> Batch:
-        """Checks a batch and makes its documents explicit; see ``packing.prepare``.
+        """Checks a batch and makes its documents explicit; see `packing.prepare`.
 
-        ``loss`` and ``forward`` do it too; doing it to a whole batch before it is cut finds errors
+        `loss` and `forward` do it too; doing it to a whole batch before it is cut finds errors
         before anything has changed. The first packed batch is preceded by two tiny forwards that
         find out whether the architecture keeps documents apart, so all ranks have to take part.
 
         Returns:
-            the batch on this model's device; its ``real_tokens()`` are those that ``loss`` counts.
+            the batch on this model's device; its `real_tokens()` are those that `loss` counts.
+            Where it came from the host, nothing has waited for the device.
 
         Raises:
             ValueError: malformed, or packed for a model whose documents would see one another.
         """
-        batch = packing.prepare(batch.to(self.device))
+        batch = packing.prepare(batch)
         if batch.position_ids is not None and self._keeps_documents_apart is None:
             self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
         if batch.position_ids is not None and not self._keeps_documents_apart:
@@ -107,7 +109,7 @@ class CausalLM:
                 f"{self._class_name} lets packed documents see one another; train it without "
                 "position_ids and sequence_lengths, one document a row"
             )
-        return batch
+        return batch.to(self.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels that are not -100, shifted; labels default to inputs.
@@ -116,7 +118,7 @@ class CausalLM:
             fp32, 0-d; 0 with zero gradients where no label counts.
 
         Raises:
-            ValueError: see ``prepare``.
+            ValueError: see `prepare`.
         """
         batch = self.prepare(batch)
         labels = batch.input_ids if batch.labels is None else batch.labels
@@ -124,7 +126,7 @@ class CausalLM:
             count = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
             output = self._call(batch, labels=labels, num_items_in_batch=count)
             return output.loss.float()
-        return self._loss(self._call(batch, labels=labels), labels)
+        return self._loss(self._call(batch, labels=labels), labels, sum(batch.real_tokens()) > 0)
 
     def forward(
         self,
@@ -136,22 +138,23 @@ class CausalLM:
         """Logits and, where the batch has labels, the loss.
 
         Args:
-            batch: ``B`` rows of ``L`` tokens.
+            batch: `B` rows of `L` tokens.
             num_logits_to_keep: only the last so many positions' logits; None or 0 for all.
             loss_scale: the loss is divided by it; None or 0 for not at all.
 
         Returns:
-            logits ``[B, L or fewer, V]``, and the loss as in ``loss`` or None.
+            logits `[B, L or fewer, V]`, and the loss as in `loss` or None.
 
         Raises:
-            ValueError: see ``prepare``.
+            ValueError: see `prepare`.
         """
         has_labels = batch.labels is not None
         batch = self.prepare(batch)
         labels = batch.labels if has_labels else None
         output = self._call(batch, labels=labels)
         logits = _field(output, "logits")
-        loss = None if labels is None else self._loss(output, labels)
+        counts = sum(batch.real_tokens()) > 0
+        loss = None if labels is None else self._loss(output, labels, counts)
         if num_logits_to_keep:
             logits = logits[:, -num_logits_to_keep:]
         if loss is not None and loss_scale:
@@ -168,9 +171,10 @@ class CausalLM:
         if positions is None:
             return self.module(input_ids=inputs, **kwargs)
         if self.attn_implementation == "flash_attention_2":
-            boundaries = packing.flash_arguments(positions)
+            lengths = packing.document_lengths(batch)
+            boundaries = packing.flash_arguments(lengths, self.device)
         elif self._by_documents:
-            lengths = packing.document_lengths(positions)
+            lengths = packing.document_lengths(batch)
             boundaries = {"documents": documents.Documents(lengths, self._seen)}
         else:
             # With a cache or an attention mask Transformers would not look for packed documents.
@@ -189,10 +193,11 @@ class CausalLM:
             output.logits = output.logits.reshape(*inputs.shape, -1)
         return output
 
-    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+    def _loss(self, output: Any, labels: Tensor, counts: bool) -> Tensor:
+        """The mean over the labels that count; `counts` says whether there are any."""
         logits = _field(output, "logits")
         if not isinstance(self.module, PreTrainedModel):
-            if bool((labels[:, 1:] != IGNORE).any()):
+            if counts:
                 return _field(output, "loss").float()
             # Its mean over nothing may be NaN, yet backward has to run wherever it is collective.
             return logits.float().sum() * 0.0
@@ -233,12 +238,13 @@ class CausalLM:
         was_training = self.module.training
         self.module.eval()
         ids = torch.arange(1, 13, device=self.device).reshape(3, 4)
-        ids = ids % self.config.get("vocab_size", 13)
+        ids = ids % (vocabulary_size(self.config) or 13)
         positions = torch.arange(4, device=self.device).repeat(2)[None]
         found = []
         for first in ids[:2]:
             row = torch.cat([first, ids[2]])[None]
-            output = self._call(Batch(row, position_ids=positions), labels=row)
+            packed = Batch(row, position_ids=positions, documents=[[4, 4]])
+            output = self._call(packed, labels=row)
             found.append(_field(output, "logits")[0, 4:].float())
         self.module.train(was_training)
         one, two = found
@@ -254,7 +260,7 @@ class CausalLM:
         Every rank of the replica has to go through all of it.
 
         Yields:
-            checkpoint name, and on ``is_root`` the full tensor on the CPU, None elsewhere; tied
+            checkpoint name, and on `is_root` the full tensor on the CPU, None elsewhere; tied
             weights once. Never more than one transformer block is held at a time, and only one
             bucket of parts (`collectives.exchange`) where the checkpoint's form is the model's.
         """
@@ -297,7 +303,7 @@ class CausalLM:
         yield from groups.values()
 
     def save_config(self, folder: Path) -> None:
-        """Writes ``config.json`` into ``folder``."""
+        """Writes `config.json` into `folder`."""
         if isinstance(self.module, PreTrainedModel):
             huggingface.save_config(self.module, self._class_name, folder)
         else:

@@ -1,7 +1,8 @@
 """Whole tensors on one rank, from the parts that the ranks of a replica hold.
 
-Tensors travel side by side in buckets, one gather each, however many there are. Only the rank that
-wants them holds more than its own parts: one bucket from every rank.
+Tensors travel side by side in buckets, one gather each, however many there are; one that is larger
+than a bucket travels in several. Only the rank that wants them holds more than its own parts, on
+its device no more than `GATHERED_BYTES` of the others'.
 """
 
 from __future__ import annotations
@@ -15,43 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from psyche_fast.distro.exchange import BUCKET_BYTES
+from psyche_fast.sharding import local_tensor, part_of
 
-Ranges = tuple[slice, ...]
+GATHERED_BYTES = 16 << 20
+"""The most that the first rank receives in one gather, from all ranks together. More gains nothing
+on gloo, and little on NCCL beside what a checkpoint's files take."""
+
 _ALIGNMENT = 16  # bytes: any dtype may be viewed there
-
-
-def local_part(tensor: DTensor, coordinate: Sequence[int] | None = None) -> Ranges:
-    """One rank's part of a distributed tensor, one range per dimension.
-
-    Args:
-        tensor: cut as FSDP2 and tensor parallelism do.
-        coordinate: the rank's place in the tensor's mesh; this rank's where it is left out.
-    """
-    own = coordinate is None
-    if coordinate is None:
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, "this rank is not part of the tensor's mesh"
-    ranges = [(0, size) for size in tensor.shape]
-    # FSDP2 divides what tensor parallelism has left, although its mesh dimension stands first: it
-    # marks that with a strided placement, which therefore comes last here.
-    placements = sorted(
-        enumerate(tensor.placements), key=lambda item: isinstance(item[1], _StridedShard)
-    )
-    for mesh_dim, placement in placements:
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            continue
-        start, stop = ranges[dim]
-        size = -(-(stop - start) // tensor.device_mesh.size(mesh_dim))
-        first = min(start + size * coordinate[mesh_dim], stop)
-        ranges[dim] = (first, min(first + size, stop))
-    if own:
-        shape = tuple(stop - start for start, stop in ranges)
-        assert shape == tuple(tensor.to_local().shape), "placements are not what FSDP2 and TP make"
-    return tuple(slice(start, stop) for start, stop in ranges)
 
 
 @dataclass(frozen=True)
@@ -75,11 +47,13 @@ def gather_whole(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
         a new CPU tensor on the first rank, an empty one on the meta device elsewhere.
     """
     root = group is None or dist.get_rank(group) == 0
+    limit = GATHERED_BYTES if group is None else GATHERED_BYTES // dist.get_world_size(group)
+    limit = max(limit - limit % _ALIGNMENT, _ALIGNMENT)
     parts: list[Tensor] | None
-    for bucket in _buckets(tensors):
+    for bucket in _buckets(tensors, limit):
         parts = None  # before the next ones arrive
         if bucket[-1].size:
-            parts = _gather(bucket, group)
+            parts = _gather(bucket, limit, group)
         for slot in bucket:
             if not root:
                 yield torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device="meta")
@@ -90,8 +64,8 @@ def gather_whole(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
                 yield _assemble(slot, slot.tensor, parts, dist.get_process_group_ranks(group))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
-    """Buckets of at most `BUCKET_BYTES` or one tensor; plain tensors have one of their own."""
+def _buckets(tensors: Sequence[Tensor], limit: int) -> Iterator[list[_Slot]]:
+    """Buckets of at most `limit` bytes or one tensor; plain tensors have one of their own."""
     bucket: list[_Slot] = []
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
@@ -100,13 +74,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
             yield [_Slot(tensor, 0, 0)]
             bucket = []
             continue
-        size = math.prod(
-            r.stop - r.start for r in local_part(tensor, [0] * tensor.device_mesh.ndim)
-        )
+        size = math.prod(r.stop - r.start for r in part_of(tensor, [0] * tensor.device_mesh.ndim))
         size *= tensor.element_size()
         size += -size % _ALIGNMENT
         end = bucket[-1].start + bucket[-1].size if bucket else 0
-        if bucket and end + size > BUCKET_BYTES[tensor.device.type]:
+        if bucket and end + size > limit:
             yield bucket
             bucket, end = [], 0
         bucket.append(_Slot(tensor, end, size))
@@ -114,21 +86,33 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[_Slot]]:
         yield bucket
 
 
-def _gather(bucket: Sequence[_Slot], group: dist.ProcessGroup | None) -> list[Tensor] | None:
+def _gather(
+    bucket: Sequence[_Slot], limit: int, group: dist.ProcessGroup | None
+) -> list[Tensor] | None:
     """All ranks' bytes of a bucket, on the CPU, in the order of ranks; None but on the first."""
     assert group is not None, "one rank has no distributed tensors"
-    last = bucket[-1]
-    buffer = torch.zeros(last.start + last.size, dtype=torch.uint8, device=last.tensor.device)
+    ranks, root = dist.get_world_size(group), dist.get_rank(group) == 0
+    size = bucket[-1].start + bucket[-1].size
+    whole = [torch.empty(size, dtype=torch.uint8) for _ in range(ranks)] if root else None
+    for start in range(0, size, limit):
+        sent = _bytes(bucket, start, min(start + limit, size))
+        received = None if whole is None else [torch.empty_like(sent) for _ in whole]
+        dist.gather(sent, received, group=group, group_dst=0)
+        if whole is not None and received is not None:
+            for into, part in zip(whole, received, strict=True):
+                into[start : start + limit] = part
+    return whole
+
+
+def _bytes(bucket: Sequence[_Slot], start: int, stop: int) -> Tensor:
+    """This rank's bytes `start .. stop` of a bucket, on its device."""
+    found = torch.zeros(stop - start, dtype=torch.uint8, device=bucket[-1].tensor.device)
     for slot in bucket:
-        assert isinstance(slot.tensor, DTensor)
-        local = slot.tensor.to_local().detach().contiguous().view(-1).view(torch.uint8)
-        buffer[slot.start : slot.start + local.numel()] = local
-    ranks = dist.get_process_group_ranks(group)
-    received = None
-    if dist.get_rank(group) == 0:
-        received = [torch.empty_like(buffer) for _ in ranks]
-    dist.gather(buffer, received, group=group, group_dst=0)
-    return None if received is None else [part.cpu() for part in received]
+        local = local_tensor(slot.tensor).detach().contiguous().view(-1).view(torch.uint8)
+        first, last = max(start, slot.start), min(stop, slot.start + local.numel())
+        if first < last:
+            found[first - start : last - start] = local[first - slot.start : last - slot.start]
+    return found
 
 
 def _assemble(
@@ -140,7 +124,7 @@ def _assemble(
         copies = zip(coordinate, tensor.placements, strict=True)
         if any(at and placement.is_replicate() for at, placement in copies):
             continue
-        ranges = local_part(tensor, coordinate)
+        ranges = part_of(tensor, coordinate)
         shape = [r.stop - r.start for r in ranges]
         size = math.prod(shape) * tensor.element_size()
         part = parts[ranks.index(int(mesh.mesh[coordinate]))][slot.start : slot.start + size]

@@ -13,13 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from psyche_fast.config import Model as ModelOptions
 from psyche_fast.models import building, huggingface, parallel, registry, weights
+from psyche_fast.models.attention import choose_attention
 from psyche_fast.models.causal_lm import CausalLM
 from psyche_fast.models.source import ModelSource, read_config
 from psyche_fast.models.tensor_parallel import tensor_parallel
 
 log = logging.getLogger(__name__)
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _RECOMPILE_LIMIT = 64
 
 
@@ -107,6 +110,36 @@ def load_model(
         tensor_mesh=tensor_mesh,
         group=group,
         fused_loss=liger,
+    )
+
+
+def load_configured(
+    source: ModelSource, options: ModelOptions, *, device: torch.device, **meshes: Any
+) -> CausalLM:
+    """`load_model` as a run's configuration has it.
+
+    Args:
+        source: the model.
+        options: the run's.
+        device: where the parameters go.
+        **meshes: `shard_mesh`, `tensor_mesh` and `group` of `load_model`.
+
+    Raises:
+        ValueError: the model cannot be loaded as asked; what and why.
+    """
+    return load_model(
+        source,
+        architecture=options.python_arch,
+        device=device,
+        param_dtype=_DTYPES[options.param_dtype],
+        attn_implementation=choose_attention(
+            options.attn_implementation, device.type, read_config(source).get("model_type")
+        ),
+        sequence_length=options.sequence_length,
+        activation_checkpointing=options.activation_checkpointing,
+        liger=options.liger,
+        compile_blocks=options.compile,
+        **meshes,
     )
 
 

@@ -147,6 +147,21 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return config
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that is the language model's: multimodal ones nest it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def vocabulary_size(config: dict[str, Any]) -> int | None:
+    """How many token ids a model knows; None where its configuration does not say."""
+    for fields in (text_config(config), config):
+        size = fields.get("vocab_size")
+        if isinstance(size, int):
+            return size
+    return None
+
+
 def weight_files(source: FilesSource) -> list[Path]:
     """The safetensors files that make up the model: the index's shards, or the one file.
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -28,6 +28,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils._pytree import tree_map_only
+
+from psyche_fast.sharding import local_tensor
 
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep"}
 _DENSE: dict[str, Callable[[], ParallelStyle]] = {
@@ -88,7 +90,7 @@ def tensor_parallel(
         elif style == _EXPERTS:
             _divide_experts(modules[name], mesh)
         elif style == _OWN_PARAMETERS:
-            _with_parameters(modules[name], _local)
+            _with_parameters(modules[name], local_tensor)
         elif style == _SUM_GRADIENT:
             _with_parameters(modules[name], partial(_sum_gradient, group=mesh.get_group()))
         elif style == _LATENT:
@@ -273,10 +275,6 @@ def _sum_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return summed
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 @contextmanager
 def _replaced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Other tensors in the place of a module's own parameters.
@@ -336,7 +334,7 @@ def _divide_experts(module: Any, mesh: DeviceMesh) -> None:
             # One token at no weight, so that backward runs here too: it is collective.
             token = expert = torch.zeros_like(top_k_index[0, :1])
             weight = top_k_weights[0, :1] * 0
-        with _replaced(module, _local):
+        with _replaced(module, local_tensor):
             output = forward(hidden_states[token], expert[:, None], weight[:, None])
         total = torch.zeros_like(hidden_states).index_add(0, token, output.to(hidden_states.dtype))
         return _Sum.apply(total, group)

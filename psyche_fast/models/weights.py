@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.models.gathering import Ranges, local_part
 from psyche_fast.models.source import (
     ModelSource,
     TensorsSource,
     tensor_shapes,
     weight_files,
 )
+from psyche_fast.sharding import Ranges, part_of
 
 
 class Reader(Protocol):
@@ -153,7 +153,7 @@ def load_weights(
         if aliases.get(name) in plan.direct:
             continue
         if isinstance(target, DTensor):
-            part = local_part(target)
+            part = part_of(target)
             if target.to_local().numel():
                 target.to_local().copy_(reader.read(source, part))
         else:
@@ -163,7 +163,7 @@ def load_weights(
         for name, tensor, first in _converted(conversion, reader, targets):
             target = targets[name]
             if isinstance(target, DTensor):
-                rows, *rest = local_part(target)
+                rows, *rest = part_of(target)
                 rows = slice(rows.start - first, rows.stop - first)
                 target.to_local().copy_(tensor[(rows, *rest)])
             else:
@@ -190,7 +190,7 @@ def _converted(
         and sorted(set(conversion.experts)) == list(range(target.shape[0]))
     ):
         # Only this rank's experts are read.
-        rows = local_part(target)[0]
+        rows = part_of(target)[0]
         chosen = [i for i in chosen if rows.start <= conversion.experts[i] < rows.stop]
         first, own = rows.start, rows.stop - rows.start
         if not chosen:

@@ -11,8 +11,73 @@ from typing import Any, ClassVar
 import msgspec
 
 from psyche_fast import strict
-from psyche_fast.config import OptimizerConfig, optimizer_from_json
+from psyche_fast.config import Optimizer
 from psyche_fast.schedules import LearningRateSchedule
+
+
+class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Psyche's `{"AdamW": {...}}`."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    clip_grad_norm: float | None = None
+
+    def options(self) -> Optimizer:
+        """The same as our own core would say it."""
+        return Optimizer(
+            max_grad_norm=self.clip_grad_norm or 0.0,
+            weight_decay=self.weight_decay,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+        )
+
+
+class Distro(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Psyche's `{"Distro": {...}}`."""
+
+    clip_grad_norm: float | None = None
+    weight_decay: float | None = None
+    compression_decay: float
+    compression_topk: int
+    compression_chunk: int
+    quantize_1bit: bool
+
+    def options(self) -> Optimizer:
+        """The same as our own core would say it."""
+        return Optimizer(
+            distro=True,
+            max_grad_norm=self.clip_grad_norm or 0.0,
+            weight_decay=self.weight_decay or 0.0,
+            compression_decay=self.compression_decay,
+            compression_topk=self.compression_topk,
+            compression_chunk=self.compression_chunk,
+            distro_quantization=self.quantize_1bit,
+        )
+
+
+def read_optimizer(obj: Any) -> AdamW | Distro | None:
+    """Reads Psyche's optimiser: `{"AdamW": {...}}`, `{"Distro": {...}}`, or `"Dummy"` for None.
+
+    Raises:
+        ValueError: another form, an unknown or missing field, or a wrong type or value.
+    """
+    if obj == "Dummy":
+        return None
+    forms: dict[str, type[AdamW] | type[Distro]] = {"AdamW": AdamW, "Distro": Distro}
+    if not isinstance(obj, dict) or len(obj) != 1 or next(iter(obj)) not in forms:
+        raise ValueError(f'optimizer: wanted "Dummy", {{"AdamW": ...}} or {{"Distro": ...}}: {obj}')
+    ((name, fields),) = obj.items()
+    config = strict.convert(fields, forms[name], f"optimizer.{name}")
+    clip = config.clip_grad_norm
+    if clip is not None and clip <= 0:
+        raise ValueError(f"optimizer.{name}.clip_grad_norm must be over 0 or null, got {clip}")
+    try:
+        config.options()
+    except ValueError as error:  # out of range
+        raise ValueError(f"optimizer.{name}: {error}") from error
+    return config
 
 
 class ResultsMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,7 +116,7 @@ class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Hyperparameters(Operation, frozen=True, kw_only=True):
-    """Builds the trainer. ``micro_batch_size`` is already times the data parallelism."""
+    """Builds the trainer. `micro_batch_size` is already times the data parallelism."""
 
     name: ClassVar[str] = "hyperparameters"
     lr_scheduler: Any
@@ -64,15 +129,11 @@ class Hyperparameters(Operation, frozen=True, kw_only=True):
             raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         # Both are externally tagged: checked here, so that a wrong one is refused on arrival.
         self.schedule()
-        self.optimizer_config()
+        read_optimizer(self.optimizer)
 
     def schedule(self) -> LearningRateSchedule:
         """The learning-rate schedule."""
         return LearningRateSchedule.from_json(self.lr_scheduler)
-
-    def optimizer_config(self) -> OptimizerConfig:
-        """The optimiser."""
-        return optimizer_from_json(self.optimizer)
 
 
 class _Step(Operation, frozen=True, kw_only=True):
@@ -111,8 +172,6 @@ class Train(_Step, frozen=True, kw_only=True):
     batch_has_labels: bool = False
     batch_has_position_ids: bool = False
     batch_sequence_lengths: list[list[int]] | None = None
-    optimize: bool | msgspec.UnsetType = msgspec.UNSET
-    """Ours, absent in Psyche's: the optimiser's step follows without an operation of its own."""
 
     def __post_init__(self) -> None:
         _Step.__post_init__(self)
@@ -188,28 +247,3 @@ def decode(text: str | bytes, number: int) -> Operation:
     if not isinstance(name, str) or name not in OPERATIONS:
         raise ValueError(f"{what}: unknown operation {name!r}, known: {', '.join(OPERATIONS)}")
     return strict.convert(obj, OPERATIONS[name], f"{what} ({name})")
-
-
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What our core says beyond Psyche's protocol. The defaults are Psyche's behaviour."""
-
-    replicas: int | None = None
-    """DisTrO peers. None, as Psyche does: each group of dp * tp ranks trains the whole batch,
-    results come from rank 0, and every operation is followed by a barrier and broadcasts. A number:
-    operations are sent ahead, each replica is sent its share of the batch and trains that, and
-    results are exchanged among the ranks."""
-    param_dtype: str = "bfloat16"
-    attn_implementation: str = "auto"
-    sequence_length: int | None = None
-    activation_checkpointing: bool = False
-    liger: bool = False
-    compile: bool = False
-    optim_stats: bool = False
-    check_every: int = 0
-    delta_dtype: str = "float32"
-    offload_delta: bool = False
-    defer_grad_sync: bool = False
-    split: bool = False
-    """What goes from replica to replica goes over gloo; inside a replica ``--backend`` is used."""
-    threads: int | None = None
-    timeout: int | None = None

@@ -6,6 +6,8 @@ config and tokenizer: what ``AutoModelForCausalLM.from_pretrained`` loads.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -21,13 +23,18 @@ from psyche_fast.models import CausalLM
 
 MAX_SHARD_BYTES = 5 * 10**9
 
+# Of Linux's fcntl.h and fs.h.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at ``path`` complete and on disk, or not at all.
 
     Yields a temporary folder beside it. On success its files are synced and it takes the name; an
-    older folder of that name is there until then. On an error the temporary one is removed.
+    older folder of that name is there until then, and on Linux's own file systems at every moment
+    one of the two. On an error the temporary one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -41,18 +48,36 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 file.chmod(0o644)
                 _sync(file)
         _sync(temporary)
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        if not (path.exists() and _exchange(temporary, path)):
+            if path.exists():
+                path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where the system or the file system cannot.
+
+    Raises:
+        OSError: it can, but failed.
+    """
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:  # Linux's alone, and not in every C library
+        return False
+    if swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def _sync(path: Path) -> None:
@@ -121,8 +146,8 @@ def save_model(
     Args:
         path: the folder; replaced where it exists.
         model: for its configuration.
-        tensors: ``Trainer.extract()``; consumed even where writing fails, since the other ranks
-            take part in each of its gathers.
+        tensors: `model.full_state_dict_iter()`; consumed even where writing fails, since the
+            other ranks take part in each of its gathers.
         side_files: tokenizer and other files to go beside.
 
     Raises:

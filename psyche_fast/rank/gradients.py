@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.distro.shards import local_tensor
 from psyche_fast.kernels.accumulate import accumulate, plan_accumulation, squared_norms
 from psyche_fast.kernels.backends import resolve_backend
+from psyche_fast.sharding import local_tensor, placed_like
 
 _Key = tuple[dist.ProcessGroup, ...]
 """The groups over which a tensor's shards are spread; empty where every rank has all of it."""
@@ -70,16 +70,12 @@ class Fp32Accumulator:
         Returns:
             Their global norm, as ``global_norm`` has it.
         """
-        held: list[Tensor | None] = [None] * len(self._fresh)
         for at, parameter in enumerate(self._parameters):
             if not self._fresh[at]:
-                held[at] = self._sums[at]
                 parameter.grad_dtype = None  # type: ignore[attr-defined]
                 parameter.grad = self._gradients[at]
-        squares = self._squares
-        if squares is None:  # the last micro-batch was left out
-            squares = squared_norms(self._plan, held, backend=self._backend)
-        self._squares = None
+        squares, self._squares = self._squares, None
+        assert squares is not None, "the last micro-batch was added as the last"
         self._fresh = [True] * len(self._fresh)
         return _norm(squares, self._keys, self._device)
 
@@ -95,15 +91,7 @@ class Fp32Accumulator:
             local = buffer[start : start + numel].view(local_tensor(parameter).shape)
             self._sums.append(local)
             if isinstance(parameter, DTensor):
-                whole = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-                self._gradients.append(whole)
+                self._gradients.append(placed_like(local, parameter))
             else:
                 self._gradients.append(local)
 
@@ -198,8 +186,8 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def scale_(tensors: Iterable[Tensor], factor: Tensor | float) -> None:
-    """Multiplies in place."""
+def scale_(tensors: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiplies in place by a 0-d tensor on the tensors' device, which is not waited for."""
     parts = [local_tensor(tensor) for tensor in tensors]
-    if parts and not (isinstance(factor, float) and factor == 1.0):
+    if parts:
         torch._foreach_mul_(parts, factor)

@@ -10,11 +10,31 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from psyche_fast.config import Parallelism
+
+
+def join(
+    backend: str,
+    store: dist.Store,
+    world_size: int,
+    rank: int,
+    device: torch.device,
+    timeout: timedelta,
+) -> None:
+    """Joins the default process group."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    set_timeout(timeout)
+    dist.init_process_group(
+        backend=backend, store=store, world_size=world_size, rank=rank, timeout=timeout
+    )
+    torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
+
 
 def set_timeout(timeout: timedelta) -> None:
     """Sets the timeout of the default process group and of every group made from now on.
 
-    Groups of a device mesh and of ``new_group`` ignore ``init_process_group``'s own, so the
+    Groups of a device mesh and of `new_group` ignore `init_process_group`'s own, so the
     module's default is what counts, and it has to change before the groups are made.
     """
     distributed_c10d.default_pg_timeout = timeout
@@ -30,19 +50,21 @@ def set_timeout(timeout: timedelta) -> None:
 
 @dataclass(frozen=True)
 class Topology:
-    """A rank's place: ``rank = (replica * dp + shard) * tp + slice``.
+    """A rank's place: `rank = (replica * dp + shard) * tp + slice`.
 
     Attributes:
-        replicas: copies of the model (groups of ``dp * tp`` ranks).
+        replicas: copies of the model (groups of `dp * tp` ranks).
         replica: this rank's copy.
         dp: ranks that shard one copy with FSDP2.
         tp: ranks that share each layer.
-        shard: this rank's index of ``dp``.
-        shard_mesh: mesh of the ``dp`` ranks; None where dp = 1.
-        tensor_mesh: mesh of the ``tp`` ranks; None where tp = 1.
+        shard: this rank's index of `dp`.
+        shard_mesh: mesh of the `dp` ranks; None where dp = 1.
+        tensor_mesh: mesh of the `tp` ranks; None where tp = 1.
         peers: group of the ranks with the same place in the other replicas; None for one replica.
         copy: group of all ranks of this replica; None where it is one rank.
         everyone: group of all ranks, for what is small; None for the default group.
+        host: group of all ranks of this replica that passes on what lies in host memory (gloo);
+            None where it is one rank.
     """
 
     replicas: int = 1
@@ -55,9 +77,42 @@ class Topology:
     peers: dist.ProcessGroup | None = None
     copy: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of its replica."""
+        return self.copy is None or dist.get_rank(self.copy) == 0
 
     @staticmethod
-    def build(dp: int, tp: int, device: torch.device, *, split: bool = False) -> Topology:
+    def of(options: Parallelism, device: torch.device) -> Topology:
+        """Makes the groups of a run; every rank of the default process group takes part.
+
+        Args:
+            options: resolved: `device_backend` says what goes between replicas.
+            device: this rank's.
+
+        Raises:
+            ValueError: the world is not the run's.
+        """
+        if dist.is_initialized() and dist.get_world_size() != options.world_size:
+            raise ValueError(
+                f"--replicas {options.replicas} x --data-parallelism {options.data_parallelism} x "
+                f"--tensor-parallelism {options.tensor_parallelism} is not the world size "
+                f"{dist.get_world_size()}"
+            )
+        return Topology.build(
+            options.data_parallelism,
+            options.tensor_parallelism,
+            device,
+            split=options.device_backend == "split",
+            host=True,
+        )
+
+    @staticmethod
+    def build(
+        dp: int, tp: int, device: torch.device, *, split: bool = False, host: bool = False
+    ) -> Topology:
         """Makes the groups; every rank of the default process group takes part.
 
         Args:
@@ -66,9 +121,11 @@ class Topology:
             device: this rank's.
             split: what goes from replica to replica goes over gloo, whatever the default group's
                 backend is.
+            host: with the group of that name.
 
         Raises:
-            ValueError: the world does not divide into groups of ``dp * tp``.
+            ValueError: the world does not divide into groups of `dp * tp`, or torch's checks
+                between ranks cannot be had with tensor parallelism.
         """
         if not dist.is_initialized():
             if dp * tp != 1:
@@ -80,6 +137,8 @@ class Topology:
         replicas = world // (dp * tp)
         if world == 1:
             return Topology()
+        if tp > 1 and dist.get_debug_level() == dist.DebugLevel.DETAIL:
+            _check_debugging()
         mesh = init_device_mesh(
             device.type, (replicas, dp, tp), mesh_dim_names=("replicate", "shard", "tensor")
         )
@@ -91,13 +150,15 @@ class Topology:
                 group = dist.new_group(list(range(place, world, dp * tp)), backend="gloo")
                 if rank % (dp * tp) == place:
                     peers = group
-        copy = None
+        copy = on_host = None
         if dp * tp > 1:
             for replica in range(replicas):
                 ranks = range(replica * dp * tp, (replica + 1) * dp * tp)
-                group = dist.new_group(list(ranks))
+                groups = [dist.new_group(list(ranks))]
+                if host:
+                    groups.append(dist.new_group(list(ranks), backend="gloo"))
                 if rank in ranks:
-                    copy = group
+                    copy, on_host = groups[0], groups[-1] if host else None
         if dp > 1 and tp > 1:
             inner = mesh["shard", "tensor"]
             shard_mesh, tensor_mesh = inner["shard"], inner["tensor"]
@@ -114,4 +175,14 @@ class Topology:
             peers=peers,
             copy=copy,
             everyone=everyone,
+            host=on_host,
+        )
+
+
+def _check_debugging() -> None:
+    # Older wrappers of process groups lack the all-gather by which DTensors change placement.
+    if torch.__version__ < "2.13":  # compares as versions do
+        raise ValueError(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL with tensor parallelism needs torch 2.13 or newer, "
+            f"this is {torch.__version__}; OFF and INFO work"
         )

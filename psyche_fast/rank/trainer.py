@@ -1,6 +1,8 @@
-"""One rank's trainer: what each operation of the protocol does to model and optimiser.
+"""One rank's trainer: what a step does to model and optimiser, whoever asks for it.
 
-The core (rank 0) and the sidecars run the same code; who sends what to whom is theirs.
+Nothing in `train` waits for the device: what the host has to know of a batch it has counted before
+the copy, and what only the device knows (losses, norms, whether they are finite) stays there until
+the step's counts are read, during the step after it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from psyche_fast.batch import Batch
-from psyche_fast.config import OptimizerConfig
-from psyche_fast.distro import DistroResult
-from psyche_fast.distro.replicas import check_identical
+from psyche_fast import config
+from psyche_fast.batch import Batch, upload
+from psyche_fast.distro import replicas
 from psyche_fast.models import CausalLM
 from psyche_fast.rank.gradients import (
     Fp32Accumulator,
@@ -25,35 +26,35 @@ from psyche_fast.rank.gradients import (
     gradients,
     local_parts,
 )
-from psyche_fast.rank.optimizers import Results, make_optimizer
+from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.topology import Topology
-from psyche_fast.schedules import LearningRateSchedule, warmup_factor
+from psyche_fast.schedules import LearningRateSchedule
 
 
 @dataclass(frozen=True)
 class TrainOutput:
-    """What one ``train`` gave on this rank. Tensors lie on its device and are not waited for.
+    """What one `train` gave on this rank. Tensors lie on its device and are not waited for.
 
     Attributes:
         step: the step.
-        loss: fp32 ``[1]``. Where replicas exchange: the sum over the real tokens of this replica's
-            rows, averaged over its ranks. Else the mean over all ranks is the batch's mean loss
-            per real token, times the share of rows that have any (Psyche's rank 0 pads a batch
-            with rows that have none and undoes that factor).
-        grad_norm: fp32 0-d, of this replica, before clipping.
-        nonfinite_losses: micro-batches left out because their loss was not finite.
-        refused: bool 0-d; whether the whole gradient was refused because it was not finite.
-        kept: fp32 ``[1]``; what ``loss`` would be if every loss that was kept had been 1.
-        results: DisTrO's result.
+        row_tokens: real tokens of each of the replica's rows.
+        loss: fp32 0-d. Averaged over the replica's ranks it is the mean loss per real token of the
+            replica's rows, micro-batches whose loss was not finite counting as 0.
+        kept: fp32 0-d; what `loss` would be if every loss that was finite had been 1.
+        grad_norm: fp32 0-d, of the replica, before clipping.
+        nonfinite_losses: int64 0-d, how many of the replica's micro-batches had a loss that was not
+            finite on some rank.
+        refused: bool 0-d; whether the replica's gradient was refused because it, or a loss of its
+            own, was not finite.
     """
 
     step: int
+    row_tokens: list[int]
     loss: Tensor
-    grad_norm: Tensor
-    nonfinite_losses: int
-    refused: Tensor
     kept: Tensor
-    results: list[DistroResult]
+    grad_norm: Tensor
+    nonfinite_losses: Tensor
+    refused: Tensor
 
 
 class Trainer:
@@ -63,17 +64,9 @@ class Trainer:
         model: this rank's model.
         topology: this rank's place.
         schedule: learning rates.
-        optimizer: which optimiser.
-        micro_batch_size: rows per micro-batch of one replica (already times dp).
-        grad_accum_in_fp32: add up micro-batches' gradients in fp32.
-        exchanges: replicas train shares of the batch and exchange results among themselves; else
-            every replica trains the same batch and results come from rank 0.
-        check_every: steps between checks that the replicas hold the same bits; 0 for none.
-        optim_stats: keep norms of gradient and momentum per parameter in ``stats``.
-        delta_dtype: DisTrO's momentum's type.
-        offload_delta: keep DisTrO's momentum in host memory.
-        defer_grad_sync: FSDP2 reduces gradients with the last micro-batch only. Until then each
-            rank holds the gradient of all of the replica's (or its slice's) parameters, in fp32.
+        optimizer: over the model's `trainable` parameters.
+        options: how the batch is gone through.
+        max_grad_norm: clip the gradient's global norm; 0 for no limit.
     """
 
     def __init__(
@@ -81,42 +74,28 @@ class Trainer:
         model: CausalLM,
         topology: Topology,
         schedule: LearningRateSchedule,
-        optimizer: OptimizerConfig,
-        *,
-        micro_batch_size: int,
-        grad_accum_in_fp32: bool = False,
-        exchanges: bool = False,
-        check_every: int = 0,
-        optim_stats: bool = False,
-        delta_dtype: torch.dtype = torch.float32,
-        offload_delta: bool = False,
-        defer_grad_sync: bool = False,
+        optimizer: Optimizer,
+        options: config.Training,
+        max_grad_norm: float,
     ) -> None:
         self.model = model
         self.topology = topology
         self.schedule = schedule
-        self.parameters = {n: p for n, p in model.named_parameters().items() if p.requires_grad}
-        self._clip = optimizer.clip_grad_norm
-        self._optimizer = make_optimizer(
-            optimizer,
-            self.parameters,
-            topology.peers,
-            exchanges,
-            delta_dtype=delta_dtype,
-            offload_delta=offload_delta,
-        )
-        self._micro_batch_size = micro_batch_size
+        self.parameters = trainable(model)
+        self._clip = max_grad_norm or None
+        self._optimizer = optimizer
+        self._options = options
         # Autograd adds up in the parameters' own type: nothing to gain where that is fp32.
-        wants = grad_accum_in_fp32 and any(
+        wants = options.grad_accum_in_fp32 and any(
             p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values()
         )
         self._accumulator = Fp32Accumulator(self.parameters) if wants else None
-        self._exchanges = exchanges
-        self._defers = defer_grad_sync and isinstance(model.module, FSDPModule)
-        self._check_every = check_every
-        self._optim_stats = optim_stats
-        self._step = 0
-        self.stats: dict[str, float] = {}
+        # Until the last micro-batch each rank holds the gradient of all of the replica's (or its
+        # slice's) parameters, in fp32.
+        self._defers = options.defer_grad_sync and isinstance(model.module, FSDPModule)
+        self._check: replicas.PendingCheck | None = None
+        self.stats: dict[str, Tensor] = {}
+        """Norms of gradient and momentum per parameter, with `optim_stats`: 0-d, on the device."""
         model.train()
 
     @property
@@ -124,131 +103,92 @@ class Trainer:
         """Bytes of this rank's contribution to the last exchange."""
         return self._optimizer.bytes_sent
 
-    def learning_rate(self, step: int, warmup_lr_between: tuple[int, int] | None = None) -> float:
-        """Learning rate of ``step``, 0 or more."""
-        return self.schedule.get_lr(step) * warmup_factor(step, warmup_lr_between)
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of `step`, 0 or more."""
+        return self.schedule.get_lr(step)
 
-    def train(
-        self,
-        step: int,
-        batch: Batch,
-        *,
-        zero_optim: bool = False,
-        warmup_lr_between: tuple[int, int] | None = None,
-        results: Results | None = None,
-    ) -> TrainOutput:
+    def train(self, step: int, batch: Batch) -> TrainOutput:
         """Look-ahead, forward and backward over all micro-batches, and DisTrO's result.
 
         Args:
             step: the step.
-            batch: what this replica trains, the same on each of its ranks: where replicas exchange
-                its share, else the whole batch.
-            zero_optim: forget the momentum first.
-            warmup_lr_between: see ``schedules.warmup_factor``.
-            results: own results of the previous step, where rank 0 sent them.
+            batch: what this replica trains, the same on each of its ranks.
 
         Raises:
-            ValueError: malformed sequence lengths, position ids or results.
+            ValueError: malformed sequence lengths or position ids.
         """
-        self._step = step
-        lr = self.learning_rate(step, warmup_lr_between)
-        prev_lr = self.learning_rate(max(step - 1, 0), warmup_lr_between)
-        # Checked before anything changes.
-        batch = self.model.prepare(batch)
+        prev_lr, lr = self.learning_rate(max(step - 1, 0)), self.learning_rate(step)
+        batch = self.model.prepare(batch)  # checked before anything changes
         drop_gradients(self.parameters.values())
-        if zero_optim:
-            self._optimizer.zero()
         self._optimizer.before_forward(prev_lr)
-        real_tokens = batch.real_tokens()
-        tokens = int(real_tokens.sum())
-        loss, kept, left_out = self._forward_backward(batch, tokens)
-        counted = tokens if self._exchanges else (real_tokens > 0).float().mean()
-        loss *= counted
-        kept *= counted
+        losses, weights = self._forward_backward(batch)
         if self._accumulator is not None:
             norm = self._accumulator.finish()
         else:
             norm = global_norm(gradients(self.parameters.values()), self.model.device)
-        if self._optim_stats:
-            self.stats = self._statistics(bool(norm.isfinite()))
-        own = self._optimizer.after_backward(
-            results or [], prev_lr, lr, clip_factor(norm, self._clip)
+        finite = self._agree(losses.isfinite())
+        # A loss that is not finite leaves nothing to be used of the gradients that it was added to.
+        usable = norm.isfinite() & finite.all()
+        if self._options.optim_stats:
+            self.stats = self._statistics()
+        factor = clip_factor(norm, self._clip).where(usable, torch.nan)
+        self._optimizer.after_backward(prev_lr, lr, factor)
+        return TrainOutput(
+            step,
+            batch.real_tokens(),
+            losses.where(finite, 0.0).sum(),
+            weights.where(finite, 0.0).sum(),
+            norm,
+            (~finite).sum(),
+            ~usable,
         )
-        return TrainOutput(step, loss, norm, left_out, ~norm.isfinite(), kept, own)
 
-    def _forward_backward(self, batch: Batch, tokens: int) -> tuple[Tensor, Tensor, int]:
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses of this rank's micro-batches and what they weigh: fp32 `[micro-batches]`."""
         place = self.topology
-        total, kept = torch.zeros(2, 1, device=self.model.device)
-        left_out = 0
-        kept_one: Batch | None = None
-        micros = batch.micro_batches(self._micro_batch_size)
+        tokens = max(sum(batch.real_tokens()), 1)
+        losses: list[Tensor] = []
+        weights: list[float] = []
+        micros = batch.micro_batches(self._options.micro_batch * place.dp)
         for number, micro in enumerate(micros, start=1):
             mine = micro.pad_rows(place.dp).share(place.shard, place.dp)
             # Every real token of the batch weighs the same, however the rows fall into
             # micro-batches; FSDP2 averages over its dp ranks, hence the factor.
-            weight = place.dp * int(mine.real_tokens().sum()) / max(tokens, 1)
+            weight = place.dp * sum(mine.real_tokens()) / tokens
+            self._optimizer.receive()
             loss = self.model.loss(mine) * weight
+            # While the backward runs, the host may come to its end.
+            self._optimizer.receive()
             last = number == len(micros)
-            if not self._agree(bool(loss.isfinite())):
-                left_out += 1
-                if last and self._defers and kept_one is not None:
-                    self._reduce_deferred(kept_one)
-                continue
             if self._defers:
-                self._sync_gradients(last)
-                kept_one = mine
+                self.model.module.set_requires_gradient_sync(last)  # type: ignore[operator]
             loss.backward()
-            total += loss.detach().float()
-            kept += weight
+            losses.append(loss.detach().float())
+            weights.append(weight)
             if self._accumulator is not None and (last or not self._defers):
                 self._accumulator.add(last=last)
-        return total, kept, left_out
+        return torch.stack(losses), upload(torch.tensor(weights), self.model.device)
 
-    def _sync_gradients(self, now: bool) -> None:
-        assert isinstance(self.model.module, FSDPModule)
-        self.model.module.set_requires_gradient_sync(now)
-
-    def _reduce_deferred(self, kept: Batch) -> None:
-        """Reduces what micro-batches have left where the last of them is left out.
-
-        FSDP2 reduces in a backward only; this one adds nothing.
-        """
-        self._sync_gradients(True)
-        (self.model.loss(kept) * 0.0).backward()
-        if self._accumulator is not None:
-            self._accumulator.add(last=True)
-
-    def _agree(self, finite: bool) -> bool:
-        """Whether the loss is finite on all ranks of the replica: backward is collective."""
+    def _agree(self, finite: Tensor) -> Tensor:
+        """Which micro-batches' losses are finite on all ranks of the replica; once per step."""
         if self.topology.copy is None:
             return finite
-        flag = torch.tensor(float(finite), device=self.model.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.topology.copy)
-        return bool(flag)
+        flags = finite.float()
+        dist.all_reduce(flags, dist.ReduceOp.MIN, group=self.topology.copy)
+        return flags > 0
 
-    def optimize(
-        self,
-        step: int,
-        *,
-        warmup_lr_between: tuple[int, int] | None = None,
-        results: Results | None = None,
-    ) -> None:
+    def optimize(self, step: int) -> None:
         """The optimiser's step.
-
-        Args:
-            step: the step.
-            warmup_lr_between: see ``schedules.warmup_factor``.
-            results: all peers' results of the previous step, where rank 0 sent them.
 
         Raises:
             ValueError: a result is malformed.
-            ReplicasDiffer: the replicas' parameters are no longer bit-identical.
+            ReplicasDiffer: the replicas' parameters were no longer bit-identical when they were
+                looked at last, one of these calls ago.
         """
-        if self._exchanges:
-            results = None
-        self._optimizer.step(results, self.learning_rate(step, warmup_lr_between))
-        if self._check_every and step % self._check_every == 0:
-            self.check_replicas()
+        self._optimizer.step(self.learning_rate(step))
+        self._finish_check()
+        if self._options.check_every and step % self._options.check_every == 0:
+            self._start_check(step)
 
     def plain(self) -> None:
         """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
@@ -257,20 +197,41 @@ class Trainer:
         """
         self._optimizer.plain()
 
-    def check_replicas(self) -> None:
+    def zero(self) -> None:
+        """Forgets the optimiser's momentum."""
+        self._optimizer.zero()
+
+    def check_replicas(self, step: int) -> None:
         """Compares the parameters' bits with the other replicas', where there are any.
 
         Raises:
             ReplicasDiffer: they are not the same.
         """
-        if self._exchanges and self.topology.peers is not None:
-            self.plain()
-            check_identical(local_parts(self.parameters), self.topology.peers, self._step)
+        self._finish_check()
+        if self._options.check_every:
+            self._start_check(step)
+            self._finish_check()
 
-    def _statistics(self, finite: bool) -> dict[str, float]:
-        grads = {n: p.grad for n, p in self.parameters.items() if finite and p.grad is not None}
-        stats = {}
-        for kind, tensors in (("grad_norm", grads), ("momentum_norm", self._optimizer.momentum())):
-            for name, tensor in tensors.items():
-                stats[f"{kind}/{name}"] = float(global_norm([tensor], self.model.device))
-        return stats
+    def _start_check(self, step: int) -> None:
+        if self.topology.peers is not None:
+            self.plain()
+            self._check = replicas.start(local_parts(self.parameters), self.topology.peers, step)
+
+    def _finish_check(self) -> None:
+        check, self._check = self._check, None
+        if check is not None:
+            check.finish()
+
+    def _statistics(self) -> dict[str, Tensor]:
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        kinds = (("grad_norm", grads), ("momentum_norm", self._optimizer.momentum()))
+        return {
+            f"{kind}/{name}": global_norm([tensor], self.model.device)
+            for kind, tensors in kinds
+            for name, tensor in tensors.items()
+        }
+
+
+def trainable(model: CausalLM) -> dict[str, Tensor]:
+    """The parameters that are trained, in name order."""
+    return {n: p for n, p in model.named_parameters().items() if p.requires_grad}

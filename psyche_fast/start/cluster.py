@@ -26,6 +26,8 @@ class Launched:
         port: where the core's store is to listen; None where ``meeting`` says it.
         meeting: host and port of torchrun's own store, which is there already, and the prefix of
             our keys in it; None under Slurm.
+        has_own_gpus: whether a rank that sees fewer GPUs than its machine has ranks sees those
+            that are its alone.
     """
 
     rank: int
@@ -35,6 +37,7 @@ class Launched:
     host: str | None
     port: int | None
     meeting: tuple[str, int, str] | None = None
+    has_own_gpus: bool = False
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
@@ -71,15 +74,46 @@ def _slurm(environ: Mapping[str, str]) -> Launched:
     several = _number(environ, "SLURM_STEP_NUM_NODES") > 1
     # Free on most machines, and the same on all ranks of one step only.
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    here = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = _tasks_here(environ, world)
     return Launched(
         rank=_number(environ, "SLURM_PROCID"),
         world_size=world,
         local_rank=_number(environ, "SLURM_LOCALID"),
-        local_world_size=int(here[0]) if here else world,
+        local_world_size=tasks,
         host=first_host(nodes) if several else None,
         port=20_000 + zlib.crc32(step.encode()) % 10_000,
+        has_own_gpus=_has_own_gpus(environ, tasks),
     )
+
+
+def _tasks_here(environ: Mapping[str, str], world: int) -> int:
+    """This machine's part of `SLURM_STEP_TASKS_PER_NODE`, such as `4(x2),3`."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    text = environ.get(name, str(world))
+    tasks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"{name}: wanted numbers such as 4(x2),3, got {text!r}")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    if sum(tasks) != world:
+        raise ValueError(f"{name}: {text} are {sum(tasks)} tasks, but the step has {world}")
+    if len(set(tasks)) == 1:
+        return tasks[0]
+    machine = _number(environ, "SLURM_NODEID")
+    if machine >= len(tasks):
+        raise ValueError(f"SLURM_NODEID: {machine}, but {name} {text} names {len(tasks)} machines")
+    return tasks[machine]
+
+
+def _has_own_gpus(environ: Mapping[str, str], tasks: int) -> bool:
+    """Whether Slurm gave each task GPUs of its own, or there are enough for that."""
+    if environ.get("SLURM_GPUS_PER_TASK") or "gpu" in environ.get("SLURM_TRES_PER_TASK", ""):
+        return True
+    count = environ.get("SLURM_GPUS_ON_NODE", "")
+    named = environ.get("SLURM_STEP_GPUS", "")
+    gpus = int(count) if count.isdecimal() else len(named.split(",")) if named else 0
+    return gpus >= tasks
 
 
 def first_host(nodes: str) -> str:

@@ -1,13 +1,27 @@
-"""Ctrl-C and SIGTERM: the first ends the run after what was sent, the second at once."""
+"""Signals that end a run: the first after what was sent, with a checkpoint, the second at once.
+
+Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and SIGUSR1, by which Slurm says that time is nearly up
+(`--signal=USR1@120`). It may send them to every process of a job: only the core acts on them.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from psyche_fast.start.ending import exit_now
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a run with a checkpoint; SIGINT and SIGTERM, coming second, end it at once."""
+
+
+def leave_to_core() -> None:
+    """Ignores `STOPS`: the core acts on them, and ends this rank in order or takes it along."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -24,7 +38,7 @@ class StopRequest:
 def stop_on_signal(
     message: Callable[[str], None], kill: Callable[[], None]
 ) -> Iterator[StopRequest]:
-    """Watches for SIGINT and SIGTERM while the run lasts.
+    """Watches for `STOPS` while the run lasts, but for those that are ignored (nohup).
 
     A Python handler waits for the C++ call in hand, a collective for instance; the wake-up
     descriptor is written by the C handler at once, and a thread reads it.
@@ -39,7 +53,7 @@ def stop_on_signal(
     request = StopRequest()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda *_: None) for number in handled}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
@@ -48,6 +62,8 @@ def stop_on_signal(
             number = data[0]
             if number not in handled:
                 continue
+            if request.signal is not None and number in (signal.SIGHUP, signal.SIGUSR1):
+                continue  # shell and kernel may both tell of the same closed terminal
             if request.signal is None and request.has_work:
                 request.signal = number
                 message(
@@ -56,15 +72,16 @@ def stop_on_signal(
                 )
                 continue
             kill()
-            sys.stderr.write("psyche-fast: stopped at once, without a checkpoint\n")
-            sys.stderr.flush()
-            os._exit(128 + number)
+            exit_now(128 + number, "stopped at once, without a checkpoint")
 
-    threading.Thread(target=watch, daemon=True, name="signals").start()
+    thread = threading.Thread(target=watch, daemon=True, name="signals")
+    thread.start()
     try:
         yield request
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writer)
+        os.close(writer)  # which ends the thread
+        thread.join()
+        os.close(reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,14 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from psyche_fast.start import lifecycle
+from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
+from psyche_fast.start.ending import exit_now
+from psyche_fast.start.logs import let_libraries_speak
+from psyche_fast.start.network import tcp_url
+from psyche_fast.start.parent import PARENT_PIPE
 
 _POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 3.0
 _LAST_LINES = 8
-
-
-class SidecarFailed(RuntimeError):
-    """A sidecar ended before its time; the message names rank, exit and last words."""
+_LAST_BYTES = 8192
 
 
 @dataclass
@@ -27,6 +30,7 @@ class _Child:
     rank: int
     process: subprocess.Popen[bytes]
     log: Path | None
+    log_start: int  # where this run's words begin in the log
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Sidecars:
         Args:
             rank: its rank.
             device_index: its CUDA index; None on CPU.
-            log: where its output goes; None for this process's own streams.
+            log: where its output is appended; None for this process's own streams.
         """
         assert threading.current_thread() is threading.main_thread()
         command = [sys.executable, "-m", "psyche_fast.sidecar"]
@@ -64,8 +68,12 @@ class Sidecars:
         if device_index is not None:
             command += ["--device", str(device_index)]
         reader = self._leash[0]
-        environment = {**os.environ, **self.environment, lifecycle.PARENT_PIPE: str(reader)}
-        output = None if log is None else log.open("wb")
+        environment = {**os.environ, **self.environment, PARENT_PIPE: str(reader)}
+        output, log_start = None, 0
+        if log is not None:
+            let_libraries_speak(environment)
+            output = log.open("ab")
+            log_start = output.tell()
         try:
             process = subprocess.Popen(
                 command,
@@ -80,7 +88,7 @@ class Sidecars:
         finally:
             if output is not None:
                 output.close()
-        self._children.append(_Child(rank, process, log))
+        self._children.append(_Child(rank, process, log, log_start))
 
     def watch(self, grace: float) -> None:
         """Looks at the sidecars from a thread of its own.
@@ -99,14 +107,12 @@ class Sidecars:
             # A rank that only lost another one is not the one to name.
             time.sleep(_POLL_SECONDS)
             dead = [c for c in self._children if c.process.poll() is not None]
-            dead.sort(key=lambda c: any("lost another rank" in line for line in _tail(c.log)))
+            dead.sort(key=lambda c: any(LOST_ANOTHER_RANK in line for line in _last_words(c)))
             self._message = _obituary(dead[0])
             self._failed.set()
             if not self._closing.wait(grace):
-                sys.stderr.write(f"psyche-fast: error: {self._message}\n")
-                sys.stderr.flush()
                 self.kill()
-                os._exit(1)
+                exit_now(1, f"error: {self._message}")
             return
 
     def failure(self, wait: float) -> str | None:
@@ -168,20 +174,23 @@ class Sidecars:
             os.close(descriptor)
 
 
-def _tail(log: Path | None) -> list[str]:
-    if log is None:
+def _last_words(child: _Child) -> list[str]:
+    """The line in which a rank said what ended it, or else the last ones of its log."""
+    if child.log is None:
         return []
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(file.tell() - 8192, 0))
+    with child.log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - _LAST_BYTES, child.log_start))
         text = file.read().decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = [at for at, line in enumerate(lines) if f" rank {child.rank} ERROR " in line]
+    return lines[said[-1] :][:_LAST_LINES] if said else lines[-_LAST_LINES:]
 
 
 def _obituary(child: _Child) -> str:
-    how = lifecycle.describe_exit(child.process.wait())
+    how = describe_exit(child.process.wait())
     head = f"rank {child.rank} (pid {child.process.pid}) ended: {how}"
-    lines = _tail(child.log)
+    lines = _last_words(child)
     if not lines:
         return head
     return f"{head}; the end of {child.log}:\n  " + "\n  ".join(lines)
@@ -221,15 +230,31 @@ def launch_host(
             f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
             "0, further machines have 1 and up (--start-rank, --num-local-ranks)"
         )
-    host = f"[{main_host}]" if ":" in main_host else main_host
-    with Sidecars(backend, f"tcp://{host}:{port}", world_size) as sidecars:
+    with Sidecars(backend, tcp_url(main_host, port), world_size) as sidecars:
         stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
         signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, which the core acts on
+        arguments = (main_host, port)
+        threading.Thread(target=_say_if_alone, args=arguments, daemon=True, name="alone").start()
         for at in range(num_local_ranks):
             sidecars.spawn(
                 start_rank + at, start_device + at if backend == "nccl" else None, log=None
             )
         sidecars.wait()
+
+
+def _say_if_alone(host: str, port: int) -> None:
+    """Tells the user what is waited for where no core listens yet."""
+    time.sleep(_PATIENCE_SECONDS)
+    try:
+        socket.create_connection((host, port), _PATIENCE_SECONDS).close()
+    except OSError as error:
+        sys.stderr.write(
+            f"psyche-fast: waiting for the core: nobody listens at {host}:{port} yet "
+            f"({error.strerror or error}); is psyche-fast train running there, with that --host "
+            "and --port?\n"
+        )
+        sys.stderr.flush()
 
 
 def local_ranks(world_size: int, ranks_here: int) -> Sequence[int]:

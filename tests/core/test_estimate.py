@@ -13,11 +13,10 @@ from click.testing import CliRunner
 
 from psyche_fast import cli
 from psyche_fast.batch import Batch
-from psyche_fast.config import RunConfig, optimizer_to_json
+from psyche_fast.config import RunConfig
 from psyche_fast.core.estimate import LiveBytes, estimate
 from psyche_fast.models.source import read_config, resolve_model
-from psyche_fast.psyche.messages import Hyperparameters, Settings
-from psyche_fast.rank import serve as runtime
+from psyche_fast.rank.serve import build_trainer
 from tests.groups import run_ranks
 
 BASE: dict[str, Any] = {
@@ -49,27 +48,14 @@ def save(folder: Path, kind: str) -> Path:
 
 def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
     """The most that a rank holds in three steps of two micro-batches, and what it sends."""
-    run = RunConfig(**{**BASE, **changes})
-    settings = Settings(
-        replicas=run.replicas, param_dtype=run.param_dtype, sequence_length=run.sequence_length,
-        activation_checkpointing=run.activation_checkpointing, delta_dtype=run.delta_dtype,
-    )  # fmt: skip
-    operation = Hyperparameters(
-        lr_scheduler=run.lr_scheduler(), optimizer=optimizer_to_json(run.optimizer()),
-        micro_batch_size=run.micro_batch * run.data_parallelism,
-        grad_accum_in_fp32=run.grad_accum_in_fp32,
-    )  # fmt: skip
-    rows = 2 * run.micro_batch * run.data_parallelism * run.replicas
+    run = RunConfig.of(**{"attn_implementation": "sdpa", **BASE, **changes})
+    parallelism, length = run.parallelism, run.model.sequence_length
+    rows = 2 * run.training.micro_batch * parallelism.data_parallelism * parallelism.replicas
     with LiveBytes() as live:
-        model, topology = runtime.load(
-            "HfAuto", resolve_model(str(folder)), run.data_parallelism, run.tensor_parallelism,
-            settings, torch.device("cpu"),
-        )  # fmt: skip
-        trainer = runtime.build_trainer(model, topology, operation, settings)
+        trainer = build_trainer(run, resolve_model(str(folder)), torch.device("cpu"))
         for step in range(1, 4):
-            trainer.train(step, Batch(torch.randint(2048, (rows, run.sequence_length))))
-            if step > 1 or not run.distro:
-                trainer.optimize(step)
+            trainer.train(step, Batch(torch.randint(2048, (rows, length))))
+            trainer.optimize(step)
     return live.peak, trainer.bytes_sent
 
 
@@ -78,9 +64,9 @@ def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path / "model", "qwen3" if name in ("shards", "replicas") else "llama")
-    run = RunConfig(**{**BASE, **RUNS[name]})
+    run = RunConfig.of(**{**BASE, **RUNS[name]})
     found = estimate(read_config(resolve_model(str(folder))), run)
-    peak, sent = run_ranks(hold, run.world_size, folder, RUNS[name])[0]
+    peak, sent = run_ranks(hold, run.parallelism.world_size, folder, RUNS[name])[0]
     assert sent == found.sent
     assert found.memory == pytest.approx(peak, rel=0.1)
     assert not dist.is_initialized()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from psyche_fast.start import lifecycle
+from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
 from tests.groups import run_command
 from tests.processes import command, free_port, wait_until
@@ -77,6 +78,59 @@ def test_sruns_variables_are_understood() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "node", "here"),
+    [("2(x2),1", "0", 2), ("2(x2),1", "1", 2), ("2(x2),1", "2", 1), ("1,4", "1", 4), ("5", "0", 5)],
+)
+def test_slurms_uneven_allocations_are_counted_by_machine(text: str, node: str, here: int) -> None:
+    step = {**SLURM, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": text}
+    found = launched({**step, "SLURM_NODEID": node})
+    assert found is not None
+    assert found.local_world_size == here
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x"}, r"wanted numbers such as 4\(x2\),3, got '2\(x'"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1 are 3 tasks, but the step has 4"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "SLURM_NODEID: wanted a number"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_NODEID": "2"}, "names 2 machines"),
+    ],
+)
+def test_slurms_counts_have_to_fit(changes: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        launched({**SLURM, **changes})
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible", "device"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1"}, 1, 0),
+        ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, 1, 0),
+        ({"SLURM_GPUS_ON_NODE": "2"}, 1, 0),  # --gpu-bind=single:1
+        ({"SLURM_STEP_GPUS": "4,5"}, 1, 0),
+        ({"SLURM_GPUS_PER_TASK": "2"}, 2, 1),  # of two that are its own, either will do
+        ({}, 8, 1),
+        ({"SLURM_GPUS_ON_NODE": "1"}, 1, None),  # one GPU for two tasks
+        ({}, 1, None),
+    ],
+)
+def test_tasks_with_gpus_of_their_own_take_their_first(
+    variables: dict[str, str], visible: int, device: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    task = launched({**SLURM, **variables})
+    assert task is not None
+    if device is None:
+        with pytest.raises(ValueError, match="2 ranks on this machine need 2 GPUs, there are 1"):
+            devices.device_of_launched("auto", task)
+    else:
+        assert devices.device_of_launched("auto", task) == (torch.device("cuda", device), "nccl")
+        assert devices.device_of_launched("cuda", task)[0].index == device
+    assert devices.device_of_launched("cpu", task) == (torch.device("cpu"), "gloo")
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("a", "a"), ("a,b", "a"), ("n[01-04],g1", "n01"), ("n[7]", "n7"), ("a-b[2,5]", "a-b2")],
 )
@@ -129,14 +183,14 @@ def test_the_interface_is_the_one_that_leads_there(monkeypatch: pytest.MonkeyPat
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that what is set below goes again
         monkeypatch.delenv(name)
-    lifecycle.use_interface("0.0.0.0")
+    network.use_interface("0.0.0.0")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    lifecycle.use_interface("127.0.0.1")
+    network.use_interface("127.0.0.1")
     addresses = psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]
     assert "127.0.0.1" in [entry.address for entry in addresses]
     assert "NCCL_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    lifecycle.use_interface("127.0.0.1")
+    network.use_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from tests.processes import command, free_port, wait_until
@@ -16,7 +18,9 @@ from tests.tiny import save_llama, save_tokens
 pytestmark = pytest.mark.processes
 
 
-def start(place: Path, output: Path, port: int, steps: int = 3) -> subprocess.Popen[str]:
+def start(
+    place: Path, output: Path, port: int, *flags: str, steps: int = 3
+) -> subprocess.Popen[str]:
     save_llama(place / "model")
     save_tokens(place / "data")
     return subprocess.Popen(
@@ -26,20 +30,20 @@ def start(place: Path, output: Path, port: int, steps: int = 3) -> subprocess.Po
             "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "6",
             "--total-steps", str(steps), "--param-dtype", "float32", "--threads", "1",
             "--distro", "--replicas", "3", "--compression-chunk", "16",
-            "--local-ranks", "2", "--port", str(port),
+            "--local-ranks", "2", "--port", str(port), *flags,
         ),
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def launch(port: int) -> subprocess.Popen[str]:
+def launch(port: int, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(
             "sidecar", "--main-host", "127.0.0.1",
             "--port", str(port), "--world-size", "3", "--start-rank", "2",
             "--backend", "gloo",
         ),
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
 
@@ -60,6 +64,19 @@ def test_ranks_of_another_machine(tmp_path: Path) -> None:
     )
 
 
+def test_a_launcher_alone_says_what_it_waits_for() -> None:
+    port = free_port()
+    alone = launch(port)
+    assert alone.stderr is not None
+    try:
+        said = alone.stderr.readline()  # blocks until it speaks; the test's time limit is the limit
+        assert said.startswith("psyche-fast: waiting for the core: nobody listens at 127.0.0.1:")
+        assert f"{port} yet (Connection refused); is psyche-fast train running there" in said
+    finally:
+        alone.kill()
+        alone.wait()
+
+
 def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:
     port = free_port()
     core = start(tmp_path, tmp_path / "run", port, steps=100_000)
@@ -73,3 +90,40 @@ def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:
     assert other.returncode == 1
     assert "rank 2 ERROR lost another rank" in errors
     assert "rank 2 (pid" in errors
+
+
+# PyTorch's own way of using an older processor's instructions only.
+OLDER = {"ATEN_CPU_CAPABILITY": "default"}
+needs_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU is as old as there are"
+)
+
+
+@needs_vectors
+def test_a_machine_of_another_generation_is_refused_in_one_line(tmp_path: Path) -> None:
+    port = free_port()
+    core = start(tmp_path, tmp_path / "run", port)
+    other = launch(port, **OLDER)
+    _, said = core.communicate(timeout=100)
+    assert core.returncode == 2
+    here = torch.backends.cpu.get_cpu_capability()
+    assert said.splitlines()[-1].startswith(
+        f"psyche-fast: error: rank 0 computes on CPU ({here}), rank 2 on CPU (DEFAULT): replicas on"
+    )
+    assert "--mixed-gpus" in said.splitlines()[-1]
+    _, errors = other.communicate(timeout=30)
+    assert other.returncode == 1
+    assert "lost another rank" in errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@needs_vectors
+def test_several_generations_may_be_tried(tmp_path: Path) -> None:
+    port = free_port()
+    # Without the check: whether two generations come to the same bits is not what is tested.
+    core = start(tmp_path, tmp_path / "run", port, "--mixed-gpus", "--check-every", "0")
+    other = launch(port, **OLDER)
+    _, said = core.communicate(timeout=100)
+    _, errors = other.communicate(timeout=30)
+    assert core.returncode == other.returncode == 0, said + errors
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3

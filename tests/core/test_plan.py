@@ -43,12 +43,13 @@ def test_what_goes_between_machines_goes_over_gloo(
 ) -> None:
     devices = Devices((torch.device("cuda", 0), torch.device("cuda", 1)), "nccl")
     monkeypatch.setattr(plan, "choose_devices", lambda spec, ranks: devices)
-    made = plan.make_plan(RunConfig(**config, **flags), ranks_on_this_machine=here)  # type: ignore[arg-type]
-    assert made.settings.split == splits
+    made = plan.make_plan(RunConfig.of(**config, **flags), ranks_on_this_machine=here)  # type: ignore[arg-type]
+    chosen = made.resolved.parallelism.device_backend
+    assert chosen == ("split" if splits else "nccl")
     assert ("gloo between replicas" in "\n".join(made.summary)) == splits
 
 
 def test_a_cpu_has_only_gloo(config: dict[str, object]) -> None:
-    whole = RunConfig(**config, replicas=2, device="cpu", device_backend="split")  # type: ignore[arg-type]
+    whole = RunConfig.of(**config, replicas=2, device="cpu", device_backend="split")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--device-backend split needs CUDA devices"):
         plan.make_plan(whole)

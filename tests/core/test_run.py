@@ -279,7 +279,7 @@ def test_killed_core_takes_its_sidecars_along(place: Path, tmp_path: Path) -> No
     core.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_stopped_run_leaves_a_checkpoint(
     place: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

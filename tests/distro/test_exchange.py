@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from psyche_fast.distro import exchange
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import ReplicasDiffer, check_identical, hash_bits, hash_rows
+from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows, start
 from tests.groups import run_ranks
 
 
@@ -29,6 +30,28 @@ def test_every_peer_receives_all_in_rank_order() -> None:
     expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
     for received in run_ranks(_exchange, 3):
         assert torch.equal(received, expected)
+
+
+def _late(rank: int) -> list[bool]:
+    peers, others = dist.new_group(), dist.new_group()
+    found = []
+    if rank == 1:
+        dist.barrier(others)
+    pending = exchange.start(torch.full((3,), rank), peers)
+    if rank == 0:
+        found.append(pending.completed())  # rank 1 has not begun
+        dist.barrier(others)
+    deadline = time.monotonic() + 30
+    while not pending.completed() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found.append(pending.completed())
+    assert pending.wait()[:, 0].tolist() == [0, 1]
+    return found
+
+
+@pytest.mark.processes
+def test_an_exchange_completes_without_being_waited_for() -> None:
+    assert run_ranks(_late, 2) == [[False, True], [True]]
 
 
 def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
@@ -78,6 +101,7 @@ def test_a_step_of_a_billion_parameters_is_at_most_four_collectives(k: int, sign
 def test_a_lonely_rank_sends_nothing() -> None:
     own = torch.arange(10)
     pending = exchange.start(own, None)
+    assert pending.completed()
     assert pending.bytes_sent == 0
     assert torch.equal(pending.wait(), own[None])
 
@@ -110,11 +134,13 @@ def _check(rank: int) -> str:
     peers = dist.group.WORLD
     assert peers is not None
     tensors = {"a": torch.ones(5), "b": torch.zeros(3, 2), "empty": torch.empty(0)}
-    check_identical(tensors, peers, 3)
+    start(tensors, peers, 3).finish()
     if rank == 1:
         tensors["b"][1, 1] = -0.0  # equal in value, not in bits
+    check = start(tensors, peers, 4)
+    tensors["b"][1, 1] = 0.0  # too late: what is compared is what was there
     try:
-        check_identical(tensors, peers, 4)
+        check.finish()
     except ReplicasDiffer as error:
         return str(error)
     return ""

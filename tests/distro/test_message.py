@@ -63,6 +63,29 @@ def test_round_trip_of_several_peers(dtype, signs):
         assert not e.unique
 
 
+@pytest.mark.gpu
+def test_checks_are_read_while_the_device_works_on():
+    device = torch.device("cuda", torch.cuda.current_device())
+    of = Layout(
+        [
+            ParameterLayout.of(
+                "a", (256, 128), torch.float32, device, compression_chunk=64, compression_topk=8
+            )
+        ]
+    )
+    message = form(of, signs=True, backend="triton")
+    sent = [Entries(e.indices.to(device), e.values.to(device), unique=True)
+            for e in random_entries(of)]  # fmt: skip
+    rows = torch.stack([message.pack(sent)] * 2)
+    message.unpack(rows)  # compiled by now
+    unpacking = message.begin_unpack(rows)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    received, faults = unpacking.result()
+    assert not torch.cuda.current_stream().query(), "waited for what was launched since"
+    assert faults == {}
+    assert torch.equal(received[0].indices, torch.cat([sent[0].indices] * 2, dim=1))
+
+
 @pytest.mark.parametrize("k", [4, 8, 32])
 def test_size_is_near_the_entropy(k):
     of = layout({"a": (4096, 4096), "b": (256, 64)}, chunk=64, k=k)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from psyche_fast.devices import indexed
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return indexed("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -201,6 +201,14 @@ def test_tables_of_pointers_are_kept_and_bounded(device, backend):
     assert len(kept) == kernel._TABLES_KEPT
 
 
+def test_a_device_has_one_plan_whatever_it_is_called(device, backend):
+    named = [torch.device(name) for name in (device.type, f"{device.type}:0")]
+    plan, other = (plan_accumulation((12,), (0,), one) for one in named)
+    assert plan is other
+    squares = squared_norms(plan, [torch.ones(12, device=named[1])], backend=backend)
+    assert squares.tolist() == [12]
+
+
 def test_a_gradient_with_gaps(device, backend):
     plan = plan_accumulation((12,), (0,), device)
     sums = {name: [torch.zeros(3, 4, device=device)] for name in ("torch", backend)}

@@ -288,7 +288,15 @@ def test_mistakes_are_named(device, backend):
         wire.pack(plan, Entries(entries.indices[:, :1], entries.values), "sign", backend=backend)
     with pytest.raises(ValueError, match=r"indices: wanted torch.uint8, got torch.int64"):
         wire.pack(plan, Entries(entries.indices.to(torch.int64), entries.values), "sign")
+    away = Entries(entries.indices.to("meta"), entries.values.to("meta"))
+    with pytest.raises(ValueError, match=f"indices: wanted a tensor on {device}, got meta"):
+        wire.pack(plan, away, "sign", backend=backend)
+    out = torch.empty(size, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match=f"out: wanted a tensor on {device}, got meta"):
+        wire.pack(plan, entries, "sign", out=out, backend=backend)
     data = wire.pack(plan, entries, "sign", backend=backend)
+    with pytest.raises(ValueError, match=f"data: wanted a tensor on {device}, got meta"):
+        wire.unpack(plan, data.to("meta"), "sign", backend=backend)
     with pytest.raises(ValueError, match=rf"data: wanted uint8 \[{size}\] or \[peers, {size}\]"):
         wire.unpack(plan, data[1:], "sign", backend=backend)
     with pytest.raises(ValueError, match="data: wanted contiguous rows"):

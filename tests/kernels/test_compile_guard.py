@@ -6,15 +6,19 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from psyche_fast.kernels import limits
 from psyche_fast.kernels.aot import TARGETS, Measurement
-from psyche_fast.kernels.limits import CEILINGS, Limits, check, updated
+from psyche_fast.kernels.limits import CEILINGS, Limits, allowed, check, updated
 
+ROOT = Path(__file__).parents[2]
 MEASURED = Measurement(
     "encode",
     "64x64 k=8 fp32 delta, fp32 gradient",
@@ -33,7 +37,8 @@ ALLOWED = updated(Limits(), [MEASURED], "3.7.1", whole=True)
 
 def faults(limits: Limits = ALLOWED, *, triton: str = "3.7.1", **changes: object) -> list[str]:
     """What the guard says about the encode kernel with something changed."""
-    return check([dataclasses.replace(MEASURED, **changes)], limits, triton, whole=False)
+    known = allowed({limits.triton: limits}, triton)
+    return check([dataclasses.replace(MEASURED, **changes)], known, whole=False)
 
 
 @pytest.mark.slow
@@ -105,9 +110,9 @@ def test_fewer_matrix_instructions_are_a_fault_too():
     assert faults(mma=22) == [f"{NAME} on sm_90: mma 22, not 24: is a product done without them?"]
 
 
-def loose(triton: str = "3.7.1") -> Limits:
+def loose() -> Limits:
     """Limits that nothing exceeds, so that only the ceilings speak."""
-    return Limits(triton, {NAME: {"sm_90": dict.fromkeys(limits.FOREIGN, 10**6) | {"mma": 24}}})
+    return Limits("3.7.1", {NAME: {"sm_90": dict.fromkeys(limits.FOREIGN, 10**6) | {"mma": 24}}})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,14 @@ def test_ceilings_hold_whatever_the_limits_say(metric, most):
     assert faults(loose(), **{metric: most}) == []
     assert faults(loose(), **{metric: most + 1}) == [
         f"{NAME} on sm_90: {metric} {most + 1}, designed for at most {most}"
+    ]
+
+
+def test_ceilings_are_loose_under_a_triton_that_the_kernels_were_not_designed_with():
+    other = Limits("3.6.0", loose().cases)
+    assert faults(other, triton="3.6.0", instructions=6720) == []
+    assert faults(other, triton="3.6.0", instructions=6721) == [
+        f"{NAME} on sm_90: instructions 6721, designed for at most 6720"
     ]
 
 
@@ -159,6 +172,31 @@ def test_another_triton_gets_a_tolerance_and_no_more():
     ]
 
 
+def test_another_triton_is_held_to_the_highest_of_all_limits():
+    old = dataclasses.replace(MEASURED, registers=100, spills=200, shared=None)
+    refused = {"refused": "the compiler crashed"}
+    known = {
+        "3.6.0": Limits("3.6.0", {"a": {"sm_80": refused, "sm_90": refused}, **taken(old)}),
+        "3.7.1": Limits("3.7.1", {"a": {"sm_80": {"mma": 2}, "sm_90": refused}, **taken(MEASURED)}),
+    }
+    for version, own in known.items():
+        assert allowed(known, version) is own
+    merged = allowed(known, "3.8.0")
+    assert merged.triton == ""
+    assert merged.cases["a"] == {"sm_80": {"mma": 2}, "sm_90": refused}
+    assert merged.cases[NAME]["sm_90"] == {
+        **ALLOWED.cases[NAME]["sm_90"],
+        "registers": 128,
+        "spills": 208,
+    }
+    assert allowed(dict(reversed(known.items())), "3.8.0") == merged
+    assert allowed({}, "3.8.0") == Limits()
+
+
+def taken(one: Measurement) -> dict[str, dict[str, limits.Line]]:
+    return updated(Limits(), [one], "any", whole=True).cases
+
+
 def test_a_case_without_limits_is_a_fault():
     [told] = faults(Limits("3.7.1"))
     assert told == f"{NAME} on sm_90: has no limits (psyche-fast kernels --update-limits)"
@@ -184,21 +222,19 @@ def test_a_kernel_that_does_not_compile_is_a_fault_unless_the_limits_say_why():
     compiles = dataclasses.replace(MEASURED, target="gfx942", instructions=None)
     known = updated(Limits(), [refused], "3.7.1", whole=True)
     assert known.cases[NAME] == {"gfx942": {"refused": "the compiler crashed"}}
-    assert check([refused], known, "3.7.1", whole=False) == []
-    [told] = check([compiles], known, "3.7.1", whole=False)
+    assert check([refused], known, whole=False) == []
+    [told] = check([compiles], known, whole=False)
     assert told == f"{NAME} on gfx942: compiles, though the limits say: the compiler crashed"
     expected = updated(Limits(), [compiles], "3.7.1", whole=True)
-    assert check([refused], expected, "3.7.1", whole=False) == [
-        f"{NAME} on gfx942: the compiler crashed"
-    ]
+    assert check([refused], expected, whole=False) == [f"{NAME} on gfx942: the compiler crashed"]
 
 
 def test_limits_of_what_is_gone_are_a_fault_when_all_was_measured():
     stale = Limits("3.7.1", {**ALLOWED.cases, "sort 64x64": {"sm_80": {}, "sm_90": {}}})
-    told = check([MEASURED], stale, "3.7.1")
+    told = check([MEASURED], stale)
     assert "sort 64x64 on sm_80, sm_90: limits of a case that is gone" in told
     assert any("the ceiling on instructions of 'apply" in fault for fault in told)
-    assert check([MEASURED], stale, "3.7.1", whole=False) == []
+    assert check([MEASURED], stale, whole=False) == []
 
 
 def test_updating_a_part_keeps_the_rest_and_updating_all_drops_it():
@@ -209,18 +245,18 @@ def test_updating_a_part_keeps_the_rest_and_updating_all_drops_it():
     assert list(updated(ALLOWED, [other], "3.7.1", whole=True).cases[NAME]) == ["sm_80"]
 
 
-def test_limits_of_two_versions_of_triton_are_not_mixed():
-    with pytest.raises(ValueError, match=r"taken with Triton 3\.7\.1, this is 3\.9\.0"):
-        updated(ALLOWED, [MEASURED], "3.9.0", whole=False)
+def test_a_version_of_triton_gets_all_its_limits_at_once():
+    with pytest.raises(ValueError, match=r"no limits for Triton 3\.9\.0 yet: take all of them"):
+        updated(Limits(), [MEASURED], "3.9.0", whole=False)
 
 
 def test_the_file_has_one_line_per_case_and_target_in_a_settled_order(tmp_path):
-    path = tmp_path / "limits.toml"
     names = ["encode k=32", "apply", "encode k=8"]
     lines = {"sm_100": {"registers": 8}, "sm_80": {"refused": 'an "odd" reason'}}
     written = Limits("3.7.1", dict.fromkeys(names, lines))
-    limits.write(written, path)
-    assert limits.read(path) == written
+    path = limits.write(written, tmp_path)
+    assert path == tmp_path / "limits-3.7.1.toml"
+    assert limits.read_all(tmp_path) == {"3.7.1": written}
     text = path.read_text(encoding="utf-8").splitlines()
     assert [line for line in text if line.startswith("[")] == [
         '[limits."apply"]',
@@ -232,19 +268,35 @@ def test_the_file_has_one_line_per_case_and_target_in_a_settled_order(tmp_path):
         'sm_80 = { refused = "an \\"odd\\" reason" }',
         "sm_100 = { registers = 8 }",
     ]
-    limits.write(limits.read(path), path)
+    limits.write(limits.read_all(tmp_path)["3.7.1"], tmp_path)
     assert path.read_text(encoding="utf-8").splitlines() == text
 
 
-def test_a_malformed_file_is_named_and_a_missing_one_holds_no_limits(tmp_path):
-    path = tmp_path / "limits.toml"
-    assert limits.read(path) == Limits()
+def test_a_malformed_file_is_named_and_without_one_there_are_no_limits(tmp_path):
+    assert limits.read_all(tmp_path) == {}
+    path = tmp_path / "limits-3.7.1.toml"
     path.write_text("[limits]\n")
-    with pytest.raises(ValueError, match=r"limits\.toml is malformed: KeyError\('triton'\)"):
-        limits.read(path)
+    with pytest.raises(
+        ValueError, match=r"limits-3\.7\.1\.toml is malformed: KeyError\('triton'\)"
+    ):
+        limits.read_all(tmp_path)
+    path.write_text('triton = "3.6.0"\n')
+    with pytest.raises(ValueError, match=r"limits-3\.7\.1\.toml is of Triton 3\.6\.0"):
+        limits.read_all(tmp_path)
 
 
 def test_the_projects_limits_name_the_targets_that_there_are():
-    shipped = limits.read()
-    assert shipped.triton
-    assert all(set(lines) == set(TARGETS) for lines in shipped.cases.values())
+    for shipped in limits.read_all().values():
+        assert all(set(lines) == set(TARGETS) for lines in shipped.cases.values())
+
+
+def test_there_are_limits_for_the_oldest_triton_and_for_the_pinned_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [oldest] = [one for one in project["dependencies"] if one.startswith("triton>=")]
+    [pinned] = re.findall(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    known = limits.read_all()
+    assert pinned == limits.DESIGNED_WITH
+    assert pinned in known
+    [other] = known.keys() - {pinned}
+    assert other.startswith(oldest.removeprefix("triton>=").split(";")[0] + ".")
+    assert known[pinned].cases.keys() == known[other].cases.keys()

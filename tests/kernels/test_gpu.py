@@ -164,6 +164,22 @@ def test_a_graph_refuses_what_is_not_ready(device, backend):
         kernels.lookahead(plan, [parameter], delta, [0.123456], backend=backend)
 
 
+def test_two_streams_at_once_are_refused(device, backend):
+    parameters = parameters_with_gradients(device)
+    demo = DeMo(parameters.values(), 0.01, compression_topk=4, backend=backend)
+    demo.step()
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(1 << 30)  # cycles: half a second
+        demo.step()
+    with torch.cuda.stream(second):
+        with pytest.raises(RuntimeError, match="two CUDA streams at once"):
+            demo.step()
+        torch.cuda.synchronize()
+        demo.step()
+
+
 @pytest.mark.parametrize("optimizer", ["demo", "distro"])
 def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
     parameters = parameters_with_gradients(device)

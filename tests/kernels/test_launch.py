@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import kernels
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.triton import launch
 from psyche_fast.kernels.triton.launch import planned
@@ -36,6 +38,35 @@ def step(plan, delta, gradients, parameters, backend, **options):
     kernels.subtract(plan, delta, entries, backend=backend)
     kernels.lookahead(plan, parameters, delta, rates, backend=backend)
     return entries
+
+
+@pytest.mark.parametrize("suffix", ["", ":0"])
+@pytest.mark.parametrize("name", ["64x64", "1x64"])
+def test_a_device_may_be_named_with_its_index_or_without(name, suffix, device, backend):
+    """Tensors name theirs in one way, which plans have to take over."""
+    shapes = CLASSES[name]
+    named = torch.device(device.type + suffix)
+    plan = one_class(shapes, k=4, device=named)
+    delta = torch.zeros(plan.chunks, plan.h, plan.w, device=named)
+    assert plan.device == plan.basis_h.device == delta.device
+    parameters = random(shapes, named)
+    entries = step(plan, delta, random(shapes, named, 1), parameters, backend)
+    data = wire.pack(plan, entries, "sign", backend=backend)
+    received = wire.unpack(plan, data, "sign", backend=backend)
+    assert torch.equal(received.indices.int(), entries.indices.int())
+    kernels.apply(plan, parameters, received, [0.1] * len(shapes), backend=backend)
+
+
+def test_parameters_of_one_device_form_one_class(device):
+    """However each names it."""
+    layouts = [
+        ParameterLayout.of(
+            name, (64, 64), torch.float32, torch.device(name),
+            compression_chunk=64, compression_topk=4,
+        )
+        for name in (device.type, f"{device.type}:0")
+    ]  # fmt: skip
+    assert len(Layout(layouts).plans) == 1
 
 
 @pytest.mark.parametrize("name", ["64x64", "1x64"])
@@ -119,6 +150,77 @@ def test_what_is_planned_goes_with_the_plan(device):
     del plan
     gc.collect()
     assert len(launch._planned) < before
+
+
+class Stream:
+    """A CUDA stream as launches see it."""
+
+    def __init__(self):
+        self.done = False
+
+    def query(self):
+        return self.done
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Two streams at work, of which the current one can be set, as can whether it captures."""
+    state = SimpleNamespace(one=Stream(), other=Stream(), capturing=False)
+    state.current = state.one
+    monkeypatch.setattr(launch, "_stream", lambda device: state.current)
+    monkeypatch.setattr(launch, "_capturing", lambda device: state.capturing)
+    return state
+
+
+@pytest.mark.parametrize("operation", ["encode", "apply", "subtract", "lookahead"])
+def test_two_streams_at_once_are_refused(operation, device, backend, streams):
+    plan = one_class([(64, 64)], k=4, device=device)
+    delta = torch.zeros(1, 64, 64, device=device)
+    gradient, parameter = random([(64, 64)] * 2, device)
+    own = kernels.encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
+    before = delta.clone(), parameter.clone()
+    call = {
+        "encode": lambda: kernels.encode(
+            plan, delta, [gradient], [0.1], decay=0.9, backend=backend
+        ),
+        "apply": lambda: kernels.apply(plan, [parameter], own, [0.1], backend=backend),
+        "subtract": lambda: kernels.subtract(plan, delta, own, backend=backend),
+        "lookahead": lambda: kernels.lookahead(plan, [parameter], delta, [0.1], backend=backend),
+    }[operation]
+    streams.current = streams.other
+    with pytest.raises(RuntimeError, match=r"two CUDA streams at once: call torch.cuda.synch"):
+        call()
+    assert torch.equal(delta, before[0])
+    assert torch.equal(parameter, before[1])
+    streams.one.done = True
+    call()
+    assert not (torch.equal(delta, before[0]) and torch.equal(parameter, before[1]))
+    streams.current = streams.one  # and back, which is a move like any other
+    with pytest.raises(RuntimeError, match="two CUDA streams at once"):
+        call()
+
+
+def test_a_capture_has_a_stream_of_its_own(device, streams):
+    plan = one_class([(64, 64)], k=4, device=device)
+    planned(plan)
+    streams.current, streams.capturing = streams.other, True
+    planned(plan)
+    streams.current, streams.capturing = streams.one, False
+    planned(plan)
+
+
+def test_optimisers_on_streams_of_their_own_do_not_read_each_others_uploads(device, streams):
+    one = launch.rates([0.3, 0.4], device)[0]
+    streams.current = streams.other
+    other = launch.rates([0.3, 0.4], device)[0]
+    assert one.data_ptr() != other.data_ptr()
+    assert launch.rates([0.3, 0.4], device)[0] is other
+    streams.current = streams.one
+    assert launch.rates([0.3, 0.4], device)[0] is one
+    streams.current, streams.capturing = Stream(), True
+    assert launch.rates([0.3, 0.4], device)[0].tolist() == one.tolist()
+    with pytest.raises(RuntimeError, match="the learning rates of a chunk class are not on"):
+        launch.rates([0.3, 0.5], device)
 
 
 def test_rates(device):

@@ -16,7 +16,7 @@ from triton.errors import TritonError
 from psyche_fast.kernels import autotune, tuning
 from psyche_fast.kernels.workloads import workload
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU = "Imaginary 9000"
 DEFAULT = tuning.options("encode", CPU)
 
@@ -117,6 +117,38 @@ def test_autotuning_without_a_gpu_is_refused():
         autotune.autotune(CPU)
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("spec", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_the_gpu_to_tune_has_an_index(spec, index):
+    assert autotune.gpu_of(spec) == torch.device("cuda", index)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cpu", "--autotune needs a CUDA device, got --device cpu"),
+        ("cuda:2", "--device cuda:2: this machine has 2 CUDA devices"),
+        ("gpu", "--device: wanted auto, cpu, cuda"),
+    ],
+)
+def test_what_is_no_gpu_to_tune_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        autotune.gpu_of(spec)
+
+
+def test_a_gpu_to_tune_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: this machine has no CUDA device"):
+        autotune.gpu_of("cuda")
+
+
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match="no kernel 'decode' to tune; known are encode"):
         autotune.tune(CPU, ["decode"], 1.0, backend="interpret", chunks=1, timer=lambda c, d: 1.0)
@@ -179,10 +211,8 @@ def test_at_the_deadline_the_best_so_far_is_kept(monkeypatch):
     assert [t.changes for t in trials] == [{}]
 
 
-def test_tuning_runs_the_kernel_with_the_options_that_it_says(monkeypatch, capsys):
+def test_tuning_runs_the_kernel_with_the_options_that_it_says(device, backend, capsys):
     """Through the interpreter (or on the GPU), with times that favour one setting."""
-    device = CUDA if torch.cuda.is_available() else CPU
-    backend = "triton" if device.type == "cuda" else "interpret"
     in_force = []
 
     def timer(call, device):
@@ -205,6 +235,12 @@ def test_tuning_runs_the_kernel_with_the_options_that_it_says(monkeypatch, capsy
 
 
 @pytest.mark.parametrize("kernel", sorted(autotune.SEARCH))
+def test_a_workload_runs_on_a_device_by_any_of_its_names(device, backend, kernel):
+    for name in (device.type, f"{device.type}:0"):
+        workload(kernel, torch.device(name), backend, 2).run()
+
+
+@pytest.mark.parametrize("kernel", sorted(autotune.SEARCH))
 def test_a_workload_gives_the_same_bits_again_and_changes_its_state(device, backend, kernel):
     work = workload(kernel, device, backend, 2)
     before = [t.clone() for t in work.state]
@@ -217,9 +253,9 @@ def test_a_workload_gives_the_same_bits_again_and_changes_its_state(device, back
 
 
 @pytest.mark.gpu
-def test_autotune_on_a_gpu(tmp_path):
+def test_autotune_on_a_gpu(tmp_path, device):
     trials = []
-    table = autotune.autotune(CUDA, ["lookahead", "encode"], 20, record=trials.append)
+    table = autotune.autotune(device, ["lookahead", "encode"], 20, record=trials.append)
     assert {t.kernel for t in trials} == {"lookahead", "encode"}
     assert min(t.milliseconds for t in trials if t.milliseconds is not None) > 0
     autotune.write(tmp_path / "t.toml", torch.cuda.get_device_name(), table)

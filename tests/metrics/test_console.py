@@ -163,3 +163,28 @@ def test_bytes_are_decimal():
 )
 def test_durations_are_clock_times(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_that_is_gone_ends_no_run(terminal):
+    class Closing(io.StringIO):
+        gone = False
+
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            if self.gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    stream = Closing()
+    console = Console(3, stream=stream)
+    console.step({"step": 1, "loss": 2.0})
+    stream.gone = True
+    for step in (2, 3):
+        console.message("hello")
+        console.step({"step": step, "loss": 2.0})
+    console.close()
+    assert "step" in stream.getvalue()
+    assert console.stream is not stream

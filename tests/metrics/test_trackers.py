@@ -169,3 +169,22 @@ def test_the_real_package_where_it_is_installed(tmp_path, name):
     where = tmp_path / "trackio" if name == "trackio" else run_dir
     written = [path for path in where.rglob("*") if path.is_file() and path.stat().st_size > 0]
     assert written, done.stderr
+
+
+@pytest.mark.parametrize(("name", "told"), [("wandb", {"exit_code": 1}), ("trackio", {})])
+def test_a_tracker_is_finished_after_an_error_and_does_not_hide_it(
+    tmp_path, monkeypatch, name, told
+):
+    calls = []
+
+    class Run:
+        def finish(self, **arguments):
+            calls.append(arguments)
+            raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=lambda **_: Run()))
+    with pytest.raises(ValueError, match="the run's own"), make_tracker(name, tmp_path, CONFIG):
+        raise ValueError("the run's own")
+    with pytest.raises(OSError, match="no network"), make_tracker(name, tmp_path, CONFIG):
+        pass
+    assert calls == [told, {}]

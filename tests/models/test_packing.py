@@ -7,7 +7,7 @@ import torch
 
 from psyche_fast.batch import Batch
 from psyche_fast.models import load_model
-from psyche_fast.models.packing import flash_arguments, prepare
+from psyche_fast.models.packing import document_lengths, flash_arguments, prepare
 from psyche_fast.models.source import resolve_model
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ def test_lengths_become_positions_and_masked_labels() -> None:
     expected[1, 0] = -100
     torch.testing.assert_close(batch.labels, expected)
     assert batch.sequence_lengths is None
-    assert batch.real_tokens().tolist() == [12 - 3, 12 - 1]
+    assert batch.real_tokens() == [12 - 3, 12 - 1]
 
 
 def test_positions_alone_say_where_documents_start() -> None:
@@ -82,7 +82,9 @@ def test_contradictions_are_refused(batch: Batch, says: str) -> None:
 
 
 def test_flash_attention_is_given_the_boundaries() -> None:
-    arguments = flash_arguments(_positions([5, 4, 3], [12]))
+    batch = prepare(Batch(IDS, sequence_lengths=[[5, 4, 3], [12]]))
+    assert batch.documents == [[5, 4, 3], None]
+    arguments = flash_arguments(document_lengths(batch), IDS.device)
     assert arguments["cu_seq_lens_q"].tolist() == [0, 5, 9, 12, 24]
     assert arguments["cu_seq_lens_k"].dtype == torch.int32
     assert (arguments["max_length_q"], arguments["max_length_k"]) == (12, 12)

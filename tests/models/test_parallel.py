@@ -44,7 +44,7 @@ def train(model: CausalLM, dp: int = 1, index: int = 0) -> list[torch.Tensor]:
     for batch in batches():
         batch = model.prepare(batch)
         mine = batch.share(index, dp)
-        share = mine.real_tokens().sum() / batch.real_tokens().sum()
+        share = sum(mine.real_tokens()) / sum(batch.real_tokens())
         loss = model.loss(mine)
         (loss * share * dp).backward()  # FSDP2 averages over its ranks
         optimizer.step()

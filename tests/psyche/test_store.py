@@ -13,6 +13,7 @@ from psyche_fast.models.source import FilesSource
 from psyche_fast.psyche.messages import Exit, Extract, Settings, Train
 from psyche_fast.psyche.store import CoreStore, SidecarStore, listen
 from psyche_fast.psyche.tensors import pack_batch, unpack_batch
+from psyche_fast.start.devices import Processor
 
 SECONDS = timedelta(seconds=10)
 CPU = torch.device("cpu")
@@ -44,6 +45,22 @@ def test_a_port_in_use_is_a_clear_error() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: cannot listen there"):
             listen("127.0.0.1", port)
+
+
+def test_sidecars_say_what_they_compute_on() -> None:
+    core, sidecar = pair()
+    gpu = Processor("cuda", "NVIDIA H200", "sm_90")
+    sidecar.introduce(1, gpu)
+    assert core.processors() == [gpu]
+    alone = CoreStore(listen("127.0.0.1", 0), 1, SECONDS)
+    assert alone.processors() == []
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    core = CoreStore(listen("127.0.0.1", 0), 4, timedelta(seconds=0.1))
+    core.store.set("processor/2", "{}")
+    with pytest.raises(RuntimeError, match="timed out waiting for the start of rank 1, 3"):
+        core.processors()
 
 
 def test_parallelism_without_our_keys_is_psyches() -> None:

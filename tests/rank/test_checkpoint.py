@@ -14,6 +14,7 @@ from torch import Tensor
 
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
+from psyche_fast.rank import checkpoint
 from psyche_fast.rank.checkpoint import atomic_folder, save_model, write_tensors
 from tests.groups import running
 from tests.processes import wait_until
@@ -112,3 +113,57 @@ def test_a_kill_during_a_save_leaves_what_was_there(
         assert (load_file(path / "model.safetensors")["a"] == 1.0).all()
     save(3.0)
     assert (load_file(path / "model.safetensors")["a"] == 3.0).all()
+
+
+def fill(folder: Path, text: str) -> None:
+    with atomic_folder(folder) as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(text)
+
+
+def can_exchange(folder: Path) -> bool:
+    (folder / "x").mkdir()
+    (folder / "y").mkdir()
+    return checkpoint._exchange(folder / "x", folder / "y")
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    out = tmp_path / "runs" / "out"
+    fill(out, "old")
+    moved = []
+    monkeypatch.setattr(Path, "rename", lambda *names: moved.append(names))
+    fill(out, "new")
+    assert moved == [], "between two renames there would be no folder of that name"
+    assert [(out / name).read_text() for name in ("a", "b")] == ["new", "new"]
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+
+
+def test_where_names_cannot_be_exchanged_the_old_folder_comes_back_on_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_exchange", lambda *_: False)
+    out = tmp_path / "out"
+    fill(out, "old")
+    fill(out, "new")
+    assert (out / "a").read_text() == "new"
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out.tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        fill(out, "newest")
+    assert (out / "a").read_text() == "new"
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    with pytest.raises(FileNotFoundError):
+        checkpoint._exchange(tmp_path / "x", tmp_path / "absent")

@@ -118,9 +118,8 @@ def test_losses_and_parameters_are_those_of_one_process(
     folders: dict[str, Path], replicas: int, dp: int, tp: int
 ) -> None:
     before = {n: dict(load(f, Topology()).full_state_dict_iter()) for n, f in folders.items()}
-    # In the largest layout the ranks' collectives are compared; elsewhere they are as users run
-    # them.
-    check = (replicas, dp, tp) == (2, 2, 2)
+    # In one layout torch compares what the ranks call; elsewhere collectives are as users run them.
+    check = (replicas, dp, tp) == (2, 4, 1)
     found = run_ranks(in_processes, replicas * dp * tp, folders, dp, tp, check_collectives=check)[0]
     for name, folder in folders.items():
         losses, parameters = in_one_process(folder, replicas)

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro import Distro, exchange
+from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.models import load_model
@@ -237,6 +239,69 @@ def test_optimize_before_there_is_a_result(folder: Path) -> None:
         tested.optimize(1)
 
 
+class Slow:
+    """An exchange that has brought everything when it has been asked ``asks`` times, or waits."""
+
+    def __init__(self, message: torch.Tensor, asks: float, said: list[str]) -> None:
+        self.bytes_sent = message.nbytes
+        self._message, self._asks, self._said = message, asks, said
+
+    def completed(self) -> bool:
+        self._asks -= 1
+        return self._asks < 0
+
+    def wait(self) -> torch.Tensor:
+        self._said.append("there" if self._asks < 0 else "waits")
+        return torch.stack([self._message, self._message])
+
+
+def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What happens in the fourth step, and the parameters after it."""
+    tested = trainer(folder, DISTRO, exchanges=True, micro=2)
+    said: list[str] = []
+
+    def spy(owner: type, name: str, word: str) -> mock._patch[object]:
+        plain = getattr(owner, name)
+
+        def call(*args: object, **options: object) -> object:
+            said.append(word)
+            return plain(*args, **options)
+
+        return mock.patch.object(owner, name, call)
+
+    with (
+        mock.patch.object(exchange, "start", lambda message, peers: Slow(message, asks, said)),
+        spy(MessageFormat, "begin_unpack", "unpacks"),
+        spy(Unpacking, "result", "checked?"),
+        spy(type(tested.model), "loss", "forward"),
+        spy(torch.Tensor, "backward", "backward"),
+        spy(Distro, "compress", "compress"),
+        spy(Distro, "update", "apply"),
+    ):
+        for step in (1, 2, 3, 4):
+            said.clear()
+            tested.train(step, Batch(random_tokens(4, 10, seed=step)))
+            if step > 1:
+                tested.optimize(step)
+    return said, {n: p.detach().clone() for n, p in tested.parameters.items()}
+
+
+def test_results_are_unpacked_once_they_are_there_and_waited_for_last(folder: Path) -> None:
+    step = ["forward", "backward", "forward", "backward", "compress", "checked?", "apply"]
+    found = {}
+    # Where in the step the results are found to be there: between forwards and backwards, after
+    # the last backward, or not before they are waited for.
+    for asks, at in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4)):
+        said, found[asks] = _with_link(folder, asks)
+        assert said == [*step[:at], "there", "unpacks", *step[at:]]
+    said, found[-1] = _with_link(folder, float("inf"))
+    assert said == [*step[:5], "waits", "unpacks", *step[5:]]
+    untrained = reference(folder).state_dict()
+    assert any(not torch.equal(found[-1][n], untrained[n]) for n in untrained)
+    for parameters in found.values():
+        assert_same(parameters, found[-1])
+
+
 def _replicas(rank: int, folder: Path, rows: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     topology = Topology.build(1, 1, torch.device("cpu"))
     tested = trainer(folder, DISTRO, topology=topology, exchanges=True, check_every=1)
@@ -271,6 +336,26 @@ def _split(rank: int, folder: Path) -> list[tuple[list[object], dict[str, torch.
         parameters = local_parts(tested.parameters)
         found.append((counts, {n: p.detach().clone() for n, p in parameters.items()}))
     return found
+
+
+def _debugging(rank: int, release: str) -> str:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    with mock.patch.object(torch, "__version__", TorchVersion(release)):
+        Topology.build(2, 1, torch.device("cpu"))
+        try:
+            Topology.build(1, 2, torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.processes
+def test_checks_between_ranks_that_an_older_torch_does_not_have_are_refused() -> None:
+    said = run_ranks(_debugging, 2, "2.11.0")
+    assert said == [said[0]] * 2
+    assert said[0].startswith("TORCH_DISTRIBUTED_DEBUG=DETAIL with tensor parallelism needs torch")
+    assert "this is 2.11.0;" in said[0]
+    assert run_ranks(_debugging, 2, "2.13.0") == ["", ""]
 
 
 @pytest.mark.processes

@@ -70,13 +70,18 @@ def sandwich(x, table, EXACT: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def times_right(x, table, EXACT: tl.constexpr, W: tl.constexpr):
-    """`x @ right` with `right` `[2, W, W]` in the table: the transform of chunks that are rows."""
+    """`x @ right` with `right` `[2, W, W]` in the table: the transform of chunks that are rows.
+
+    With `EXACT`, `x` is a bfloat16 tensor and needs no splitting.
+    """
     right_high, right_low = load_split(table, W)
     if EXACT:
         y = tl.dot(x, right_low)
-        return tl.dot(x, right_high, y)
-    x_high, x_low = split(x)
-    return product(x_high, x_low, right_high, right_low)
+        y = tl.dot(x, right_high, y)
+    else:
+        x_high, x_low = split(x)
+        y = product(x_high, x_low, right_high, right_low)
+    return y
 
 
 @triton.jit

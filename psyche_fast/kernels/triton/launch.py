@@ -86,6 +86,26 @@ class Planned:
         self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._members: OrderedDict[tuple[Any, ...], Members] = OrderedDict()
         self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def enter(self, device: torch.device) -> None:
+        """Take note of the stream that the next launch goes to.
+
+        Scratch memory and tables are the class's own: only launches of one stream are in an order.
+        A capture launches nothing; its graph uses them where and when it is replayed.
+
+        Raises:
+            RuntimeError: the last launch went to another stream, which is still at work.
+        """
+        if _capturing(device):
+            return
+        stream, before = _stream(device), self._stream
+        if before is not None and before != stream and not before.query():
+            raise RuntimeError(
+                "an optimiser is used from two CUDA streams at once: call torch.cuda.synchronize() "
+                "before its steps move to another stream, or make an optimiser for each"
+            )
+        self._stream = stream
 
     def members(self, tensors: Sequence[Tensor | None], what: str) -> Members:
         """Find a class's tensors, one per member.
@@ -199,10 +219,15 @@ _planned: weakref.WeakKeyDictionary[ChunkPlan, Planned] = weakref.WeakKeyDiction
 
 
 def planned(plan: ChunkPlan) -> Planned:
-    """The prepared class, made on first use."""
+    """The prepared class for a launch on the current stream, made on first use.
+
+    Raises:
+        RuntimeError: as `Planned.enter`.
+    """
     known = _planned.get(plan)
     if known is None:
         known = _planned[plan] = Planned(plan)
+    known.enter(plan.device)
     return known
 
 
@@ -264,18 +289,20 @@ def rates(values: Rates | None, device: torch.device) -> tuple[Tensor, int]:
     if isinstance(values, Tensor):
         assert values.dtype == torch.float32
         return values, 0 if values.numel() == 1 else values.stride(0)
-    key: tuple[Any, ...] = (1.0,) if values is None else tuple(values)
-    if len(set(key)) == 1:
-        key = key[:1]
-    step = 0 if len(key) == 1 else 1
-    key = (*key, device)
+    numbers = (1.0,) if values is None else tuple(values)
+    if len(set(numbers)) == 1:
+        numbers = numbers[:1]
+    step = 0 if len(numbers) == 1 else 1
+    key = (numbers, device, _stream(device))  # a stream does not wait for what another one uploads
+    if _capturing(device):  # the device has been waited for: whichever stream they came by
+        key = next((known for known in _rates if known[:2] == key[:2]), key)
     known = _rates.get(key)
     if known is None:
         _refuse_capture("the learning rates", device)
         if step == 0:
-            known = torch.full((1,), key[0], dtype=torch.float32, device=device)
+            known = torch.full((1,), numbers[0], dtype=torch.float32, device=device)
         else:
-            known = _upload(key[:-1], device, torch.float32)
+            known = _upload(numbers, device, torch.float32)
         _rates[key] = known
         if len(_rates) > _RATES_KEPT:
             _rates.popitem(last=False)
@@ -296,18 +323,28 @@ def _upload(
     return host.to(device, non_blocking=True)
 
 
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that launches go to; None where there are none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether launches are recorded in a CUDA graph, not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _captured: list[Any] = []
 
 
 def _keep(tables: Any, device: torch.device) -> None:
     """Keep for good what a CUDA graph that is being captured is going to read."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         _captured.append(tables)
 
 
 def _refuse_capture(what: str, device: torch.device) -> None:
     """Refuse to make, within a CUDA graph, what would live in the graph's own memory."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         raise RuntimeError(
             f"a CUDA graph is being captured, but {what} of a chunk class are not on the device "
             "yet: take a step with the same tensors and learning rates first, or give learning "

@@ -164,6 +164,8 @@ def unpack_planes(
                 index |= _load_bits(source, entry * LOW + bit, shift, named) << bit
             faults |= (index >= TOTALK).to(tl.int32)
             index = tl.minimum(index, TOTALK - 1)
+            # With more threads than entries several hold one entry: all read it before one writes.
+            tl.debug_barrier()
             tl.store(indices + target + entry, index.to(indices.dtype.element_ty), mask=mask)
         if CHECK:
             tl.debug_barrier()

@@ -45,14 +45,15 @@ def locate_rows(
     offset = tl.load(table + 2 * chunk.to(tl.int64) + 1, mask=live, other=0)
     address = tl.load(members + 2 * member, mask=live, other=0)
     there = live & (address != 0)
-    at = address.to(tl.pointer_type(DTYPE)) + offset
+    at = (address.to(tl.pointer_type(DTYPE)) + offset)[:, None]
     if STRIDED:
         stride = tl.load(members + 2 * member + 1, mask=live, other=0)
-        return at[:, None] + j * stride[:, None], member, there
-    at = at[:, None]
-    if ALIGNED:
-        at = tl.multiple_of(at, (16, 16))
-    return at + j, member, there
+        at = at + j * stride[:, None]
+    else:
+        if ALIGNED:
+            at = tl.multiple_of(at, (16, 16))
+        at = at + j
+    return at, member, there
 
 
 @triton.jit(do_not_specialize=["chunks", "rate_step", "previous_rate_step", "shrink_step"])
@@ -357,8 +358,15 @@ def subtract_rows(
 
 def compile_cases() -> list[Case]:
     """What the compile guard compiles: lengths of chunks, and all four operations."""
-    cases = [_encode_case(64, 8), _encode_case(64, 32), _encode_case(1, 1)]
-    return [*cases, _encode_case(64, 8, strided=True), *_decode_cases(64, 16 * 8)]
+    return [
+        _encode_case(64, 8),
+        _encode_case(64, 32),
+        _encode_case(1, 1),
+        _encode_case(64, 8, strided=True),
+        _encode_case(64, 8, delta="bf16"),
+        _encode_case(64, 8, delta="bf16", gradient="bf16", in_place=True),
+        *_decode_cases(64, 16 * 8),
+    ]
 
 
 _PLACE = {"members": "*i64", "table": "*i64"}
@@ -366,16 +374,25 @@ _AHEAD = {"ahead_members": "*i64", "ahead_table": "*i64"}
 _TILE = {"R": ROWS_PER_TILE}
 
 
-def _encode_case(length: int, k: int, *, strided: bool = False) -> Case:
+def _encode_case(
+    length: int,
+    k: int,
+    *,
+    delta: str = "fp32",
+    gradient: str = "fp32",
+    in_place: bool = False,
+    strided: bool = False,
+) -> Case:
     options, _ = cpu_launch_options("rows")
     inner = () if k == length else (Loop("bits", 31),)
+    variant = f"{length} k={k} {delta} delta, {gradient} gradient"
     return Case(
         kernel="encode_rows",
-        variant=f"{length} k={k} fp32 delta, fp32 gradient" + ", columns" * strided,
+        variant=variant + ", in place" * in_place + ", columns" * strided,
         fn=encode_rows,
         signature={
             **_PLACE,
-            "delta": "*fp32",
+            "delta": f"*{delta}",
             "split_basis": "*bf16",
             "previous_indices": "*u8",
             "previous_values": "*bf16",
@@ -401,9 +418,9 @@ def _encode_case(length: int, k: int, *, strided: bool = False) -> Case:
             "MP": triton.next_power_of_2(k),
             "L": length,
             "W": padded(length),
-            "GRADIENT": tl.float32,
+            "GRADIENT": tl.float32 if gradient == "fp32" else tl.bfloat16,
             "PARAMETER": tl.bfloat16,
-            "IN_PLACE": False,
+            "IN_PLACE": in_place,
             "STRIDED": strided,
             "ALIGNED": length % 8 == 0,
         },

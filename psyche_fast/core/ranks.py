@@ -1,0 +1,107 @@
+"""The other ranks of a run as rank 0 starts them, listens for them and hears of their end."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from psyche_fast.core.plan import Plan
+from psyche_fast.distro.replicas import ReplicasDiffer
+from psyche_fast.errors import SidecarFailed, explain
+from psyche_fast.metrics import Console
+from psyche_fast.sidecar import TIMEOUT
+from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.network import listen, tcp_url, use_interface
+from psyche_fast.start.signals import StopRequest, stop_on_signal
+from psyche_fast.start.spawn import Sidecars, local_ranks
+from psyche_fast.start.store import host_store
+
+_DEATH_SECONDS = 2.5
+"""How long a failing core looks for the sidecar whose death is the cause."""
+_EXIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What rank 0 has of the others.
+
+    Attributes:
+        store: where they hear of the run.
+        sidecars: those that were started here.
+        stop: whether the user wants the run to end.
+    """
+
+    store: dist.TCPStore
+    sidecars: Sidecars
+    stop: StopRequest
+
+
+@contextmanager
+def started(plan: Plan, output: Path, place: Launched | None, console: Console) -> Iterator[Ranks]:
+    """Starts the ranks of this machine; when the block ends, so have they.
+
+    Args:
+        plan: the run.
+        output: the run directory.
+        place: where the other ranks were started with this one (torchrun, Slurm).
+        console: for what the user has to do.
+
+    Raises:
+        SidecarFailed: a sidecar ended before the block did; the message names it.
+    """
+    config, devices = plan.resolved, plan.devices
+    world_size = config.parallelism.world_size
+    sock = listen(config.machines.host, config.machines.port)
+    host, port = sock.getsockname()[:2]
+    use_interface(host)
+    environment = {TIMEOUT: str(config.machines.timeout)}
+    if config.machines.threads:
+        environment["OMP_NUM_THREADS"] = str(config.machines.threads)
+    address = tcp_url(host, port)
+    with (
+        closing(sock),  # until the store takes it over
+        Sidecars(devices.backend, address, world_size, environment) as sidecars,
+        stop_on_signal(console.message, sidecars.kill) as stop,
+    ):
+        for rank in local_ranks(world_size, config.ranks_here):
+            log_file = output / "logs" / f"rank-{rank}.log"
+            sidecars.spawn(rank, devices.devices[rank].index, log_file)
+        sidecars.watch(grace=_DEATH_SECONDS + 1)
+        missing = world_size - config.ranks_here
+        if place is not None:
+            announce(place, host, port)
+        elif missing:
+            console.message(
+                f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
+                f"--main-host {_reachable(host)} --port {port} --world-size {world_size} "
+                f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
+                f"--backend {devices.backend}"
+            )
+        store = host_store(sock, world_size, timedelta(seconds=config.machines.timeout))
+        try:
+            yield Ranks(store, sidecars, stop)
+            sidecars.join(_EXIT_SECONDS)
+        except (SidecarFailed, ReplicasDiffer):
+            raise
+        except Exception as error:
+            message = sidecars.failure(_DEATH_SECONDS if _lost_a_rank(error) else 0.2)
+            if message is None:
+                if isinstance(error, ValueError | OSError):
+                    raise
+                message = explain(error)
+            raise SidecarFailed(message) from error
+
+
+def _reachable(host: str) -> str:
+    """What other machines call this one."""
+    return platform.node() if host in ("0.0.0.0", "::") else host
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    return isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, ValueError)

@@ -1,0 +1,75 @@
+"""What the ranks add up after a step, and read during the step after it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from psyche_fast.rank.trainer import Trainer, TrainOutput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A step in numbers.
+
+    Attributes:
+        loss: mean over the real tokens of the whole batch whose loss was finite; NaN where there
+            are none.
+        nonfinite_losses: micro-batches whose loss was not finite, of all replicas.
+        refused_gradients: replicas whose gradient was refused because it, or a loss, was not
+            finite.
+        bytes_sent: what one replica's ranks have sent to other replicas, together.
+    """
+
+    loss: float
+    nonfinite_losses: int
+    refused_gradients: int
+    bytes_sent: int
+
+
+class Totals:
+    """A step's counts on their way: all ranks begin after `train` and `wait` a step later.
+
+    Over a slow link they take as long as several round trips, which no step has to wait for.
+    """
+
+    def __init__(self, output: TrainOutput, trainer: Trainer) -> None:
+        """Begins to add up over all ranks."""
+        self._output = output
+        self._topology = trainer.topology
+        tokens = sum(output.row_tokens)
+        device = trainer.model.device
+        # float64 holds any number of bytes exactly.
+        sent = torch.full((), trainer.bytes_sent, dtype=torch.float64, device=device)
+        here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
+        total = torch.stack([*(t.double() for t in here), sent])
+        group = self._topology.everyone
+        # Over gloo from the host: the exchange of results has waited for the device already.
+        self._sum = total if group is None else total.cpu()
+        self._work = dist.all_reduce(self._sum, group=group, async_op=True)
+
+    def wait(self) -> Counts:
+        """Waits for the other ranks and for the device."""
+        if self._work is not None:
+            self._work.wait()
+        loss, kept, left_out, refused, sent = self._sum.tolist()
+        warn_of_refusal(self._output)
+        ranks = self._topology.dp * self._topology.tp
+        return Counts(
+            loss / kept if kept else math.nan,
+            round(left_out / ranks),
+            round(refused / ranks),
+            round(sent / self._topology.replicas),
+        )
+
+
+def warn_of_refusal(output: TrainOutput) -> None:
+    """Says that this rank's gradient was refused, if it was; waits for the device."""
+    if output.refused:
+        log.warning("step %d: the gradient is not finite and is refused", output.step)

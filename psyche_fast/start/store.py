@@ -1,0 +1,154 @@
+"""The store that rank 0 hosts and through which its ranks first hear of it.
+
+What its keys mean is the protocol's affair: `rank.protocol` is our core's, `psyche` Psyche's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from psyche_fast.start.devices import Processor
+
+log = logging.getLogger("psyche_fast.sidecar")
+
+_SLICE = timedelta(seconds=0.5)
+_LOOKS = (0.01, 0.25)
+"""Seconds between two looks for a key: the first, and the most that they grow to."""
+
+
+def host_store(sock: socket.socket, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store on a socket that `network.listen` opened, which it takes over."""
+    host, port = sock.getsockname()[:2]
+    return dist.TCPStore(
+        host_name=host,
+        port=port,
+        world_size=world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        use_libuv=True,
+        master_listen_fd=sock.detach(),
+    )
+
+
+def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Meets all ranks."""
+    nccl = device.type == "cuda" and group is None
+    dist.barrier(group, device_ids=[device.index] if nccl else None)
+
+
+def introduce(store: dist.Store, rank: int, processor: Processor) -> None:
+    """Says what a further rank computes on; Psyche's core does not look at it."""
+    store.set(_processor_key(rank), msgspec.json.encode(processor).decode())
+
+
+def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[Processor]:
+    """Waits for the further ranks; what they compute on, in the order of their ranks from 1.
+
+    Raises:
+        RuntimeError: some have not come in time.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    keys = [_processor_key(rank) for rank in range(1, world_size)]
+    while keys and not store.check(keys):
+        try:
+            store.wait(keys, _SLICE)
+        except dist.DistStoreError:
+            if time.monotonic() > deadline:
+                late = [n for n, key in enumerate(keys, 1) if not store.check([key])]
+                ranks = ", ".join(map(str, late))
+                raise RuntimeError(f"timed out waiting for the start of rank {ranks}") from None
+    return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
+
+
+def _processor_key(rank: int) -> str:
+    return f"processor/{rank}"
+
+
+class StoreClient:
+    """A further rank's side. Waits in short slices, so that a signal or a lost store ends it.
+
+    A store whose machine is cut off answers nothing, not even the end of a slice, and torch would
+    wait for the kernel to give up (a quarter of an hour): a thread ends this process then.
+
+    Attributes:
+        store: torch's.
+        seconds: how long the store may take to answer.
+    """
+
+    def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
+        """Connects to the store, which has to be there within `timeout`.
+
+        Raises:
+            ValueError: nobody is there.
+        """
+        try:
+            self.store = dist.TCPStore(
+                host_name=host,
+                port=port,
+                world_size=world_size,
+                is_master=False,
+                timeout=timeout,
+                use_libuv=True,
+            )
+        except dist.DistError as error:
+            raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
+        self.seconds = timeout.total_seconds()
+        self._asked_at: float | None = None
+        threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
+
+    def clone(self) -> dist.Store:
+        """A connection of its own, for another thread to wait on with `wait_for`."""
+        store: dist.Store = self.store.clone()  # type: ignore[attr-defined]  # not in the stub
+        return store
+
+    def get(self, key: str) -> str:
+        """Waits for a key; its value as text."""
+        return self.wait_for(self.store, key).decode()
+
+    def wait_for(self, store: dist.Store, key: str) -> bytes:
+        """Waits for a key on one of this rank's connections."""
+        try:
+            while True:
+                self._asked_at = time.monotonic()
+                try:
+                    store.wait([key], _SLICE)
+                except dist.DistStoreError:
+                    continue
+                return bytes(store.get(key))
+        finally:
+            self._asked_at = None
+
+    def first_of(self, keys: Sequence[str]) -> str:
+        """Waits until one of several keys is there, and says which."""
+        pause, most = _LOOKS
+        try:
+            while True:
+                self._asked_at = time.monotonic()
+                for key in keys:
+                    if self.store.check([key]):
+                        return key
+                time.sleep(pause)
+                pause = min(2 * pause, most)
+        finally:
+            self._asked_at = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_SLICE.total_seconds() / 2)
+            asked = self._asked_at
+            if asked is not None and time.monotonic() - asked > self.seconds:
+                log.error(
+                    "lost another rank: the core's store has not answered for %g s", self.seconds
+                )
+                os._exit(1)
