@@ -44,8 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train two DisTrO replicas on text of this machine, with a sample and plots
 	$(BIN)/psyche-fast demo $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

@@ -129,6 +129,7 @@ def _accumulated(rank: int) -> tuple[float, float, list[torch.Tensor]]:
     return norm.item(), global_norm(grads, torch.device("cpu")).item(), whole
 
 
+@pytest.mark.processes
 def test_accumulation_and_its_norm_over_a_mixture_of_meshes() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((8, 6), (3, 4), (1, 5), (5,), (2,))
@@ -163,6 +164,7 @@ def _norms(rank: int) -> tuple[float, list[torch.Tensor]]:
     return norm.item(), whole
 
 
+@pytest.mark.processes
 def test_norm_and_clipping_over_a_mixture_of_meshes() -> None:
     generator = torch.Generator().manual_seed(0)
     full = [torch.randn(shape, generator=generator) for shape in ((8, 6), (3, 4), (5,), (2,))]

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 2), (2, 4, 1), (4, 2, 1)]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,9 @@ def test_losses_and_parameters_are_those_of_one_process(
     folders: dict[str, Path], replicas: int, dp: int, tp: int
 ) -> None:
     before = {n: dict(load(f, Topology()).full_state_dict_iter()) for n, f in folders.items()}
-    found = run_ranks(in_processes, replicas * dp * tp, folders, dp, tp)[0]
+    # In one layout torch compares what the ranks call; elsewhere collectives are as users run them.
+    check = (replicas, dp, tp) == (2, 4, 1)
+    found = run_ranks(in_processes, replicas * dp * tp, folders, dp, tp, check_collectives=check)[0]
     for name, folder in folders.items():
         losses, parameters = in_one_process(folder, replicas)
         assert found[name][0] == pytest.approx(losses, abs=1e-4)

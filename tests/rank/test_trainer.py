@@ -358,6 +358,7 @@ def _debugging(rank: int, release: str) -> str:
     return ""
 
 
+@pytest.mark.processes
 def test_checks_between_ranks_that_an_older_torch_does_not_have_are_refused() -> None:
     said = run_ranks(_debugging, 2, "2.11.0")
     assert said == [said[0]] * 2
@@ -366,6 +367,7 @@ def test_checks_between_ranks_that_an_older_torch_does_not_have_are_refused() ->
     assert run_ranks(_debugging, 2, "2.13.0") == ["", ""]
 
 
+@pytest.mark.processes
 def test_gloo_between_replicas_changes_nothing(folder: Path) -> None:
     for (counts, one), (again, other) in run_ranks(_split, 4, folder):
         assert counts == again
@@ -398,6 +400,7 @@ def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:
     return [text for text in said if "refused" in text], moved
 
 
+@pytest.mark.processes
 def test_a_replica_that_sends_damaged_results_is_left_out_by_name(folder: Path) -> None:
     for said, moved in run_ranks(_lying, 2, folder):
         assert said == [
@@ -421,6 +424,7 @@ def _diverging(rank: int, folder: Path) -> str:
     return "not found"
 
 
+@pytest.mark.processes
 def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
     for said in run_ranks(_diverging, 2, folder):
         # Compared at step 4, and looked at a step later.
@@ -428,6 +432,7 @@ def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
         assert "model.norm.weight" in said
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rows", [4, 5])
 def test_replicas_stay_bit_identical(folder: Path, rows: int) -> None:
     (losses, one), (_, other) = run_ranks(_replicas, 2, folder, rows)
@@ -467,6 +472,7 @@ def _deferred(rank: int, folder: Path, bad: int | None) -> list[tuple[Any, ...]]
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("bad", [None, 1])
 def test_deferred_gradients_are_the_same_with_one_reduction(folder: Path, bad: int | None) -> None:
     for each, deferred in run_ranks(_deferred, 2, folder, bad):
@@ -537,6 +543,7 @@ def _waits_of_shards(rank: int, folder: Path) -> list[str]:
     return waits.found
 
 
+@pytest.mark.processes
 def test_the_host_waits_for_nothing_in_a_step_of_shards(folder: Path) -> None:
     assert run_ranks(_waits_of_shards, 2, folder) == [[], []]
 
