@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.compat import all_gather_single
 from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.kernels.plan import Entries
 
@@ -98,9 +99,8 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
     """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
-    # torch 2.13 renamed it and warns of the old name; 2.11 has only that.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(received, sent, group=group, async_op=True)
+    work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
+    return work
 
 
 def agree(faults: dict[int, str], messages: int, group: dist.ProcessGroup) -> dict[int, str]:

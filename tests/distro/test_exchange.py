@@ -24,6 +24,7 @@ def _exchange(rank: int) -> torch.Tensor:
     return received.clone()
 
 
+@pytest.mark.processes
 def test_every_peer_receives_all_in_rank_order() -> None:
     expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
     for received in run_ranks(_exchange, 3):
@@ -39,6 +40,7 @@ def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
     return received, gathers.call_count
 
 
+@pytest.mark.processes
 def test_what_is_larger_than_a_bucket_travels_in_several() -> None:
     expected = torch.stack([torch.arange(250) * (rank + 1) for rank in range(2)])
     for received, count in run_ranks(_exchange_in_buckets, 2):
@@ -138,6 +140,7 @@ def _check(rank: int) -> list[str]:
     return said
 
 
+@pytest.mark.processes
 def test_replicas_that_differ_are_found_on_every_rank() -> None:
     for said in run_ranks(_check, 2):
         assert said == ["step 4: replicas are no longer bit-identical in 1 of 3 parameters: b"]
@@ -145,7 +148,6 @@ def test_replicas_that_differ_are_found_on_every_rank() -> None:
 
 def _late(rank: int) -> bool:
     """Whether a check is begun while the other replica has not come to it yet."""
-    dist.set_debug_level(dist.DebugLevel.OFF)  # its checks begin every collective with a barrier
     peers = dist.new_group()
     assert isinstance(peers, dist.ProcessGroup)
     store = dist.distributed_c10d._get_default_store()
@@ -158,5 +160,6 @@ def _late(rank: int) -> bool:
     return True
 
 
+@pytest.mark.processes
 def test_a_check_begins_without_waiting_for_the_others() -> None:
     assert run_ranks(_late, 2) == [True, True]

@@ -15,7 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from psyche_fast.distro import DeMo, Distro, DistroStep
 from psyche_fast.distro.results import collect, collect_own, to_results
-from tests.distro.support import random_arrays, run_processes, to_parameters
+from tests.distro.support import random_arrays, to_parameters
+from tests.groups import run_ranks
 
 # Even and uneven shards along both dimensions, on chunks' edges and across chunks, one rank left
 # with nothing, experts, a replicated one, a plain one.
@@ -130,10 +131,10 @@ def _worker(rank, count, dtype):
     return runs
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sharded_equals_whole_bit_for_bit(dtype):
-    for runs in run_processes(_worker, 2, dtype):
+    for runs in run_ranks(_worker, 2, 2, dtype):
         for sharded, whole in runs:
             assert_same(sharded, whole)
 
@@ -177,9 +178,9 @@ def _counted(name, calls):
     return counted
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_shards_on_chunks_edges_need_no_collective():
-    results = run_processes(_count, 2, ALIGNED)
+    results = run_ranks(_count, 2, 2, ALIGNED)
     assert [calls for calls, _ in results] == [[], []]
     # Each rank sends what it owns, those that every rank has whole apart.
     chunks = {"columns": 8, "experts": 6, "experts_rows": 6, "nothing": 1, "rows": 12, "vector": 4}
@@ -188,9 +189,9 @@ def test_shards_on_chunks_edges_need_no_collective():
     assert sent == 3 * (sum(chunks.values()) + 2 * sum(shared.values()))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_chunks_that_are_cut_cost_two_collectives_for_all_and_are_nobodys_twice():
-    results = run_processes(_count, 2, CUT)
+    results = run_ranks(_count, 2, 2, CUT)
     assert [calls for calls, _ in results] == [["all_to_all_single"] * 2] * 2
     # odd_rows has chunks of 5 x 8.
     chunks = {"columns_cut": 2, "experts_cut": 3, "odd_rows": 3, "rows_cut": 3, "vector_cut": 3}
@@ -238,8 +239,8 @@ def _block(mesh, kind, dtype):
     return sharded, train(kind, plain, lambda s, n: gradient(s, n, shapes, dtype))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.processes
 def test_strided_shards_of_fsdp2_over_tensor_parallelism():
-    for runs in run_processes(_two_dimensional, 4, torch.float32):
+    for runs in run_ranks(_two_dimensional, 4, 4, torch.float32):
         for sharded, whole in runs:
             assert_same(sharded, whole)

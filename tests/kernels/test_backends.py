@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -39,6 +40,32 @@ def test_auto_without_triton_takes_torch_and_says_so(monkeypatch):
     assert "triton is not installed" in reason
     with pytest.raises(ValueError, match="backend='triton': triton is not installed"):
         kernels.explain(torch.device("cuda"), "triton")
+
+
+def test_a_class_of_chunks_that_falls_back_on_a_gpu_is_said_once_with_the_reason(
+    monkeypatch, caplog
+):
+    pytest.importorskip("triton")
+    backends._warn_of_reference.cache_clear()
+    gpu = torch.device("cuda", 0)
+
+    def choose(h, w, backend="auto"):
+        plan = types.SimpleNamespace(device=gpu, h=h, w=w, dtype=torch.float32)
+        return backends.backend_of(plan, backend)[0]
+
+    assert choose(64, 64) == "triton"
+    assert choose(128, 128) == choose(128, 128) == choose(1, 128) == "torch"
+    assert choose(128, 128, "torch") == "torch"  # asked for: no surprise
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition("GPU: ")[2] for text in said] == [
+        "chunks are 128 x 128, the kernels take sides of up to 64",
+        "chunks are 1 x 128, the kernels take sides of up to 64",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert choose(64, 64) == choose(64, 64) == "torch"
+    (record,) = caplog.records
+    assert "triton is not installed" in record.getMessage()
 
 
 @pytest.mark.no_gpu

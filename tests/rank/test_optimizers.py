@@ -81,6 +81,7 @@ def _distro(rank: int, replicas: int, receiver: int, byte: int) -> tuple[list[st
     return said, [p.detach() for p in parameters.values()]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("world", "replicas", "receiver", "byte"),
     [(3, 3, 1, 100), (3, 3, 0, 4), (4, 2, 1, 100)],
@@ -120,6 +121,7 @@ def _demo(rank: int, everything: bool) -> tuple[list[str], list[Tensor], list[bo
     return said, [p.detach() for p in parameters.values()], changes
 
 
+@pytest.mark.processes
 def test_demo_leaves_out_what_one_peer_refuses_and_goes_on_where_nothing_is_left() -> None:
     ranks = run_ranks(_demo, 3, False)
     for rank, (said, parameters, changes) in enumerate(ranks):
@@ -136,7 +138,6 @@ def test_demo_leaves_out_what_one_peer_refuses_and_goes_on_where_nothing_is_left
 
 
 def _waits(rank: int) -> list[str]:
-    dist.set_debug_level(dist.DebugLevel.OFF)  # its checks begin every collective with a barrier
     peers = dist.new_group()
     store = dist.distributed_c10d._get_default_store()
     parameters = to_parameters(random_arrays(0), torch.float32)
@@ -164,6 +165,7 @@ def _waits(rank: int) -> list[str]:
     return said
 
 
+@pytest.mark.processes
 def test_agreement_begins_by_itself_and_receive_waits_for_nobody() -> None:
     first, second = run_ranks(_waits, 2)
     assert first == ["2 under way", "applied", "applied"]
