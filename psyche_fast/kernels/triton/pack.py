@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psyche_fast.kernels.triton.case import Case, Loop
-from psyche_fast.kernels.triton.launch import cpu_launch_options, launch_options, on_device
+from psyche_fast.kernels.triton.launch import cpu_launch_options, launch_options, on_device, written
 
 if TYPE_CHECKING:
     from psyche_fast.kernels.pack import IndexCode
@@ -231,6 +231,7 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
             ENTRIES=entries,
             **options,
         )
+    written(planes)
 
 
 def unpack(
@@ -265,6 +266,7 @@ def unpack(
             ENTRIES=entries,
             **options,
         )
+    written(indices, signs, valid)
 
 
 def compile_cases() -> list[Case]:
