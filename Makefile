@@ -44,8 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train two DisTrO replicas on text of this machine, with a sample and plots
 	$(BIN)/psyche-fast demo $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .
@@ -60,4 +60,4 @@ bench: setup ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o timeout=0 $(ARGS)
 
 kernels: setup ## compile the Triton kernels for all GPUs and print what they cost
-	$(BIN)/psyche-fast kernels $(ARGS)
+	$(BIN)/python -m tools.kernel_guard $(ARGS)
