@@ -22,8 +22,7 @@ from tools.kernel_guard.specialisations import (
     specialisation,
 )
 
-# Before torch and triton are imported, by whomever. On a GPU a launch compiles by itself.
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, by whomever
 
 _launched: dict[Specialisation, str] = {}
 """The test that launched it first."""
@@ -41,9 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Records launches from here on."""
+    """Records launches from here on.
+
+    Raises:
+        UsageError: there is a GPU, on which a launch compiles by itself.
+    """
+    import torch
     from triton.runtime.interpreter import InterpretedFunction
 
+    if torch.cuda.is_available():
+        raise pytest.UsageError("compile_launches is for machines without a GPU")
     run = InterpretedFunction.run
 
     def recorded(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

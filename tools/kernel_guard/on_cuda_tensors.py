@@ -28,15 +28,16 @@ NEVER_WAIT = (
     "psyche_fast.kernels:apply",
     "psyche_fast.kernels:lookahead",
     "psyche_fast.kernels:subtract",
-    "psyche_fast.kernels.accumulation:accumulate",
-    "psyche_fast.kernels.accumulation:squared_norms",
-    "psyche_fast.kernels.wire:pack",
-    "psyche_fast.kernels.wire:unpack",
-    "psyche_fast.kernels.wire:unpack_checked",
+    "psyche_fast.kernels.accumulate:accumulate",
+    "psyche_fast.kernels.accumulate:squared_norms",
+    "psyche_fast.kernels.pack:pack",
+    "psyche_fast.kernels.pack:unpack",
+    "psyche_fast.kernels.pack:unpack_checked",
     "psyche_fast.distro.optimizer:Distro.compress",
     "psyche_fast.distro.optimizer:Distro.update",
     "psyche_fast.distro.demo:DeMo.step",
     "psyche_fast.distro.message:MessageFormat.pack",
+    "psyche_fast.distro.message:MessageFormat.begin_unpack",
 )
 """What a step calls between the gradient and the updated parameter. In the order of imports: a
 module is imported here before those that take its functions by name."""
