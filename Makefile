@@ -44,8 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train two DisTrO replicas on text of this machine, with a sample and plots
 	$(BIN)/psyche-fast demo $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ bench: setup ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o timeout=0 $(ARGS)
 
 kernels: setup ## compile the Triton kernels for all GPUs and print what they cost
-	$(BIN)/psyche-fast kernels $(ARGS)
+	$(BIN)/python -m tools.kernel_guard $(ARGS)
 
 # Each kernel and each way of launching it; the rest of tests/kernels is about numbers.
 ON_CUDA_TENSORS := tools/kernel_guard/tests/cuda_tensor_cases.py \
@@ -73,11 +73,11 @@ ON_CUDA_TENSORS := tools/kernel_guard/tests/cuda_tensor_cases.py \
     look_ahead_in_place_by_other_tensors no_peers rates_as_tensors_are_rates_as_numbers)
 
 on-cuda-tensors: setup
-	$(BIN)/python -m pytest -p tools.kernel_guard.on_cuda_tensors $(ON_CUDA_TENSORS)
+	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.on_cuda_tensors $(ON_CUDA_TENSORS)
 
 lab: on-cuda-tensors ## prove without a GPU that kernels launch and compile as tests use them
-	$(BIN)/python -m pytest -p tools.kernel_guard.compile_launches --compile-until cubin \
-	  tests/kernels $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -p tools.kernel_guard.compile_launches \
+	  --compile-until cubin tests/kernels $(ARGS)
 
-floor: setup ## the tests with the lowest supported versions, in .venv-floor
+floor: setup ## run the tests with the lowest supported versions, in .venv-floor
 	.ci/floor $(ARGS)

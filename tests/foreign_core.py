@@ -1,6 +1,7 @@
 """A core that is not ours: rank 0 of Psyche's protocol in raw JSON and raw collectives.
 
-Written from the protocol alone; imports nothing of psyche_fast. It trains nothing itself.
+Written from the protocol alone: all of psyche_fast that it uses is the sidecar that it starts. It
+trains nothing itself.
 """
 
 from __future__ import annotations
@@ -8,11 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
-import subprocess
 import sys
-import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,34 +17,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import free_port
+
 SCALAR_TYPE = {torch.uint8: 0, torch.float32: 6, torch.bool: 11, torch.bfloat16: 15}
 TENSOR_DTYPE = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.int64: "Int64"}
 
 
 class ForeignCore:
-    """Rank 0: hosts the store, spawns sidecars with the protocol's arguments, sends operations."""
+    """Rank 0: hosts the store, starts sidecars with the protocol's arguments, sends operations."""
 
     def __init__(self, world_size: int, log: Path) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = free_port()
         self.world_size = world_size
         self.number = 0
+        # Before this process has threads, of which a forked one would have the locks alone.
+        self.children = [self._fork(rank, log) for rank in range(1, world_size)]
         self.store = dist.TCPStore(
             "127.0.0.1", self.port, world_size, True, timedelta(seconds=60),
             wait_for_workers=False, use_libuv=True,
         )  # fmt: skip
-        self.children = [self._spawn(rank, log) for rank in range(1, world_size)]
 
-    def _spawn(self, rank: int, log: Path) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable, "-m", "psyche_fast.sidecar", "--parent-pid", str(os.getpid()),
-            "--backend", "gloo", "--init-method", f"tcp://127.0.0.1:{self.port}",
+    def _fork(self, rank: int, log: Path) -> Any:
+        """A sidecar with the protocol's arguments; its output in `log`'s folder.
+
+        Forked, so that it need not import everything once more.
+        """
+        arguments = [
+            "--parent-pid", str(os.getpid()), "--backend", "gloo",
+            "--init-method", f"tcp://127.0.0.1:{self.port}",
             "--world-size", str(self.world_size), "--rank", str(rank),
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with log.with_name(f"rank-{rank}.log").open("wb") as out:
-            return subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        process = multiprocessing.get_context("fork").Process(
+            target=_sidecar, args=(arguments, str(log.with_name(f"rank-{rank}.log")))
+        )
+        process.start()
+        return process
 
     def join(self) -> None:
         dist.init_process_group(
@@ -176,34 +180,20 @@ class ForeignCore:
     def exit(self) -> list[int]:
         self.operation(operation="exit")
         dist.destroy_process_group()
-        return [child.wait(60) for child in self.children]
+        return self.exit_codes()
 
-    def wait_for_failure(self) -> list[int]:
-        return [child.wait(60) for child in self.children]
-
-
-def _main(function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any) -> None:
-    torch.set_num_threads(1)
-    try:
-        queue.put(("ok", function(*arguments)))
-    except BaseException:
-        queue.put(("error", traceback.format_exc()))
-        queue.close()
-        queue.join_thread()
-        os._exit(1)
+    def exit_codes(self) -> list[int]:
+        for child in self.children:
+            child.join(60)
+        return [child.exitcode for child in self.children]
 
 
-def in_process(function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> Any:
-    """Runs ``function`` in a process of its own, so that process groups do not meet pytest's."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_main, args=(function, arguments, queue))
-    process.start()
-    try:
-        kind, value = queue.get(timeout=timeout)
-    finally:
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-    assert kind == "ok", value
-    return value
+def _sidecar(arguments: list[str], output: str) -> None:
+    from psyche_fast import sidecar
+
+    with open(output, "wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    sidecar.main(arguments)
+    os._exit(0)  # gloo's threads may abort at Python's own end

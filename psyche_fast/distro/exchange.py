@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.compat import all_gather_single
+
 BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
 few MiB gain nothing from being larger on gloo; NCCL has buffers and rings to fill."""
@@ -77,6 +79,5 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
     """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
-    # torch 2.13 renamed it and warns of the old name; 2.11 has only that.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(received, sent, group=group, async_op=True)
+    work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
+    return work

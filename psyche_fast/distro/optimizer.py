@@ -38,8 +38,9 @@ class Distro:
     on the master copy and writes the next look-ahead in the same pass, `error_correction` then
     finds it done, and `plain` puts the plain parameters back for whoever else wants to read them.
 
-    The learning rates may be 0-d float32 tensors on the parameters' device: nothing then waits for
-    the device, and a CUDA graph can be captured of a whole step.
+    The learning rates may be 0-d float32 tensors on the parameters' device. `generate` and `apply`
+    check what they are given, which waits for the device; `compress` and `update`, the same without
+    the checks, do not, and a CUDA graph can be captured of a step of these.
 
     All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
     streams would write at once. Steps may move to another stream once the former one has done its

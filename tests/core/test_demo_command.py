@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 
+from tests.groups import run_command
 
-@pytest.mark.parametrize("shards", ["1", "2"])
-def test_forty_steps_of_the_demo_learn(tmp_path: Path, shards: str) -> None:
+
+@pytest.mark.processes
+def test_forty_steps_of_the_demo_learn(tmp_path: Path) -> None:
+    # In shards, as .ci/run's demo is not.
     output = tmp_path / "demo"
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "psyche_fast", "demo", "--max-steps", "40", "--device", "cpu",
-            "--output", str(output), "--data-parallelism", shards,
-        ],
-        capture_output=True, text=True, timeout=110, check=False,
+    (result,) = run_command(
+        "demo", "--max-steps", "40", "--device", "cpu", "--output", str(output),
+        "--data-parallelism", "2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -7,13 +7,16 @@ import pty
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from psyche_fast.start.spawn import Sidecars
+from tests.processes import command, wait_until
 from tests.tiny import save_llama, save_tokens
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -114,26 +117,26 @@ def test_what_an_earlier_part_of_the_run_said_is_not_taken_for_the_end(tmp_path:
 
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "psyche_fast", "train", "--model", str(place / "model"),
+    words = command(
+        "train", "--model", str(place / "model"),
         "--data-path", str(place / "data"), "--output", str(output), "--device", "cpu",
         "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "4", "--threads", "1",
         "--total-steps", "1000000", "--param-dtype", "float32", "--distro", "--replicas", "2",
         "--compression-chunk", "16",
-    ]  # fmt: skip
+    )  # fmt: skip
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, command)
+        os.execv(sys.executable, words)
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
     os.set_blocking(terminal, False)
+
+    def has_trained() -> bool:
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # or the run would wait to write
+        return metrics.exists() and metrics.stat().st_size > 2000
+
     try:
-        while not (metrics.exists() and metrics.stat().st_size > 2000):
-            assert time.monotonic() < deadline
-            try:
-                os.read(terminal, 1 << 16)
-            except BlockingIOError:
-                time.sleep(0.05)
+        wait_until(has_trained)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise

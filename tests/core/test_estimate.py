@@ -59,6 +59,7 @@ def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
     return live.peak, trainer.bytes_sent
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,8 @@ import torch
 
 from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
-from tests.core.test_machines import free_port
+from tests.groups import run_command
+from tests.processes import command, free_port, wait_until
 from tests.tiny import save_llama, save_tokens
 
 
@@ -41,12 +42,6 @@ def flags(place: Path, output: Path, replicas: int = 2, steps: int = 3) -> list[
 
 def losses(output: Path) -> list[float]:
     return [json.loads(s)["loss"] for s in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def one_machine(place: Path, output: Path, replicas: int) -> list[float]:
-    command = [sys.executable, "-m", "psyche_fast", *flags(place, output, replicas)]
-    subprocess.run(command, check=True, capture_output=True)
-    return losses(output)
 
 
 TORCHRUN = {
@@ -143,8 +138,17 @@ def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
+@pytest.fixture(scope="module")
+def one_machine(place: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of two replicas whose second rank the first one starts."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    subprocess.run(command(*flags(place, output)), check=True, capture_output=True)
+    return losses(output)
+
+
 @pytest.mark.slow
-def test_two_torchruns_make_one_run(place: Path, tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_path: Path) -> None:
     port = free_port()
     agents = [
         subprocess.Popen(
@@ -159,32 +163,20 @@ def test_two_torchruns_make_one_run(place: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     said = [agent.communicate(timeout=120)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert losses(tmp_path / "run") == one_machine(place, tmp_path / "alone", 2)
+    assert losses(tmp_path / "run") == one_machine
 
 
 @pytest.mark.slow
-def test_srun_makes_one_run_and_counts_ranks(place: Path, tmp_path: Path) -> None:
-    def srun(*command: str) -> list[subprocess.Popen[str]]:
-        # One that is not in use now; a run's own is made of its numbers.
-        step = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", "psyche_fast", *command],
-                stderr=subprocess.PIPE, text=True,
-                env={**os.environ, **step, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)},
-            )
-            for r in range(2)
-        ]  # fmt: skip
-
-    ranks = srun(*flags(place, tmp_path / "run"), "--port", str(free_port()))
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert len(losses(tmp_path / "run")) == 3
-    ranks = srun(*flags(place, tmp_path / "other", replicas=3))
-    for rank in ranks:
-        said_last = rank.communicate(timeout=60)[1]
+@pytest.mark.processes
+def test_srun_makes_one_run_and_counts_ranks(
+    place: Path, one_machine: list[float], tmp_path: Path
+) -> None:
+    said = run_command(*flags(place, tmp_path / "run"), ranks=2)
+    assert [rank.returncode for rank in said] == [0, 0], said
+    assert losses(tmp_path / "run") == one_machine
+    for rank in run_command(*flags(place, tmp_path / "other", replicas=3), ranks=2):
         assert rank.returncode == 2
-        assert "2 ranks were started, but --replicas 3 x" in said_last
+        assert "2 ranks were started, but --replicas 3 x" in rank.stderr
 
 
 def test_the_interface_is_the_one_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,24 +221,20 @@ def hosts(count: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def _namespaces() -> bool:
+@pytest.fixture
+def three_hosts() -> Iterator[list[str]]:
     if shutil.which("ip") is None or os.geteuid() != 0:
-        return False
-    try:
-        with hosts(1):
-            return True
-    except subprocess.CalledProcessError:
-        return False
-
-
-needs_namespaces = pytest.mark.skipif(
-    not _namespaces(), reason="network namespaces need root and iproute2"
-)
+        pytest.skip("network namespaces need root and iproute2")
+    with ExitStack() as stack:
+        try:
+            names = stack.enter_context(hosts(3))
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        yield names
 
 
 def on(host: str, *command: str) -> subprocess.Popen[str]:
-    # Without the checks between ranks that tests ask for too: they have timeouts of their own.
-    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISTRIBUTED_DEBUG")
+    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *command],
         stderr=subprocess.PIPE, text=True,
@@ -267,45 +255,43 @@ def run_on(names: list[str], run: list[str], timeout: int) -> list[subprocess.Po
 
 
 @pytest.mark.slow
-@needs_namespaces
-def test_three_hosts_make_one_run(place: Path, tmp_path: Path) -> None:
-    with hosts(3) as names:
-        processes = run_on(names, flags(place, tmp_path / "run", 3), timeout=60)
-        said = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert losses(tmp_path / "run") == one_machine(place, tmp_path / "alone", 3)
+@pytest.mark.processes
+def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path: Path) -> None:
+    processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60)
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    run_command(*flags(place, tmp_path / "alone", 3), ranks=3)
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
 
 
 @pytest.mark.slow
-@needs_namespaces
-def test_a_host_that_is_cut_off_ends_the_run_in_one_line(place: Path, tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
+    place: Path, three_hosts: list[str], tmp_path: Path
+) -> None:
     output, timeout = tmp_path / "run", 6
-    with hosts(3) as names:
-        run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
-        processes = run_on(names, run, timeout)
-        try:
-            checkpoint = output / "checkpoints" / "step-000005"
-            deadline = time.monotonic() + 90
-            while not checkpoint.exists():
-                assert processes[0].poll() is None, processes[0].communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            subprocess.run(["ip", "-n", names[2], "link", "set", "wan0", "down"], check=True)
-            began = time.monotonic()
-            _, said = processes[0].communicate(timeout=60)
-            assert time.monotonic() - began < timeout + 15
-            assert processes[0].returncode == 1
-            last = said.strip().splitlines()[-1]
-            assert last.startswith("psyche-fast: error: ")
-            assert "another rank did not answer" in last or "lost another rank" in last
-            for process in processes[1:]:
-                _, said = process.communicate(timeout=60)
-                assert process.returncode == 1
-                assert "another rank" in said
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
+    processes = run_on(three_hosts, run, timeout)
+    try:
+        checkpoint = output / "checkpoints" / "step-000005"
+        wait_until(lambda: processes[0].poll() is not None or checkpoint.exists(), 90)
+        assert processes[0].poll() is None, processes[0].communicate()
+        subprocess.run(["ip", "-n", three_hosts[2], "link", "set", "wan0", "down"], check=True)
+        began = time.monotonic()
+        _, said = processes[0].communicate(timeout=60)
+        assert time.monotonic() - began < timeout + 15
+        assert processes[0].returncode == 1
+        last = said.strip().splitlines()[-1]
+        assert last.startswith("psyche-fast: error: ")
+        assert "another rank did not answer" in last or "lost another rank" in last
+        for process in processes[1:]:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert "another rank" in said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     assert len(losses(output)) >= 5
     assert (checkpoint / "model.safetensors").exists()
     assert not list((output / "checkpoints").glob(".*"))

@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from tests.processes import command, free_port, wait_until
 from tests.tiny import save_llama, save_tokens
 
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+pytestmark = pytest.mark.processes
 
 
 def start(
@@ -30,25 +24,25 @@ def start(
     save_llama(place / "model")
     save_tokens(place / "data")
     return subprocess.Popen(
-        [
-            sys.executable, "-m", "psyche_fast", "train", "--model", str(place / "model"),
+        command(
+            "train", "--model", str(place / "model"),
             "--data-path", str(place / "data"), "--output", str(output), "--device", "cpu",
             "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "6",
             "--total-steps", str(steps), "--param-dtype", "float32", "--threads", "1",
             "--distro", "--replicas", "3", "--compression-chunk", "16",
             "--local-ranks", "2", "--port", str(port), *flags,
-        ],
+        ),
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def launch(port: int, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [
-            sys.executable, "-m", "psyche_fast", "sidecar", "--main-host", "127.0.0.1",
+        command(
+            "sidecar", "--main-host", "127.0.0.1",
             "--port", str(port), "--world-size", "3", "--start-rank", "2",
             "--backend", "gloo",
-        ],
+        ),
         stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -88,11 +82,8 @@ def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:
     core = start(tmp_path, tmp_path / "run", port, steps=100_000)
     other = launch(port)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline
-        assert core.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: core.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0))
+    assert core.poll() is None, core.communicate()
     core.send_signal(signal.SIGKILL)
     core.communicate()
     _, errors = other.communicate(timeout=20)

@@ -1,4 +1,5 @@
-"""``psyche-fast train`` as users run it: real processes, real files, kills."""
+"""`psyche-fast train`: what a run trains and writes, and, in processes as users start them, how it
+ends."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import pytest
 import torch
 import transformers
 
-from tests.processes import is_there, seconds_until_gone
+from tests.groups import Finished, run_command
+from tests.processes import command, is_there, seconds_until_gone, wait_until
 from tests.tiny import VOCABULARY, save_llama, save_tokens
 
 COMMON = [
@@ -31,14 +32,7 @@ COMMON = [
 DISTRO = ["--distro", "--compression-chunk", "16", "--compression-topk", "8"]
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "psyche_fast", *arguments]
-
-
-def psyche_fast(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=110, check=False, **options
-    )
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +43,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, output: Path, *arguments: str) -> list[dict[str, Any]]:
-    result = psyche_fast(
-        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
-        "--output", str(output), *COMMON, *arguments,
-    )  # fmt: skip
+def start(
+    place: Path, output: Path, *arguments: str, ranks: int = 1, data: Path | None = None
+) -> Finished:
+    """A run in processes that are forked; what rank 0 said."""
+    return run_command(
+        "train", "--model", str(place / "model"), "--data-path", str(data or place / "data"),
+        "--output", str(output), *COMMON, *arguments, ranks=ranks,
+    )[0]  # fmt: skip
+
+
+def train(place: Path, output: Path, *arguments: str, ranks: int = 1) -> list[dict[str, Any]]:
+    result = start(place, output, *arguments, ranks=ranks)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -67,13 +68,13 @@ def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_pat
     tokens[3 * 8 * 32 + 40] = VOCABULARY + 44  # in the second row of step 4
     (tmp_path / "data").mkdir()
     tokens.tofile(tmp_path / "data" / "tokens.bin")
-    result = psyche_fast(
-        "train", "--model", str(place / "model"), "--data-path", str(tmp_path / "data"),
-        "--output", str(tmp_path / "run"), *COMMON, *DISTRO, "--replicas", "2",
-        "--checkpoint-every", "3",
+    result = start(
+        place, tmp_path / "run", *DISTRO, "--replicas", "2", "--checkpoint-every", "3",
+        ranks=2, data=tmp_path / "data",
     )  # fmt: skip
     assert result.returncode != 0
-    assert f"step 4: token id {VOCABULARY + 44} in the data is outside the model" in result.stderr
+    outside = f"step 4: input_ids: token id {VOCABULARY + 44} in the data is outside the model"
+    assert outside in result.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "config.json").exists()
@@ -88,10 +89,9 @@ def test_documents_longer_than_their_row_end_the_run_before_its_step(
     table = {"inputs": list(tokens.astype(np.int32).reshape(48, 32)), "sequence_lengths": lengths}
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(table), tmp_path / "data" / "train-00000-of-00001.parquet")
-    result = psyche_fast(
-        "train", "--model", str(place / "model"), "--data-path", str(tmp_path / "data"),
-        "--output", str(tmp_path / "run"), *COMMON, *DISTRO, "--replicas", "2",
-    )  # fmt: skip
+    result = start(
+        place, tmp_path / "run", *DISTRO, "--replicas", "2", ranks=2, data=tmp_path / "data"
+    )
     assert result.returncode != 0
     assert "step 3: sequence_lengths: row 6 adds up to 40, more than the 32" in result.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -128,14 +128,13 @@ def test_adamw_equals_a_plain_loop(place: Path, single: list[dict[str, Any]]) ->
     assert [m["grad_norm"] for m in single] == pytest.approx(norms, rel=1e-3)
 
 
-@pytest.mark.parametrize("split", [("2", "1"), ("1", "2"), ("2", "2")])
 def test_shards_and_slices_train_alike(
-    place: Path, tmp_path: Path, single: list[dict[str, Any]], split: tuple[str, str]
+    place: Path, tmp_path: Path, single: list[dict[str, Any]]
 ) -> None:
     # 7 rows in micro-batches of 2 per rank: neither divides, and nothing may be dropped
     metrics = train(
         place, tmp_path / "run", "--total-batch", "7",
-        "--data-parallelism", split[0], "--tensor-parallelism", split[1],
+        "--data-parallelism", "2", "--tensor-parallelism", "2", ranks=4,
     )  # fmt: skip
     assert losses(metrics) == pytest.approx(losses(single), abs=1e-4)
     norms = [m["grad_norm"] for m in metrics]
@@ -146,17 +145,17 @@ def test_shards_and_slices_train_alike(
     assert all(p.isfinite().all() for p in saved.parameters())
 
 
-@pytest.mark.parametrize("split", [("1", "1"), ("2", "1"), ("1", "2")])
-def test_distro_replicas(place: Path, tmp_path: Path, split: tuple[str, str]) -> None:
+def test_distro_replicas(place: Path, tmp_path: Path) -> None:
     metrics = train(
         place, tmp_path / "run", *DISTRO, "--distro-quantization", "--replicas", "2",
-        "--check-every", "1", "--total-steps", "12", "--total-batch", "7",
-        "--data-parallelism", split[0], "--tensor-parallelism", split[1],
+        "--check-every", "1", "--total-steps", "12", "--total-batch", "7", ranks=2,
     )  # fmt: skip
     found = losses(metrics)
     assert found[-1] < found[0] - 0.3
     last = metrics[-1]
     assert 0 < last["bytes_sent"] < last["dense_bytes"] / 20
+    # The second replica's rows in 2 bytes a token, once, and little else.
+    assert 3 * 32 * 2 <= last["batch_bytes"] < 4 * 32 * 2
     assert last["num_tokens"] == 12 * 7 * 32
     assert {"data", "send", "train", "counts", "optimize"} <= metrics[-2]["seconds"].keys()
     assert (tmp_path / "run" / "plots" / "loss.png").stat().st_size > 1000
@@ -164,13 +163,13 @@ def test_distro_replicas(place: Path, tmp_path: Path, split: tuple[str, str]) ->
 
 
 def test_distro_is_the_same_however_a_replica_is_split(place: Path, tmp_path: Path) -> None:
-    splits = [("1", "1"), ("2", "2")]
     whole, split = (
         train(
-            place, tmp_path / "".join(by), *DISTRO, "--replicas", "2", "--check-every", "1",
-            "--data-parallelism", by[0], "--tensor-parallelism", by[1], "--total-steps", "5",
+            place, tmp_path / str(by), *DISTRO, "--replicas", "2", "--check-every", "1",
+            "--data-parallelism", str(by), "--tensor-parallelism", str(by), "--total-steps", "5",
+            ranks=2 * by * by,
         )
-        for by in splits
+        for by in (1, 2)
     )  # fmt: skip
     assert losses(split) == pytest.approx(losses(whole), abs=1e-3)
     # Each chunk is sent by one rank of a replica; what tensor parallelism leaves whole (norms) by
@@ -231,15 +230,22 @@ def test_any_python_model(place: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 96}')
     save_file({"table.weight": torch.zeros(96, 96)}, tmp_path / "model" / "model.safetensors")
-    result = psyche_fast(
-        "train", "--python-arch", "mine:build", "--model", str(tmp_path / "model"),
-        "--data-path", str(place / "data"), "--output", str(tmp_path / "run"),
-        *COMMON, *DISTRO, "--replicas", "2", "--learning-rate", "0.3", "--weight-decay", "0",
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    result = subprocess.run(
+        command(
+            "train", "--python-arch", "mine:build", "--model", str(tmp_path / "model"),
+            "--data-path", str(place / "data"), "--output", str(tmp_path / "run"),
+            *COMMON, *DISTRO, "--replicas", "2", "--learning-rate", "0.3", "--weight-decay", "0",
+        ),
+        capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"] - 0.3
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def start_long_run(place: Path, output: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
@@ -252,11 +258,8 @@ def start_long_run(place: Path, output: Path) -> tuple[subprocess.Popen[str], ps
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size > 2000):
-        assert core.poll() is None, core.stderr.read() if core.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: core.poll() is not None or size(metrics) > 2000)
+    assert core.poll() is None, core.communicate()
     (sidecar,) = psutil.Process(core.pid).children()
     return core, sidecar
 

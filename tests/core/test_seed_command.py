@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tests.processes import command, wait_until
 from tests.tiny import save_llama
 
 SEED = """
@@ -22,6 +22,7 @@ SEED = """
 """
 
 
+@pytest.mark.processes
 def test_the_seeds_command_line_runs(tmp_path: Path) -> None:
     # The model's and the data's names are folders here; all other flags have their defaults.
     save_llama(tmp_path / "emozilla" / "llama2-20m-init")
@@ -29,14 +30,15 @@ def test_the_seeds_command_line_runs(tmp_path: Path) -> None:
     data.mkdir(parents=True)
     np.random.default_rng(0).integers(0, 96, 9 * 2048, dtype=np.uint16).tofile(data / "0.ds")
     run = subprocess.Popen(
-        [sys.executable, "-m", "psyche_fast", "train", *shlex.split(SEED)],
+        command("train", *shlex.split(SEED)),
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while not (found := list(tmp_path.glob("runs/*/metrics.jsonl"))) or not found[0].stat().st_size:
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+
+    def has_trained() -> bool:
+        return any(file.stat().st_size for file in tmp_path.glob("runs/*/metrics.jsonl"))
+
+    wait_until(lambda: run.poll() is not None or has_trained(), 90)
+    assert run.poll() is None, run.communicate()
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGINT, err

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,12 @@ import pytest
 import torch
 import transformers
 
-from tests.foreign_core import ForeignCore, in_process
-from tests.processes import seconds_until_gone
+from tests.foreign_core import ForeignCore
+from tests.groups import in_process
+from tests.processes import seconds_until_gone, wait_until
 from tests.tiny import batch_loss, random_tokens, save_llama
 
+pytestmark = pytest.mark.processes
 ADAMW = {"AdamW": {"betas": [0.9, 0.95], "weight_decay": 0.1, "eps": 1e-8, "clip_grad_norm": 0.5}}
 DISTRO = {
     "Distro": {
@@ -159,7 +159,7 @@ def _refusal(folder: Path, log: Path, text: str, after_hyperparameters: bool) ->
     if after_hyperparameters:
         core.hyperparameters("Dummy")
     core.raw(text)
-    return core.wait_for_failure()
+    return core.exit_codes()
 
 
 TRAIN = {
@@ -212,7 +212,7 @@ def _bad_results(folder: Path, log: Path) -> list[int]:
     ids = random_tokens(4, 16)
     core.train(1, ids)
     core.optimize(2, [result])
-    return core.wait_for_failure()
+    return core.exit_codes()
 
 
 def test_index_out_of_range_is_refused_before_it_is_scattered(tmp_path: Path) -> None:
@@ -223,35 +223,36 @@ def test_index_out_of_range_is_refused_before_it_is_scattered(tmp_path: Path) ->
     assert "peer 0" in log, log
 
 
-@pytest.mark.parametrize("foreign", [True, False])
-def test_sidecar_dies_with_its_parent(tmp_path: Path, foreign: bool) -> None:
-    program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from tests.foreign_core import ForeignCore\n"
-        f"core = ForeignCore(2, Path({str(tmp_path / 'log')!r}))\n"
-        "print(core.children[0].pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    if not foreign:
-        program = (
-            "import time\n"
-            "from pathlib import Path\n"
-            "from psyche_fast.start.spawn import Sidecars\n"
-            "sidecars = Sidecars('gloo', 'tcp://127.0.0.1:1', 2)\n"
-            f"sidecars.spawn(1, None, Path({str(tmp_path / 'log')!r}))\n"
-            "print(sidecars._children[0].process.pid, flush=True)\n"
-            "time.sleep(60)\n"
-        )
+FOREIGN = """
+import sys
+from pathlib import Path
+from tests.foreign_core import ForeignCore
+core = ForeignCore(2, Path(sys.argv[1]))
+core.join()
+print(core.children[0].pid, flush=True)
+sys.stdin.read()
+"""
+OWN = """
+import sys
+from pathlib import Path
+from psyche_fast.start.spawn import Sidecars
+sidecars = Sidecars('gloo', 'tcp://127.0.0.1:1', 2)
+sidecars.spawn(1, None, Path(sys.argv[1]))
+print(sidecars._children[0].process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("program", [FOREIGN, OWN], ids=["foreign", "own"])
+def test_sidecar_dies_with_its_parent(tmp_path: Path, program: str) -> None:
+    """With a foreign core once both have met; with our own at any moment, here during imports."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
-    )
+        [sys.executable, "-c", program, str(tmp_path / "log")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
-    # Our own core's death is told by the kernel at any moment; a foreign one's by a thread, which
-    # a long import would hold up.
-    time.sleep(6.0 if foreign else 1.0)
-    assert child.is_running()
+    wait_until(lambda: child.num_threads() > 1)  # it watches
     parent.send_signal(signal.SIGKILL)
     assert seconds_until_gone(child) < 1
-    parent.wait()
+    parent.communicate()

@@ -1,14 +1,9 @@
-"""What these tests share: shapes, gradients, comparison with oracles, worker processes."""
+"""What these tests share: shapes, gradients, comparison with oracles."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 # Each shape with the reason for it, for compression_chunk = 8.
 SHAPES = {
@@ -61,23 +56,3 @@ def decoded_delta(encoded, shape):
     if len(shape) < 2:
         return encoded.reshape(shape)
     return encoded.transpose(-3, -2).reshape(shape)
-
-
-def run_processes(worker, count, *arguments):
-    """What `worker(rank, count, *arguments)` returned in each of `count` gloo processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(count, folder, worker, arguments), nprocs=count, join=True)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(count)]
-
-
-def _entry(rank, count, folder, worker, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
-    )
-    try:
-        torch.save(worker(rank, count, *arguments), os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
-    # Not by Python's own end: a thread of gloo's may let go of a tensor meanwhile, which aborts.
-    os._exit(0)

@@ -15,10 +15,10 @@ from tests.distro.support import (
     assert_parameters,
     decoded_delta,
     random_arrays,
-    run_processes,
     set_gradients,
     to_parameters,
 )
+from tests.groups import run_ranks
 
 SETTINGS = {"compression_decay": 0.9, "compression_topk": 3, "compression_chunk": 8}
 
@@ -194,10 +194,10 @@ def _demo_worker(rank, count, steps, dtype):
     return {"parameters": {n: p.detach() for n, p in parameters.items()}, "bytes": sent}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_two_processes_follow_the_oracle_and_stay_identical():
     steps, arrays = 3, random_arrays(5)
-    first, second = run_processes(_demo_worker, 2, steps, torch.float64)
+    first, second = run_ranks(_demo_worker, 2, 2, steps, torch.float64)
     peers = [oracle(arrays, weight_decay=0.1) for _ in range(2)]
     for step in range(steps):
         sent = [

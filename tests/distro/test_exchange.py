@@ -25,6 +25,7 @@ def _exchange(rank: int) -> torch.Tensor:
     return received.clone()
 
 
+@pytest.mark.processes
 def test_every_peer_receives_all_in_rank_order() -> None:
     expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
     for received in run_ranks(_exchange, 3):
@@ -32,8 +33,6 @@ def test_every_peer_receives_all_in_rank_order() -> None:
 
 
 def _late(rank: int) -> list[bool]:
-    # The checks between ranks that tests ask for wait for the other ranks before each collective.
-    dist.set_debug_level(dist.DebugLevel.OFF)
     peers, others = dist.new_group(), dist.new_group()
     found = []
     if rank == 1:
@@ -50,6 +49,7 @@ def _late(rank: int) -> list[bool]:
     return found
 
 
+@pytest.mark.processes
 def test_an_exchange_completes_without_being_waited_for() -> None:
     assert run_ranks(_late, 2) == [[False, True], [True]]
 
@@ -63,6 +63,7 @@ def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
     return received, gathers.call_count
 
 
+@pytest.mark.processes
 def test_what_is_larger_than_a_bucket_travels_in_several() -> None:
     expected = torch.stack([torch.arange(250) * (rank + 1) for rank in range(2)])
     for received, count in run_ranks(_exchange_in_buckets, 2):
@@ -145,6 +146,7 @@ def _check(rank: int) -> str:
     return ""
 
 
+@pytest.mark.processes
 def test_replicas_that_differ_are_found_on_every_rank() -> None:
     for message in run_ranks(_check, 2):
         assert message == ("step 4: replicas are no longer bit-identical in 1 of 3 parameters: b")

@@ -74,6 +74,7 @@ def test_a_step_without_apply_leaves_nothing_undone(mode):
     run(MODES[mode], dtype=torch.float64, skip=(2,))
 
 
+@pytest.mark.no_gpu
 @pytest.mark.parametrize("mode", ["fused", "in place"])
 def test_kernels_follow_the_oracle(mode):
     pytest.importorskip("triton")

@@ -14,7 +14,8 @@ from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.replicas import hash_rows
 from psyche_fast.kernels.plan import Entries
-from tests.distro.support import SHAPES, random_arrays, run_processes, to_parameters
+from tests.distro.support import SHAPES, random_arrays, to_parameters
+from tests.groups import run_ranks
 
 CPU = torch.device("cpu")
 HEADER = 40
@@ -135,7 +136,7 @@ def _no_indices(row):
     resealed(row)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter works on CPU tensors")
+@pytest.mark.no_gpu
 def test_kernels_and_reference_understand_each_other():
     of = layout({"a": (32, 24), "b": (40,)})
     reference, kernels = (form(of, signs=True, backend=b) for b in ("torch", "interpret"))
@@ -227,9 +228,9 @@ def _one_lies(rank, count):
     return {n: p.detach() for n, p in parameters.items()}, said, changed
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_a_peer_whose_result_is_refused_does_not_stop_the_others():
-    results = run_processes(_one_lies, 3)
+    results = run_ranks(_one_lies, 3, 3)
     for parameters, said, changed in results:
         assert changed
         refusals = [s for s in said if "refused" in s]

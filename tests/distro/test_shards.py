@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from psyche_fast.distro import DeMo, Distro
-from tests.distro.support import random_arrays, run_processes, to_parameters
+from tests.distro.support import random_arrays, to_parameters
+from tests.groups import run_ranks
 
 # Even and uneven shards along both dimensions, on chunks' edges and across chunks, one rank left
 # with nothing, experts, a replicated one, a plain one.
@@ -113,11 +114,11 @@ def _worker(rank, count, dtype, fused):
     return sharded, train(plain, lambda s, n: gradient(s, n, SHAPES, dtype), fused=fused)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sharded_equals_whole_bit_for_bit(dtype, fused):
-    for sharded, whole in run_processes(_worker, 2, dtype, fused):
+    for sharded, whole in run_ranks(_worker, 2, 2, dtype, fused):
         assert_same(sharded, whole)
 
 
@@ -162,9 +163,9 @@ def _counted(name, calls):
     return counted
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_shards_on_chunks_edges_need_no_collective():
-    results = run_processes(_count, 2, ALIGNED)
+    results = run_ranks(_count, 2, 2, ALIGNED)
     assert [calls for calls, _ in results] == [[], []]
     # Each rank sends what it owns, those that every rank has whole apart.
     chunks = {"columns": 8, "experts": 6, "experts_rows": 6, "nothing": 1, "rows": 12, "vector": 4}
@@ -173,9 +174,9 @@ def test_shards_on_chunks_edges_need_no_collective():
     assert sent == 3 * (sum(chunks.values()) + 2 * sum(shared.values()))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 def test_chunks_that_are_cut_cost_two_collectives_for_all_and_are_nobodys_twice():
-    results = run_processes(_count, 2, CUT)
+    results = run_ranks(_count, 2, 2, CUT)
     assert [calls for calls, _ in results] == [["all_to_all_single"] * 2] * 2
     # odd_rows has chunks of 5 x 8.
     chunks = {"columns_cut": 2, "experts_cut": 3, "odd_rows": 3, "rows_cut": 3, "vector_cut": 3}
@@ -219,8 +220,8 @@ def _two_dimensional(rank, count, dtype, fused):
     return sharded, train(plain, lambda s, n: gradient(s, n, shapes, dtype), fused=fused)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.processes
 @pytest.mark.parametrize("fused", [False, True])
 def test_strided_shards_of_fsdp2_over_tensor_parallelism(fused):
-    for sharded, whole in run_processes(_two_dimensional, 4, torch.float32, fused):
+    for sharded, whole in run_ranks(_two_dimensional, 4, 4, torch.float32, fused):
         assert_same(sharded, whole)

@@ -129,8 +129,12 @@ def check_both(after, before, direction, doubt, step, rate, shrink):
     assert right.all(), f"{(~right).sum()} of {right.size} elements are wrong"
 
 
-@pytest.mark.parametrize("signs", [True, False])
-@pytest.mark.parametrize("name", CLASSES)
+# Values that are numbers differ from signs in how they are read: once for each kernel.
+@pytest.mark.parametrize(
+    ("name", "signs"),
+    [(name, True) for name in CLASSES]
+    + [(name, False) for name in ("64x64", "22x38", "1x64", "64x1")],
+)
 def test_chunk_shapes(name, signs, device, backend):
     doubtful = check(CLASSES[name], device, backend, signs=signs)
     assert doubtful < (0.3 if name == "3x5" else 0.02)  # signs of 15 coefficients cancel in places
@@ -147,29 +151,31 @@ def test_kinds_of_look_ahead(name, dtype, ahead, shrink, device, backend):
     check(CLASSES[name], device, backend, delta_dtype=delta_dtype, **options)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ["64x64", "50x50", "experts", "64x1", "1x64", "1x50"])
+# Whole ones are everywhere else here. Rows and columns keep the alignment of those that have one.
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(name, place) for name in ("64x64", "experts", "1x64") for place in ("rows", "columns", "odd")]
+    + [(name, "odd") for name in ("50x50", "64x1", "1x50")],
+)
 def test_places_in_bigger_tensors(name, place, device, backend):
     check(CLASSES[name], device, backend, place=place, k=3)
 
 
-@pytest.mark.parametrize("signs", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "peers", "k"),
+    ("shape", "peers", "k", "signs"),
     [
-        ((64, 64), 1, 1),
-        ((64, 64), 1, 4096),
-        ((64, 64), 2, 8),
-        ((64, 64), 64, 16),  # as many entries as are handled in one pass
-        ((64, 64), 205, 5),  # one more
-        ((64, 64), 256, 8),
-        ((64, 64), 256, 64),
-        ((50, 50), 256, 8),
-        ((3, 5), 256, 15),
-        ((128,), 256, 4),
-        ((128,), 5, 3),
-        ((64, 3), 16, 8),
-        ((67,), 256, 1),
+        ((64, 64), 1, 1, True),
+        ((64, 64), 1, 4096, True),
+        ((64, 64), 64, 16, True),  # as many entries as are handled in one pass
+        ((64, 64), 205, 5, True),  # one more
+        ((64, 64), 205, 5, False),
+        ((64, 64), 256, 64, True),
+        ((50, 50), 256, 8, False),
+        ((3, 5), 256, 15, True),
+        ((128,), 256, 4, True),
+        ((128,), 256, 4, False),
+        ((64, 3), 16, 8, True),
+        ((67,), 256, 1, False),
     ],
 )
 def test_numbers_of_peers(shape, peers, k, signs, device, backend):
@@ -204,11 +210,17 @@ def test_order_of_entries_does_not_matter(name, peers, device, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "peers"),
-    [("64x64", 2), ("64x64", 256), ("50x50", 6), ("1x64", 2), ("1x64", 20), ("64x1", 6)]
-    + [("1x1", peers) for peers in (2, 6, 256)],
+    ("name", "peers", "dtype"),
+    [
+        ("64x64", 256, torch.float32),
+        ("50x50", 6, torch.bfloat16),
+        ("1x64", 2, torch.bfloat16),
+        ("1x64", 20, torch.float32),
+        ("64x1", 6, torch.float32),
+        ("1x1", 2, torch.bfloat16),
+        ("1x1", 256, torch.float32),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peers_that_cancel_change_nothing(name, dtype, peers, device, backend):
     shapes = CLASSES[name]
     plan = one_class(shapes, k=3, device=device, dtype=dtype)
@@ -244,7 +256,7 @@ def test_no_peers(name, shrink, device, backend):
     assert (delta == 1).all()
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-38, 1e-20, 1e10, 1e30, 1e35])
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e10, 1e35])
 @pytest.mark.parametrize(("shape", "peers"), [((64, 64), 3), ((64, 64), 200), ((128,), 3)])
 def test_magnitudes_of_values(shape, peers, scale, device, backend):
     plan = one_class([shape], k=8, device=device)
@@ -275,8 +287,10 @@ def test_small_values_beside_large_ones(shape, device, backend):
     check([shape], device, backend, entries=entries)
 
 
-@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "delta_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
 @pytest.mark.parametrize(
     ("name", "peers"),
     [("64x64", 1), ("64x64", 150), ("22x38", 1), ("22x38", 20), ("3x5", 150), ("1x1", 3)]
@@ -301,15 +315,18 @@ def test_subtract(name, peers, dtype, delta_dtype, device, backend):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "place", "copy"),
-    [
-        (torch.float32, "whole", True),
-        (torch.bfloat16, "odd", True),
-        (torch.float16, "columns", False),
-        (torch.bfloat16, "rows", False),
+    ("name", "dtype", "place", "copy"),
+    [(name, torch.bfloat16, "odd", True) for name in CLASSES]
+    + [
+        (name, *case)
+        for name in ("64x64", "22x38", "1x64", "64x1")  # one for each kernel
+        for case in (
+            (torch.float32, "whole", True),
+            (torch.float16, "columns", False),
+            (torch.bfloat16, "rows", False),
+        )
     ],
 )
-@pytest.mark.parametrize("name", CLASSES)
 def test_lookahead(name, dtype, place, copy, device, backend):
     shapes = CLASSES[name]
     plan = one_class(shapes, k=1, device=device, dtype=dtype)
@@ -374,7 +391,7 @@ def test_empty_members(device, backend):
     check(shapes, device, backend)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     chunk=st.sampled_from([8, 16, 64]),
     lead=st.sampled_from([(), (2,), (1, 2)]),

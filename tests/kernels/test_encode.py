@@ -104,8 +104,12 @@ def test_chunk_shapes(name, device, backend):
     assert check(CLASSES[name], device, backend) > 0.99
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ["64x64", "50x50", "experts", "64x1", "1x64", "1x50"])
+# Whole ones are everywhere else here. Rows and columns keep the alignment of those that have one.
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(name, place) for name in ("64x64", "experts", "1x64") for place in ("rows", "columns", "odd")]
+    + [(name, "odd") for name in ("50x50", "64x1", "1x50")],
+)
 def test_places_in_bigger_tensors(name, place, device, backend):
     check(CLASSES[name], device, backend, place=place, k=3, in_place=True)
 
@@ -134,13 +138,19 @@ def test_dtypes(name, dtype, gradient_dtype, delta_dtype, device, backend):
     )
 
 
+# One; several; the most that are taken in rounds, the least by a threshold; all but one; all.
 @pytest.mark.parametrize(
     ("shape", "k"),
-    [((64, 64), k) for k in (1, 2, 17, 32, 63, 64, 65, 4095, 4096)]
-    + [((50, 50), 2500), ((22, 38), 64), ((22, 38), 65), ((22, 38), 836)]
-    + [((2, 64), 127), ((2, 64), 128), ((64, 1), 1), ((64, 1), 63), ((64, 1), 64)]
-    + [((128,), 1), ((128,), 33), ((128,), 63), ((128,), 64)]
-    + [((3, 5), k) for k in (1, 7, 14, 15)],
+    [((64, 64), k) for k in (1, 17, 64, 65, 4096)]
+    + [
+        ((50, 50), 2500),
+        ((22, 38), 65),
+        ((22, 38), 836),
+        ((2, 64), 127),
+        ((3, 5), 14),
+        ((3, 5), 15),
+    ]
+    + [((64, 1), 1), ((64, 1), 64), ((128,), 33), ((128,), 63)],
 )
 def test_numbers_of_entries(shape, k, device, backend):
     check([shape], device, backend, k=k, in_place=True)
@@ -155,7 +165,7 @@ def shapes(draw):
     return chunk, (*lead, draw(side), draw(side))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     shape=shapes(),
     k=st.integers(1, 80),
@@ -201,7 +211,7 @@ def inverse_of(coefficients, h, w):
     return torch.from_numpy(exact).float()
 
 
-@pytest.mark.parametrize("k", [1, 64, 65])
+@pytest.mark.parametrize("k", [64, 65])  # by rounds, by a threshold
 @pytest.mark.parametrize("shape", [(64, 64), (50, 50), (2, 64), (192,), (64, 2)])
 def test_zeros_take_the_lowest_indices(shape, k, device, backend):
     plan = one_class([shape], k=k, device=device, chunk=64)

@@ -63,12 +63,14 @@ def _split(rank: int, folder: Path, dp: int, tp: int) -> float:
     return worst(folder, topology, [WHOLE], activation_checkpointing=dp > 1)
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 def test_shards_of_both_kinds_are_compiled_too(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
     assert max(run_ranks(_split, 4, folder, 2, 2)) < 1e-4
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 def test_divided_experts_in_compiled_blocks(save_model: Any) -> None:
     folder = save_model(

@@ -101,6 +101,7 @@ def _sharded(rank: int, folder: Path) -> list[dict[str, Tensor]]:
     return [found, gradients(load(folder), PACKED)]
 
 
+@pytest.mark.processes
 def test_shards(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", **SIZES)
     for found, expected in run_ranks(_sharded, 2, folder):

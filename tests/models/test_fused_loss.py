@@ -66,6 +66,7 @@ def _gradients(rank: int, folder: Path, recomputes: bool) -> list[dict[str, Tens
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("tied", "recomputes"), [(False, False), (True, True)])
 def test_a_fused_loss_on_shards(tmp_path: Path, tied: bool, recomputes: bool) -> None:
     folder = save_llama(tmp_path / "model", tie_word_embeddings=tied)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,6 +49,7 @@ def gather(rank: int, most: int) -> tuple[list[torch.Tensor], list[int]]:
     return [t if rank == 0 else t.to("meta") for t in found], sizes
 
 
+@pytest.mark.processes
 def test_the_first_rank_gets_them_whole_in_a_few_gathers_of_bounded_size() -> None:
     # Of 800 bytes each rank sends 192: 144 of the first three tensors, 240 of the fourth in two, 16
     # of the sixth (the fifth is plain), 1200 of the last in seven.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM, load_model
 from psyche_fast.models.source import FilesSource, TensorsSource, resolve_model
+from tests.groups import in_process
+from tests.memory import give_back_at_once, needs_proc, peak
 
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -318,43 +318,21 @@ def test_liger_is_refused_rather_than_left_out(save_model) -> None:
         _load(save_model("llama"), liger=True)
 
 
-MEMORY = """
-import re, sys, threading, time
-import torch
-from psyche_fast.models import load_model
-from psyche_fast.models.source import resolve_model
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
-
-source = resolve_model(sys.argv[1])
-load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)  # imports, pools
-before, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch); thread.start()
-source = resolve_model(sys.argv[2])
-model = load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)
-done = True; thread.join()
-size = sum(p.nbytes for p in model.named_parameters().values())
-print(size, max(peak, anonymous()) - before)
-"""
+def _grows(small: Path, large: Path) -> tuple[int, int]:
+    """Bytes of the large model, and by how much the process grows while it loads it."""
+    _load(small)  # caches and pools
+    give_back_at_once()
+    with peak() as grown:
+        model = _load(large)
+    return sum(p.nbytes for p in model.named_parameters().values()), grown[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
+@pytest.mark.processes
 def test_there_is_no_second_copy_in_memory(save_model) -> None:
     small = save_model("llama")
     large = save_model("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, small, large],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    size, grown = map(int, done.stdout.split())
+    size, grown = in_process(_grows, small, large)
     assert size > 80e6
+    assert grown > 0.8 * size, "it was measured"
     assert grown < 1.25 * size, f"{grown / size:.2f} times the model"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM, choose_attention, load_model
 from psyche_fast.models.parallel import blocks
 from psyche_fast.models.source import read_config, resolve_model
+from tests.groups import run_ranks
+from tests.models.conftest import TINY
 
 STEPS = 4
-pytestmark = pytest.mark.timeout(300)  # four processes that import torch and transformers
 # Documents in one row, and in the second step rows that no loss counts: with two FSDP ranks, all
 # of the second one's.
 LENGTHS = [[16], [5, 11], [16], [3, 6, 7]]
@@ -52,9 +53,9 @@ def train(model: CausalLM, dp: int = 1, index: int = 0) -> list[torch.Tensor]:
     return losses
 
 
-def load(folder: str, **kwargs: Any) -> CausalLM:
+def load(folder: Path, **kwargs: Any) -> CausalLM:
     """This process's part in fp32, with the attention that ``auto`` takes on the CPU."""
-    source = resolve_model(folder)
+    source = resolve_model(str(folder))
     return load_model(
         source,
         device=torch.device("cpu"),
@@ -64,59 +65,42 @@ def load(folder: str, **kwargs: Any) -> CausalLM:
     )
 
 
-def worker() -> None:
-    """Runs in each process: three layouts of four ranks, for each of the models."""
-    import torch.distributed as dist
-    from safetensors.torch import save_file
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
-
-    torch.set_num_threads(1)
-    job = json.loads(os.environ["JOB"])
-    store = f"file://{job['out']}/store"
-    dist.init_process_group("gloo", init_method=store, rank=job["rank"], world_size=4)
+def worker(rank: int, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Three layouts of four ranks for each of the models: what rank 0 saw."""
     meshes = {
         "fsdp": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")),
         "tp": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "tensor")),
         "fsdp+tp": init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor")),
     }
-    report: dict[str, Any] = {}
-    for name, folder in job["models"].items():
-        for layout, mesh in meshes.items():
-            if layout != "fsdp" and name in job["no_tp"]:
-                continue
-            shard_mesh = mesh["shard"] if "fsdp" in layout else None
-            tensor_mesh = mesh["tensor"] if "tp" in layout else None
-            model = load(
-                folder,
-                shard_mesh=shard_mesh,
-                tensor_mesh=tensor_mesh,
-                group=dist.group.WORLD if layout == "fsdp+tp" else None,
-                activation_checkpointing=layout == "fsdp+tp",
-            )
-            loaded = {k: t for k, t in model.full_state_dict_iter() if t is not None}
-            dp = 1 if shard_mesh is None else 2
-            index = 0 if shard_mesh is None else shard_mesh.get_local_rank()
-            losses = torch.stack(train(model, dp, index))
-            if shard_mesh is not None:
-                dist.all_reduce(losses, group=shard_mesh.get_group())
-            trained = {k: t for k, t in model.full_state_dict_iter() if t is not None}
-            params = model.named_parameters().values()
-            if dist.get_rank() == 0:
-                key = f"{name}-{layout}"
-                save_file(loaded, f"{job['out']}/{key}-loaded.safetensors")
-                save_file(trained, f"{job['out']}/{key}-trained.safetensors")
-                report[key] = {
-                    "losses": losses.tolist(),
-                    "local": sum(
-                        (p.to_local() if isinstance(p, DTensor) else p).numel() for p in params
-                    ),
-                    "total": sum(p.numel() for p in params),
-                }
-            assert model.is_root == bool(loaded) == bool(trained)
-    if dist.get_rank() == 0:
-        Path(job["out"], "report.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    found: dict[str, dict[str, Any]] = {}
+    for name, layout in CASES:
+        mesh = meshes[layout]
+        shard_mesh = mesh["shard"] if "fsdp" in layout else None
+        model = load(
+            folders[name],
+            shard_mesh=shard_mesh,
+            tensor_mesh=mesh["tensor"] if "tp" in layout else None,
+            group=dist.group.WORLD if layout == "fsdp+tp" else None,
+            activation_checkpointing=layout == "fsdp+tp",
+        )
+        loaded = {k: t for k, t in model.full_state_dict_iter() if t is not None}
+        dp = 1 if shard_mesh is None else 2
+        index = 0 if shard_mesh is None else shard_mesh.get_local_rank()
+        losses = torch.stack(train(model, dp, index))
+        if shard_mesh is not None:
+            dist.all_reduce(losses, group=shard_mesh.get_group())
+        trained = {k: t for k, t in model.full_state_dict_iter() if t is not None}
+        assert model.is_root == bool(loaded) == bool(trained)
+        params = model.named_parameters().values()
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in params]
+        found[f"{name}-{layout}"] = {
+            "loaded": loaded,
+            "trained": trained,
+            "losses": losses,
+            "local": sum(p.numel() for p in parts),
+            "total": sum(p.numel() for p in params),
+        }
+    return found
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -161,90 +145,63 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path, dict[str, Any]]:
-    """Runs the four processes once for all tests here."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("parallel")
-    tiny = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    saved = {}
     for name, (model_type, config) in MODELS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**tiny, **config})
-        )
-        saved[name] = folder / name
-        model.save_pretrained(saved[name], max_shard_size="30KB")
-    job = {"models": {k: str(v) for k, v in saved.items()}, "no_tp": NO_TP, "out": str(folder)}
-    paths = [str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", "import test_parallel; test_parallel.worker()"],
-            env={**env, "JOB": json.dumps({**job, "rank": rank})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank}:\n{outputs[rank][-4000:]}"
-    return saved, folder, json.loads((folder / "report.json").read_text())
+        settings = AutoConfig.for_model(model_type, **{**TINY, **config})
+        model = AutoModelForCausalLM.from_config(settings)
+        model.save_pretrained(folder / name, max_shard_size="30KB")
+    return {name: folder / name for name in MODELS}
 
 
-def _single(folder: Path) -> CausalLM:
-    return load(str(folder))
+@pytest.fixture(scope="module")
+def runs(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What the four processes saw; they run once for all tests here."""
+    return run_ranks(worker, 4, folders)[0]
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Losses and trained parameters of each model in one process."""
+    models = {name: load(folder) for name, folder in folders.items()}
+    losses = {name: torch.stack(train(model)) for name, model in models.items()}
+    return {name: (losses[name], dict(m.full_state_dict_iter())) for name, m in models.items()}
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_losses_and_parameters_are_those_of_one_process(runs, name: str, layout: str) -> None:
-    saved, out, report = runs
-    single = _single(saved[name])
-    expected = torch.stack(train(single))
-    losses = torch.tensor(report[f"{name}-{layout}"]["losses"])
+def test_losses_and_parameters_are_those_of_one_process(
+    runs, alone, name: str, layout: str
+) -> None:
+    expected, wanted = alone[name]
+    found = runs[f"{name}-{layout}"]
     assert (expected[2:] - expected[:2]).abs().min() > 0.03, "the optimiser counts"
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
-    trained = load_file(out / f"{name}-{layout}-trained.safetensors")
-    wanted = dict(single.full_state_dict_iter())
-    assert trained.keys() == wanted.keys()
+    torch.testing.assert_close(found["losses"], expected, rtol=0, atol=1e-4)
+    assert found["trained"].keys() == wanted.keys()
     for key, tensor in wanted.items():
-        torch.testing.assert_close(trained[key], tensor, rtol=0, atol=2e-3)
+        torch.testing.assert_close(found["trained"][key], tensor, rtol=0, atol=2e-3)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_what_was_loaded_comes_back_bit_for_bit(runs, name: str, layout: str) -> None:
-    saved, out, _ = runs
-    loaded = load_file(out / f"{name}-{layout}-loaded.safetensors")
-    files = {k: t for f in saved[name].glob("*.safetensors") for k, t in load_file(f).items()}
+def test_what_was_loaded_comes_back_bit_for_bit(runs, folders, name: str, layout: str) -> None:
+    loaded = runs[f"{name}-{layout}"]["loaded"]
+    files = {k: t for f in folders[name].glob("*.safetensors") for k, t in load_file(f).items()}
     assert loaded.keys() == files.keys()
     for key, tensor in files.items():
         torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_rank_holds_its_part_only(runs, name: str, layout: str) -> None:
-    _, _, report = runs
-    sizes = report[f"{name}-{layout}"]
+    sizes = runs[f"{name}-{layout}"]
     parts = 4 if layout == "fsdp+tp" else 2
     # Norms, routers and latent projections stay whole under tensor parallelism, older plans leave
     # the embedding whole too, and the first of two ranks has two of three experts.
@@ -253,13 +210,8 @@ def test_a_rank_holds_its_part_only(runs, name: str, layout: str) -> None:
 
 def _plan(folder: Path, size: int, **kwargs: Any) -> None:
     """Loads rank 0's part of `size`-way tensor parallelism, without the other ranks."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    # The checks between ranks that conftest.py asks for want ranks.
-    level = dist.get_debug_level()
-    dist.set_debug_level(dist.DebugLevel.OFF)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tensor",))
@@ -267,7 +219,6 @@ def _plan(folder: Path, size: int, **kwargs: Any) -> None:
             resolve_model(str(folder)), device=torch.device("cpu"), tensor_mesh=mesh, **kwargs
         )
     finally:
-        dist.set_debug_level(level)
         dist.destroy_process_group()
 
 
@@ -294,7 +245,7 @@ def test_what_does_not_divide_is_named(save_model, model_type, config, size, say
 
 
 def test_blocks_are_the_transformers_layers(save_model) -> None:
-    assert list(blocks(_single(save_model()).module)) == ["model.layers.0", "model.layers.1"]
+    assert list(blocks(load(save_model()).module)) == ["model.layers.0", "model.layers.1"]
 
 
 def test_blocks_of_own_modules() -> None:

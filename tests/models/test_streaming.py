@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,7 @@ from psyche_fast.distro import exchange
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from tests.groups import run_ranks
+from tests.memory import SLACK, give_back_at_once, needs_proc, peak
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"vocab_size": 8192, "intermediate_size": 2048, "num_hidden_layers": 6}),
@@ -33,33 +28,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-M_MMAP_THRESHOLD = -3
-SLACK = 16 << 20  # what the interpreter and gloo take on the way
-
-
-def anonymous() -> int:
-    """Bytes that are this process's own; pages of mapped files are the kernel's to drop."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError("no RssAnon")
-
-
-@contextmanager
-def peak() -> Iterator[list[int]]:
-    before = anonymous()
-    found, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            found[0] = max(found[0], anonymous() - before)
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield found
-    done.set()
-    thread.join()
 
 
 def measure(rank: int, folder: Path, layout: str) -> dict[str, int]:
@@ -74,12 +42,8 @@ def measure(rank: int, folder: Path, layout: str) -> dict[str, int]:
             tensor_mesh=mesh if layout == "tensor" else None,
         )
 
-    # What is freed goes back at once: glibc would keep pieces of up to 32 MB, which is not ours.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
     load()  # imports, caches and thread pools
-    gc.collect()
-    libc.malloc_trim(0)
+    give_back_at_once()
     with peak() as loading:
         model = load()
     parameters = model.named_parameters().values()
@@ -98,8 +62,9 @@ def measure(rank: int, folder: Path, layout: str) -> dict[str, int]:
     }
 
 
+@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize("layout", ["shard", "tensor"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_holds_its_part_and_one_tensor_or_bucket(

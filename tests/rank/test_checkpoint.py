@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank import checkpoint
 from psyche_fast.rank.checkpoint import atomic_folder, save_model, write_tensors
+from tests.groups import running
+from tests.processes import wait_until
 from tests.tiny import save_llama
 
 
@@ -69,15 +74,45 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) 
     assert len(seen) == len(list(model.full_state_dict_iter())), "other ranks are not left waiting"
 
 
-def test_a_kill_during_a_save_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    def killed() -> None:
-        with atomic_folder(tmp_path / "out") as folder:
-            (folder / "model.safetensors").write_bytes(b"half")
-            raise KeyboardInterrupt
+def _save_until(moment: str, path: Path, value: float, reached: Path) -> None:
+    """Begins a save, and stops for good at a moment in it: a tensor's, or the first file's sync."""
 
-    with pytest.raises(KeyboardInterrupt):
-        killed()
-    assert list(tmp_path.iterdir()) == []
+    def stop(*_: object) -> None:
+        reached.touch()
+        signal.pause()
+
+    with atomic_folder(path) as folder:
+        if moment == "while files are written":
+            write_tensors(folder, iter([("a", torch.full((9,), value))]))
+            stop()
+        os.fsync = stop
+    raise AssertionError("the save came to its end")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("moment", ["while files are written", "before they take their name"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_kill_during_a_save_leaves_what_was_there(
+    tmp_path: Path, older: bool, moment: str
+) -> None:
+    path, reached = tmp_path / "out", tmp_path / "reached"
+
+    def save(value: float) -> None:
+        with atomic_folder(path) as folder:
+            write_tensors(folder, iter([("a", torch.full((9,), value))]))
+
+    if older:
+        save(1.0)
+    with running(_save_until, moment, path, 2.0, reached) as process:
+        wait_until(reached.exists)
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert path.exists() == older
+    if older:
+        assert (load_file(path / "model.safetensors")["a"] == 1.0).all()
+    save(3.0)
+    assert (load_file(path / "model.safetensors")["a"] == 3.0).all()
 
 
 def fill(folder: Path, text: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.small_kernels import add
 
 from psyche_fast.distro import DeMo, Distro
 from psyche_fast.distro.message import MessageFormat
-from tests.kernels.small_kernels import add
 from tools.kernel_guard.cuda_tensors import DEVICE, CudaTensor, WaitError, no_waiting
 
 CPU = torch.device("cpu")
