@@ -133,11 +133,11 @@ def parameters(device):
 
 
 def steps(device, make, *, signs=False):
-    """Parameters and state after three steps."""
+    """Parameters and state after two steps."""
     weights = parameters(device)
     generator = torch.Generator().manual_seed(1)
     step, state = make(weights, torch.tensor(0.01).to(device), signs)
-    for _ in range(3):
+    for _ in range(2):
         for p in weights.values():
             p.grad.copy_(torch.randn(p.shape, generator=generator))
         step()
