@@ -26,6 +26,9 @@ CAPABILITY = 90
 SHARED = 227 * 1024
 """Shared memory of a block in bytes."""
 
+_WORTH_A_PROCESS = 20
+"""Specialisations that take as long as a process takes to start."""
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -175,8 +178,9 @@ def compile_all(
         until: the last of `STAGES` that is gone through.
         workers: processes; None for one per CPU.
     """
-    workers = workers or len(os.sched_getaffinity(0))  # Linux, as all that Triton runs on
     left = sorted(wanted, key=str)  # one order, so that a compiler's crash is met at one place
+    cpus = len(os.sched_getaffinity(0))  # Linux, as all that Triton runs on
+    workers = workers or min(cpus, 1 + len(left) // _WORTH_A_PROCESS)
     outcome = Outcome(0, 0, {})
 
     def keep(one: Specialisation, result: bool | str) -> None:
