@@ -10,8 +10,9 @@ interpreter, whose times mean nothing), `torch`, the twin, and `plain`, what the
 parameter by parameter (einsum, topk, scatter-mean), or a loop over parameters where DeMo has
 nothing. Nothing is timed that has not just been found right.
 
-GB/s counts the bytes that the operation has to move at least, whatever an implementation moves;
-`floor_ms` is how long a large copy takes to move as many.
+GB/s counts the bytes that the operation has to move at least, whatever an implementation moves, in
+the time that its kernels take on the GPU by the profiler; `ms` has what the host takes to launch
+them besides. `floor_ms` is how long a large copy takes to move as many.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ import torch
 from benchmarks import kernel_cases as make
 from benchmarks import step_cases
 from benchmarks.common import (
+    attempt,
     copy_bandwidth,
+    device_here,
+    device_times,
     environment,
-    launches,
     milliseconds,
     percentiles,
     write_json,
@@ -128,7 +131,8 @@ def measure(
     """Check and then time one implementation.
 
     Returns:
-        What was found, for JSON; without times where the check failed.
+        What was found, for JSON; without times where the check failed. The speed goes by the time
+        of the kernels on the GPU where the profiler has seen them ("device_ms"), else by "ms".
     """
     record: dict[str, Any] = {
         "dtype": str(data.dtype),
@@ -146,12 +150,12 @@ def measure(
         return record
     call = work.calls[implementation]
     record["ms"] = percentiles(milliseconds(call, data.device, budget_ms=budget_ms))
-    p50 = record["ms"]["p50"]
+    record |= device_times(call, data.device)
+    taken = record["device_ms"] or record["ms"]["p50"]
     return record | {
-        "us_per_million": 1e9 * p50 / data.elements,
-        "gb_per_s": work.bytes / p50 / 1e6,
-        "copy_fraction": record["floor_ms"] / p50,
-        "launches": launches(call, data.device),
+        "us_per_million": 1e9 * taken / data.elements,
+        "gb_per_s": work.bytes / taken / 1e6,
+        "copy_fraction": record["floor_ms"] / taken,
     }
 
 
@@ -162,50 +166,27 @@ def kernel_backend(device: torch.device) -> str | None:
     return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
-def implementations(work: Work, device: torch.device) -> list[str]:
-    """What can be timed here, kernels first."""
-    backend = kernel_backend(device)
-    names = [backend] if backend else []
-    return names + [n for n in work.calls if n in ("torch", "plain")]
-
-
-def run(
-    cases: list[Case],
-    layers: str,
-    device: torch.device,
+def one(
+    case: Case,
+    data: Data,
+    implementation: str,
     *,
-    dtype: torch.dtype,
     copy_gb_per_s: float,
     budget_ms: float = 200.0,
-    only: tuple[str, ...] = (),
-) -> Iterator[dict[str, Any]]:
-    """Measure cases one after the other.
-
-    Args:
-        cases: which.
-        layers: key of `SETS`.
-        device: where.
-        dtype: of parameters and values.
-        copy_gb_per_s: what `copy_bandwidth` has measured.
-        budget_ms: about how long each implementation is timed.
-        only: implementations; all where empty.
-
-    Yields:
-        A record per implementation, as `measure` returns it.
-    """
-    data = Data(SETS[layers], device, dtype)
-    for case in cases:
-        work = case.build(data, kernel_backend(device) or "torch")
-        for name in implementations(work, device):
-            if not only or name in only:
-                figures = measure(
-                    case, data, work, name, copy_gb_per_s=copy_gb_per_s, budget_ms=budget_ms
-                )
-                yield {"set": layers, **figures}
+) -> dict[str, Any] | None:
+    """Build a case and measure one implementation; None where the case has none of that name."""
+    work = case.build(data, kernel_backend(data.device) or "torch")
+    if implementation not in work.calls:
+        return None
+    return measure(
+        case, data, work, implementation, copy_gb_per_s=copy_gb_per_s, budget_ms=budget_ms
+    )
 
 
 def line(record: dict[str, Any]) -> str:
     """One line of the table."""
+    if "fault" in record:
+        return f"{record['name']:<57} FAULT {record['fault']}"
     start = f"{record['kernel']:>11} {record['variant']:<44} {record['implementation']:>10}"
     if "ms" not in record:
         return f"{start}  WRONG {record['check']}"
@@ -226,9 +207,8 @@ HEADER = (
 
 def _here() -> tuple[torch.device, str, torch.dtype]:
     """The device, and what layers and parameters are measured on it unless told otherwise."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), "1.2B", BF16
-    return torch.device("cpu"), "small", FP32
+    device = device_here()
+    return (device, "1.2B", BF16) if device.type == "cuda" else (device, "small", FP32)
 
 
 @pytest.fixture(scope="module")
@@ -304,19 +284,23 @@ def main() -> None:
     }
     print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
     print(f"{arguments.set}; a large copy moves {bandwidth:.0f} GB/s\n{HEADER}")
-    cases = [case for case in CASES if arguments.case in case.name]
-    only = tuple(arguments.only)
-    for record in run(
-        cases, arguments.set, device, dtype=dtype, copy_gb_per_s=bandwidth, only=only
-    ):
-        print(line(record), flush=True)
-        report["records"].append(record)
+    data, backend = Data(SETS[arguments.set], device, dtype), kernel_backend(device) or "torch"
+    for case in CASES:
+        for name in dict.fromkeys((backend, "torch", "plain")):
+            if arguments.case not in case.name or name not in (arguments.only or [name]):
+                continue
+            measured = partial(one, case, data, name, copy_gb_per_s=bandwidth)
+            record = attempt(measured, device)
+            if record is not None:
+                record = {"set": arguments.set, "name": f"{case.name}, {name}", **record}
+                print(line(record), flush=True)
+                report["records"].append(record)
     if not arguments.no_steps:
         print(step_cases.HEADER)
-        backend = kernel_backend(device) or "torch"
         for case in step_cases.CASES:
             if arguments.case in case.name:
-                record = step_cases.measure(
+                measured = partial(
+                    step_cases.measure,
                     case,
                     arguments.set,
                     device,
@@ -324,13 +308,15 @@ def main() -> None:
                     dtype=dtype,
                     copy_gb_per_s=bandwidth,
                 )
+                record = {"name": case.name, **attempt(measured, device)}
                 print(step_cases.line(record), flush=True)
                 report["steps"].append(record)
     if arguments.out:
         write_json(arguments.out, report)
-    wrong = [r for r in report["records"] + report["steps"] if not r["check"]["ok"]]
+    records = report["records"] + report["steps"]
+    wrong = [r for r in records if "fault" in r or not r["check"]["ok"]]
     if wrong:
-        sys.exit(f"{len(wrong)} of the cases are wrong and have not been timed")
+        sys.exit(f"{len(wrong)} of the cases are wrong or have failed")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_wan.py                      # table; --out FILE writes JSON
 
-Two hosts (network namespaces of this machine) with one rank each train a Llama with DisTrO,
+Two hosts (network namespaces of this machine) train a Llama with DisTrO, one replica each,
 `psyche-fast train` on one and `psyche-fast sidecar` on the other: first over a link that costs
-nothing, then over one with a rate and a latency. Operations, batches, results, losses: all go over
-it. Needs root, iproute2 and /dev/net/tun.
+nothing, then over one with a rate and a latency; with one rank per host, and with two that shard
+the replica. Operations, batches, results, losses: all go over it. Needs root, iproute2 and
+/dev/net/tun.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,14 @@ from benchmarks.common import environment, percentiles, write_json
 WARM = 3
 FREE = (1e10, 0.0)
 """Rate and latency of the link to compare with: the same relay, holding nothing back."""
+RANKS_PER_HOST = (1, 2)
 
 
-def _step_ms(folder: Path, name: str, link: tuple[float, float], flags: list[str]) -> list[float]:
-    output = folder / name
+def _step_ms(
+    folder: Path, name: str, link: tuple[float, float], ranks_per_host: int, flags: list[str]
+) -> list[float]:
+    output = folder / f"{name}-{ranks_per_host}"
+    here = str(ranks_per_host)
     environ = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
     with wan.link(*link) as hosts:
 
@@ -41,12 +47,14 @@ def _step_ms(folder: Path, name: str, link: tuple[float, float], flags: list[str
             command = ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *words]
             return subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
 
-        network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", "1"]
+        network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", here]
+        network += ["--data-parallelism", here]
         ranks = [start(hosts[0], "train", *flags, "--output", str(output), *network)]
         ranks.append(
             start(
                 hosts[1], "sidecar", "--main-host", "10.98.7.1", "--port", "34567",
-                "--world-size", "2", "--start-rank", "1", "--backend", "gloo",
+                "--world-size", str(2 * ranks_per_host), "--start-rank", here,
+                "--num-local-ranks", here, "--backend", "gloo",
             )
         )  # fmt: skip
         try:
@@ -61,11 +69,15 @@ def _step_ms(folder: Path, name: str, link: tuple[float, float], flags: list[str
     return [1e3 * json.loads(line)["step_seconds"] for line in lines[WARM:]]
 
 
-def measure(**arguments: Any) -> dict[str, Any]:
+def measure(ranks_per_host: Sequence[int] = RANKS_PER_HOST, **arguments: Any) -> dict[str, Any]:
     """Run over both links.
 
     Args:
+        ranks_per_host: each a run of its own.
         **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
+
+    Returns:
+        milliseconds per step, by ranks per host and link.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -78,18 +90,19 @@ def measure(**arguments: Any) -> dict[str, Any]:
             "--model", str(folder / "model"), "--data-path", str(folder / "data"),
             "--device", "cpu", "--param-dtype", "float32", "--threads", "1", "--distro",
             "--replicas", "2", "--sequence-length", str(arguments["length"]),
-            "--micro-batch", str(arguments["micro"]),
             "--total-batch", str(4 * arguments["micro"]),
             "--total-steps", str(arguments["steps"] + WARM),
         ]  # fmt: skip
         slow = (arguments["mbit"] * 1e6, arguments["latency_ms"] / 1e3)
-        return {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "step_ms": {
-                "no link": percentiles(_step_ms(folder, "free", FREE, flags)),
-                "link": percentiles(_step_ms(folder, "slow", slow, flags)),
-            },
-        }
+        step_ms = {}
+        for ranks in ranks_per_host:
+            # The same micro-batches in all of a replica's ranks together.
+            own = [*flags, "--micro-batch", str(max(arguments["micro"] // ranks, 1))]
+            step_ms[str(ranks)] = {
+                "no link": percentiles(_step_ms(folder, "free", FREE, ranks, own)),
+                "link": percentiles(_step_ms(folder, "slow", slow, ranks, own)),
+            }
+        return {"parameters": sum(p.numel() for p in model.parameters()), "step_ms": step_ms}
 
 
 def main() -> None:
@@ -99,9 +112,12 @@ def main() -> None:
         "benchmark": "wan", **arguments, "environment": environment(), **measure(**arguments)
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
-    free, slow = (report["step_ms"][mode]["p50"] for mode in ("no link", "link"))
-    print(f"{report['parameters']:,} float32 parameters, 2 replicas")
-    print(f"step without the link {free:.1f} ms, with it {slow:.1f} ms: {slow / free - 1:+.1%}")
+    print(f"{report['parameters']:,} float32 parameters, 2 replicas, a host each")
+    print(f"{'ranks per host':>14} {'step':>4} {'no link ms':>11} {'link ms':>9} {'more':>7}")
+    for ranks, found in report["step_ms"].items():
+        for p in ("p50", "p95"):
+            free, slow = (found[mode][p] for mode in ("no link", "link"))
+            print(f"{ranks:>14} {p:>4} {free:11.1f} {slow:9.1f} {slow / free - 1:+7.1%}")
     if out:
         write_json(out, report)
 

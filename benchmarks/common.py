@@ -8,20 +8,65 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from psyche_fast.devices import indexed
+
 DEVICE_ROUNDS = (5, 200)
 HOST_ROUNDS = (3, 50)
+PROFILED = 3
+"""Calls that are profiled for the time of each kernel."""
+
+
+def device_here() -> torch.device:
+    """The GPU of this machine, with its index, or the CPU where there is none."""
+    return indexed("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def attempt(
+    call: Callable[[], dict[str, Any] | None], device: torch.device
+) -> dict[str, Any] | None:
+    """What a call returns, or "fault" and "trace" where it raises: the next case can still run.
+
+    Raises:
+        Exception: that of the call, where it has left the GPU unusable to this process: after an
+            illegal address every further use fails.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if unusable(device):
+            raise
+        return as_fault(error)
+
+
+def as_fault(error: Exception) -> dict[str, Any]:
+    """The record of an exception."""
+    text = str(error).strip().splitlines()
+    first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return {"fault": first, "trace": "".join(traceback.format_exception(error))}
+
+
+def unusable(device: torch.device) -> bool:
+    """Whether an error that sticks to this process keeps it from using the GPU."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile."""
+    """The 20th, 50th, 80th and 95th percentile."""
     ordered = sorted(values)
-    return {f"p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 50, 80)}
+    return {f"p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 50, 80, 95)}
 
 
 def environment() -> dict[str, object]:
@@ -131,17 +176,40 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / percentiles(times)["p50"] / 1e6
 
 
-def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call puts on the GPU; None on a CPU."""
+def device_times(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """What a call puts on the GPU, as the profiler sees it: kernels, copies and fills.
+
+    Returns:
+        "launches" of one call; "device_ms", how long they take together, without the gaps in which
+        the GPU waits for the host; "kernels", the same by name. All None where the profiler has
+        seen nothing, as on a CPU.
+    """
     if device.type != "cuda":
-        return None
+        return {"launches": None, "device_ms": None, "kernels": None}
     call()
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
+        for _ in range(PROFILED):
+            call()
         torch.cuda.synchronize(device)
-    on_device = torch.autograd.DeviceType.CUDA
-    return sum(e.device_type == on_device and not e.is_user_annotation for e in profile.events())
+    return summed(profile.events())
+
+
+def summed(events: Iterable[Any]) -> dict[str, Any]:
+    """`device_times` of the profiler's events of `PROFILED` calls."""
+    kernels: dict[str, dict[str, float]] = {}
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kernel = kernels.setdefault(event.name, {"launches": 0, "ms": 0.0})
+            kernel["launches"] += 1 / PROFILED
+            kernel["ms"] += event.time_range.elapsed_us() / 1e3 / PROFILED
+    if not kernels:
+        return {"launches": None, "device_ms": None, "kernels": None}
+    return {
+        "launches": round(sum(k["launches"] for k in kernels.values())),
+        "device_ms": sum(k["ms"] for k in kernels.values()),
+        "kernels": kernels,
+    }
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -18,12 +18,28 @@ from psyche_fast.kernels.plan import ChunkPlan, Entries
 
 
 class Data:
-    """Random parameters of one dtype, gradients and state, each made when first asked for."""
+    """Random parameters of one dtype, gradients and state, each made when first asked for.
 
-    def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        shapes: of the parameters.
+        device: where they are.
+        dtype: of parameters and values.
+        drawn_on: where random numbers are drawn, `device` unless told otherwise: those of a GPU are
+            not those of a CPU.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        drawn_on: torch.device | None = None,
+    ) -> None:
         self.shapes, self.device, self.dtype = shapes, device, dtype
         self.elements = elements(shapes)
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._drawn_on = drawn_on or device
+        self._generator = torch.Generator(self._drawn_on).manual_seed(0)
         self._tensors: dict[tuple[str, torch.dtype], list[Tensor]] = {}
 
     def layout(self, k: int) -> Layout:
@@ -64,7 +80,11 @@ class Data:
 
     def fill(self, tensor: Tensor, scale: float) -> Tensor:
         """Fill with normally distributed numbers."""
-        return tensor.normal_(0.0, scale, generator=self._generator)
+        drawn = tensor
+        if self._drawn_on != self.device:
+            drawn = torch.empty_like(tensor, device=self._drawn_on)
+        drawn.normal_(0.0, scale, generator=self._generator)
+        return drawn if drawn is tensor else tensor.copy_(drawn)
 
     def renew(self, *lists: Sequence[Tensor]) -> None:
         """Draw parameters or state anew: a thousand timed runs have driven them far off."""
@@ -75,15 +95,16 @@ class Data:
         """What peers might send: `plan.k` distinct, ascending indices each."""
         step = plan.totalk // plan.k
         shape = (plan.chunks, peers, plan.k)
-        options = {"device": self.device, "generator": self._generator}
+        options = {"device": self._drawn_on, "generator": self._generator}
         index = torch.randint(0, step, shape, dtype=torch.int32, **options)
-        index += step * torch.arange(plan.k, dtype=torch.int32, device=self.device)
+        index += step * torch.arange(plan.k, dtype=torch.int32, device=self._drawn_on)
         if signs:
             values = torch.randint(0, 2, shape, dtype=torch.uint8, **options).view(torch.bool)
         else:
             values = self.fill(torch.empty(shape, dtype=self.dtype, device=self.device), RATE)
         flat = (plan.chunks, peers * plan.k)
-        return Entries(index.to(plan.index_dtype).view(flat), values.view(flat), peers == 1)
+        index = index.to(plan.index_dtype).view(flat).to(self.device)
+        return Entries(index, values.view(flat).to(self.device), peers == 1)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A whole train step of a Llama with AdamW and with DisTrO, taking turns on one device.
 
 Both have the same model with the same random weights in bfloat16, the same batch, and clip to a
-norm of 1. DisTrO works as in Psyche's train loop: look ahead, forward and backward, compress, apply
-what the previous step has given.
+norm of 1. DisTrO works as in `train`: look ahead, forward and backward, compress and pack, then
+check, unpack and apply the message of the step before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from benchmarks.common import percentiles
 from benchmarks.step_cases import DECAY, RATE, WEIGHT_DECAY, release
-from psyche_fast.distro import Distro
+from psyche_fast.distro import DistroStep
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.plan import Entries
 
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -28,6 +30,8 @@ LLAMA_1B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
 }  # fmt: skip
 MAX_NORM = 1.0
+PEERS = 2
+"""Messages that DisTrO applies in a step, all of them its own."""
 
 
 def llama(settings: dict[str, int], length: int) -> transformers.LlamaConfig:
@@ -112,35 +116,41 @@ class AdamW(Side):
 
 
 class DisTrO(Side):
-    """DisTrO, k = 8, with a fused look-ahead and float32 delta."""
+    """DisTrO, k = 8, with float32 delta, and signs that travel as messages."""
 
     def __init__(
         self, config: transformers.LlamaConfig, device: torch.device, backend: str
     ) -> None:
         super().__init__(config, device)
-        self.distro = Distro(
+        self.distro = DistroStep(
             self.model.named_parameters(),
             compression_decay=DECAY,
             compression_chunk=64,
             compression_topk=8,
             weight_decay=WEIGHT_DECAY,
-            fused=True,
             backend=backend,
         )
-        self.own: Any = None
+        self._format = MessageFormat(self.distro.layout, self.distro.backends, signs=True)
+        self._own: list[Entries] | None = None
+        self._sent: Tensor | None = None
 
     def before(self) -> None:
         """Look ahead."""
-        self.distro.error_correction(RATE)
+        self.distro.look_ahead(RATE)
 
     def update(self) -> None:
-        """Compress, with the clip factor on the device, and apply the previous result."""
+        """Compress, with the clip factor on the device, and apply the previous messages."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True).float()
         scale = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
-        sent = self.own
-        self.own = self.distro.generate(sent, RATE, RATE, grad_scale=scale)
-        self.distro.apply([self.own if sent is None else sent], RATE)
+        before = self._sent
+        self._own = self.distro.compress(self._own, RATE, grad_scale=scale)
+        self._sent = self._format.pack(self._own)
+        messages = (self._sent if before is None else before).expand(PEERS, -1).contiguous()
+        entries, faults = self._format.unpack(messages)
+        if entries is None:
+            raise RuntimeError(f"the own message is refused: {faults}")
+        self.distro.update(entries, RATE)
 
 
 SIDES: dict[str, Callable[..., Side]] = {"AdamW": AdamW, "DisTrO": DisTrO}

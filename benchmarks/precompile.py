@@ -5,16 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from triton.errors import TritonError
 
 from benchmarks import bench_kernels, step_cases, sweeps
+from benchmarks.common import as_fault, device_here, unusable
 from benchmarks.kernel_data import Data
 from benchmarks.shapes import SETS
 from psyche_fast.kernels import autotune, tuning
@@ -36,69 +38,116 @@ def jobs(tiny: bool) -> list[Job]:
     return list({job[0]: job for job in reversed(found)}.values()) if tiny else found
 
 
-def run(tiny: bool, left: Callable[[], float]) -> list[str]:
-    """Run every job once on a few chunks; what cannot run is returned, not raised.
+def run(
+    todo: list[Job], left: Callable[[], float], compile_job: Callable[[Job], str | None]
+) -> list[str]:
+    """Do every job once; what cannot be done is returned, not raised.
+
+    A job whose process dies, or becomes unusable, is a fault like another; what comes after it
+    runs in a new process.
 
     Args:
-        tiny: dry run.
-        left: seconds left; what has not begun when they are over is dropped.
+        todo: the jobs.
+        left: seconds left; what has not ended when they are over is dropped.
+        compile_job: does a job, and returns what went wrong; a module's function.
     """
-    processes = 1 if tiny else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
+    cores = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2, len(todo)))
+    waiting = iter(todo)
+    with ThreadPoolExecutor(cores) as threads:
+        parts = [threads.submit(_several, waiting, left, compile_job) for _ in range(cores)]
+    return list(chain(*(part.result() for part in parts)))
+
+
+def _several(
+    waiting: Iterator[Job], left: Callable[[], float], compile_job: Callable[[Job], str | None]
+) -> list[str]:
+    """Take jobs one after the other, and have a process do them."""
     faults = []
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(compile_one, job) for job in jobs(tiny)]
+    worker: tuple[BaseProcess, Connection] | None = None
+    for job in waiting:
+        if left() <= 0:
+            faults.append(f"{job}: left out for time")
+            continue
+        worker = worker or _start(compile_job)
+        process, pipe = worker
         try:
-            for done in as_completed(waiting, timeout=left()):
-                faults += done.result()
-        except TimeoutError:
-            faults.append(f"{sum(not f.done() for f in waiting)} were left out for time")
-            pool.shutdown(wait=False, cancel_futures=True)
+            pipe.send(job)
+            if pipe.poll(max(0.0, left())):
+                fault, usable = pipe.recv()
+            else:
+                fault, usable = "not done in time", False
+        except (EOFError, OSError):
+            process.join(5)
+            fault, usable = f"its process ended with status {process.exitcode}", False
+        if fault is not None:
+            faults.append(f"{job}: {fault}")
+        if not usable:
+            process.kill()
+            worker = None
+    if worker is not None:
+        worker[1].close()
+        worker[0].join()
     return faults
 
 
-def count(tiny: bool) -> int:
-    """Number of jobs."""
-    return len(jobs(tiny))
+def _start(compile_job: Callable[[Job], str | None]) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, compile_job), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(pipe: Connection, compile_job: Callable[[Job], str | None]) -> None:
+    """In a process of its own: do jobs until the other end is closed."""
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        fault = compile_job(job)
+        pipe.send((fault, not (fault and unusable(device_here()))))
+
+
+def compile_one(job: Job) -> str | None:
+    """Run one job on a few chunks; the fault, if it cannot run."""
+    try:
+        _run(job, _data())
+    except Exception as error:  # that registers or shared memory do not suffice, say
+        return str(as_fault(error)["fault"])
+    return None
 
 
 @cache
 def _data() -> Data:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Data(SETS["tiny"], device, torch.bfloat16)
+    return Data(SETS["tiny"], device_here(), torch.bfloat16)
 
 
-def compile_one(job: Job) -> list[str]:
-    """Run one job; the fault, if it cannot run with its options."""
+def _run(job: Job, data: Data) -> None:
     kind, i, j, k = job
-    data = _data()
     backend = "triton" if data.device.type == "cuda" else "interpret"
-    try:
-        if kind == "kernel":
-            bench_kernels.CASES[i].build(data, backend).calls[backend]()
-        elif kind == "step":
-            stepper = step_cases.Stepper(
-                step_cases.CASES[i], data.shapes, data.device, backend, data.dtype
-            )
-            for _ in range(2):
-                stepper.step()
-        elif kind == "sweep":
-            sweep = sweeps.SWEEPS[i]
-            work = sweep.builds[j][1](data, backend)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "table.toml"
+    if kind == "kernel":
+        bench_kernels.CASES[i].build(data, backend).calls[backend]()
+    elif kind == "step":
+        stepper = step_cases.Stepper(
+            step_cases.CASES[i], data.shapes, data.device, backend, data.dtype
+        )
+        for _ in range(2):
+            stepper.step()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "table.toml"
+            if kind == "sweep":
+                sweep = sweeps.SWEEPS[i]
+                work = sweep.builds[j][1](data, backend)
                 with sweeps.applied(sweep, sweep.settings[k], path, data.device):
                     work.calls[backend]()
-        else:
-            kernel = list(autotune.SEARCH)[i]
-            changes = list(chain(*autotune.SEARCH[kernel]))[j]
-            options = {**tuning.options(kernel, data.device), **changes}
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "table.toml"
-                gpu = autotune.gpu_name(data.device)
-                with autotune.using(path, gpu, {kernel: options}):
+            else:
+                kernel = list(autotune.SEARCH)[i]
+                changes = list(chain(*autotune.SEARCH[kernel]))[j]
+                options = {**tuning.options(kernel, data.device), **changes}
+                with autotune.using(path, autotune.gpu_name(data.device), {kernel: options}):
                     workload(kernel, data.device, backend, 1).run()
-        if data.device.type == "cuda":
-            torch.cuda.synchronize()
-    except TritonError as error:  # registers or shared memory do not suffice
-        return [f"{job}: {str(error).splitlines()[0]}"]
-    return []
+    if data.device.type == "cuda":
+        torch.cuda.synchronize()

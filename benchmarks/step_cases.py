@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import launches, milliseconds, percentiles
+from benchmarks.common import device_times, milliseconds, percentiles
 from benchmarks.plain_demo import PlainDeMo
 from benchmarks.shapes import SETS, Shapes, elements
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, DistroStep
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.plan import Entries
 
 RATE = 4e-4
 DECAY = 0.999
@@ -24,34 +26,51 @@ Step = Callable[[], object]
 
 
 class DistroLoop:
-    """`Distro` in the order of Psyche's train loop, without the model in between.
+    """`DistroStep` as a train step uses it, without the model in between; nothing waits.
 
     With `static` the own result is handed on in memory that stays where it is, as a CUDA graph
-    needs it.
+    needs it. With `message` what is applied has travelled: it is packed, then checked and unpacked,
+    which waits once.
     """
 
-    def __init__(self, parameters: list[Tensor], *, static: bool = False, **options: Any) -> None:
-        named = {f"{i:04}": p for i, p in enumerate(parameters)}
-        self.distro = Distro(
-            named,
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        *,
+        static: bool = False,
+        message: bool = False,
+        **options: Any,
+    ) -> None:
+        self.distro = DistroStep(
+            {f"{i:04}": p for i, p in enumerate(parameters)},
             compression_decay=DECAY,
             compression_chunk=64,
             weight_decay=WEIGHT_DECAY,
             **options,
         )
-        self.own: Any = None
+        self.own: list[Entries] | None = None
         self._static = static
+        self._format = None
+        if message:
+            self._format = MessageFormat(self.distro.layout, self.distro.backends, signs=False)
 
     def step(self) -> None:
         """One step, with the own result as the only peer's."""
-        self.distro.error_correction(RATE)
-        new = self.distro.generate(self.own, RATE, RATE)
-        self.distro.apply([new], RATE)
+        self.distro.look_ahead(RATE)
+        new = self.distro.compress(self.own, RATE)
+        self.distro.update(new if self._format is None else self._sent(self._format, new), RATE)
         if self._static and self.own is not None:
-            torch._foreach_copy_([r.sparse_idx for r in self.own], [r.sparse_idx for r in new])
-            torch._foreach_copy_([r.sparse_val for r in self.own], [r.sparse_val for r in new])
+            for kept, entries in zip(self.own, new, strict=True):
+                kept.indices.copy_(entries.indices)
+                kept.values.copy_(entries.values)
         else:
             self.own = new
+
+    def _sent(self, form: MessageFormat, entries: list[Entries]) -> list[Entries]:
+        received, faults = form.unpack(form.pack(entries)[None])
+        if received is None:
+            raise RuntimeError(f"the own message is refused: {faults}")
+        return received
 
 
 @dataclass(frozen=True)
@@ -123,18 +142,12 @@ CASES = (
     StepCase("AdamW fused, fp32", _adamw, 7, 0, FP32),
     StepCase("AdamW fused, bf16", _adamw, 7, 0, BF16),
     StepCase("SGD fused", _sgd, 3, 0),
-    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True), 4, 12, ours=True),
-    StepCase(
-        "Distro k=32, fused look-ahead", _distro(32, fused=True), 4, 12, ours=True, quick=False
-    ),
-    StepCase(
-        "Distro k=8, fused look-ahead, bf16 delta",
-        _distro(8, fused=True, delta_dtype=BF16), 4, 6, ours=True, quick=False,
-    ),
     StepCase("Distro k=8", _distro(8), 4, 12, ours=True, quick=False),
+    StepCase("Distro k=32", _distro(32), 4, 12, ours=True, quick=False),
     StepCase(
-        "Distro k=8, no master copy", _distro(8, master_copy=False), 5, 12, ours=True, quick=False
+        "Distro k=8, bf16 delta", _distro(8, delta_dtype=BF16), 4, 6, ours=True, quick=False
     ),
+    StepCase("Distro k=8, through a message", _distro(8, message=True), 4, 12, ours=True),
     StepCase("DeMo k=8", _demo(8), 3, 8, ours=True),
     StepCase("DeMo k=32", _demo(32), 3, 8, ours=True, quick=False),
     StepCase("plain DeMo k=8", _plain(8), 5, 0),
@@ -229,8 +242,8 @@ def measure(
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     stepper = Stepper(case, shapes, device, backend, dtype)
     record["ms"] = percentiles(milliseconds(stepper.step, device, budget_ms=budget_ms))
-    record["launches"] = launches(stepper.step, device)
-    record["floor_fraction"] = record["floor_ms"] / record["ms"]["p50"]
+    record |= device_times(stepper.step, device)
+    record["floor_fraction"] = record["floor_ms"] / (record["device_ms"] or record["ms"]["p50"])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -243,10 +256,7 @@ def measure(
     return record
 
 
-GRAPHS = (
-    StepCase("Distro k=8, fused look-ahead", _distro(8, fused=True, static=True), 4, 12),
-    StepCase("DeMo k=8", _demo(8), 3, 8),
-)
+GRAPHS = (StepCase("Distro k=8", _distro(8, static=True), 4, 12),)
 
 
 def measure_graph(
@@ -262,8 +272,9 @@ def measure_graph(
 
     Parameters are in bfloat16. On a CPU, which has no graphs, the step itself stands in for one.
     """
+    warming = 2 if device.type == "cuda" else 1
     eager, graphed = (Stepper(case, SETS[checked_on], device, backend, BF16) for _ in range(2))
-    for _ in range(2):
+    for _ in range(warming):
         eager.step()
         graphed.step()
     replay = capture(graphed.step, device)
@@ -282,7 +293,7 @@ def measure_graph(
     del eager, graphed, replay
     release(device)
     stepper = Stepper(case, SETS[layers], device, backend, BF16)
-    for _ in range(2):
+    for _ in range(warming):
         stepper.step()
     replay = capture(stepper.step, device)
     record["ms"] = percentiles(milliseconds(replay, device, budget_ms=budget_ms))
@@ -315,6 +326,8 @@ HEADER = (
 
 def line(record: dict[str, Any]) -> str:
     """One line of the table."""
+    if "fault" in record:
+        return f"{record['name']:<42} FAULT {record['fault']}"
     if "ms" not in record:
         return f"{record['name']:<42} WRONG {record['check']}"
     times = " ".join(f"{record['ms'][p]:9.3f}" for p in ("p20", "p50", "p80"))

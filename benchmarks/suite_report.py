@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SHOWN = 8
+"""Faults of a section in the table."""
+
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """Write whole or not at all: a kill in between leaves the old one."""
@@ -19,11 +22,28 @@ def table(report: dict[str, Any]) -> str:
     """What was measured beside what the project aims at on an H200."""
     sections = report["sections"]
     lines = [f"{name:>12}  {_status(section)}" for name, section in sections.items()]
+    lines += _faults(sections)
     lines.append("")
     lines += [f"{what:<58} {got:>14}  {aim}" for what, got, aim in _figures(sections)]
     if report["tiny"]:
         lines.append("\na dry run through the interpreter: its times mean nothing")
     return "\n".join(lines)
+
+
+def _faults(sections: dict[str, Any]) -> Iterator[str]:
+    """Cases that have failed or are wrong, the first of each section."""
+    for name, section in sections.items():
+        bad = [f"{r['name']}: {r['fault']}" for r in section.get("records", []) if "fault" in r]
+        bad += [
+            f"{r['name']}: WRONG {r['check']}"
+            for r in section.get("records", [])
+            if "check" in r and not r["check"]["ok"]
+        ]
+        bad += section.get("faults", []) + section.get("failed", [])
+        for text in bad[:SHOWN]:
+            yield f"{name:>12}  {text.splitlines()[0][:200]}"
+        if len(bad) > SHOWN:
+            yield f"{name:>12}  and {len(bad) - SHOWN} more"
 
 
 def _status(section: dict[str, Any]) -> str:
@@ -36,6 +56,9 @@ def _status(section: dict[str, Any]) -> str:
     for key in ("reason", "error"):
         if key in section:
             text += f": {str(section[key]).strip().splitlines()[-1]}"
+    faults = sum("fault" in r for r in section.get("records", []))
+    if faults:
+        text += f", {faults} faults"
     if "left_out" in section:
         text += f", {len(section['left_out'])} left out for time"
     return text
@@ -46,7 +69,7 @@ def _figures(sections: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if "copy_gb_per_s" in sections["environment"]:
         yield "large copy", f"{sections['environment']['copy_gb_per_s']:.0f} GB/s", ""
     for record in sections["kernels"].get("records", []):
-        if record["implementation"] in ("triton", "interpret") and "ms" in record:
+        if record.get("implementation") in ("triton", "interpret") and "ms" in record:
             name = f"{record['kernel']} {record['variant']}"
             aim = record["target_us_per_million"]
             text = f"{aim} us/M; " if aim else ""
@@ -69,7 +92,7 @@ def _steps(sections: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for record in sections["graph"].get("records", []):
         if "ms" in record:
             yield f"step as a CUDA graph: {record['name']}", f"{record['ms']['p50']:.3f} ms", ""
-    ours = "Distro k=8, fused look-ahead"
+    ours = "Distro k=8"
     pairs = (
         (ours, "AdamW fused, fp32", "<= 1"),
         (ours, "AdamW fused, bf16", "<= 1.3"),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from triton.errors import TritonError
@@ -20,7 +18,6 @@ from benchmarks.common import milliseconds, percentiles
 from benchmarks.kernel_data import Data, Work
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.autotune import gpu_name, using
-from psyche_fast.kernels.triton import operations
 
 Options = dict[str, Any]
 
@@ -33,13 +30,15 @@ class Sweep:
         name: what is varied.
         kernel: the section of the tuning table that the settings are for.
         builds: label and maker of what is timed.
-        settings: options that are set, the rest as they are; "num_stages" is none of the table's.
+        settings: options that are set, the rest as they are.
+        quick: part of a dry run.
     """
 
     name: str
     kernel: str
     builds: tuple[tuple[str, Callable[[Data, str], Work]], ...]
     settings: tuple[Options, ...]
+    quick: bool = True
 
 
 def _encode(*ks: int) -> tuple[tuple[str, Callable[[Data, str], Work]], ...]:
@@ -79,18 +78,11 @@ SWEEPS = (
         ({"tiles": 4, "num_warps": 4}, {"tiles": 8, "num_warps": 8}, {"tiles": 8, "num_warps": 4}),
     ),
     Sweep(
-        "prefetch: stages of the loop over tiles", "apply", _APPLY,
-        tuple({"num_stages": n} for n in (1, 2, 3)),
-    ),
-    Sweep(
-        "prefetch: stages of the loop over tiles", "lookahead", _LOOKAHEAD,
-        tuple({"num_stages": n} for n in (1, 2, 3)),
-    ),
-    Sweep(
         "warps", "apply", _APPLY, ({"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}),
     ),
     Sweep(
         "entries at once", "apply", _MANY, tuple({"entries": n} for n in (512, 1024, 2048)),
+        quick=False,
     ),
     Sweep(
         "programs per multiprocessor", "lookahead", _LOOKAHEAD,
@@ -102,78 +94,76 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def run(
+def cases(
     data: Data, backend: str, *, budget_ms: float = 100.0, quick: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Measure everything, most wanted first.
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Everything that is to be measured, most wanted first.
 
     Args:
         data: what on.
         backend: of the kernels.
         budget_ms: about how long each setting is timed.
-        quick: only one setting of each sweep, and one of what is timed.
+        quick: only one setting of each quick sweep, and one of what is timed.
 
     Yields:
-        A record per setting: with times if its results were right, with "fault" if it cannot run.
+        A name for each setting, and what measures it. Data is made by the first that is called.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = (Path(folder) / f"{number}.toml" for number in count())
-        for sweep in SWEEPS:
-            default = tuning.options(sweep.kernel, data.device)
-            for label, build in sweep.builds[: 1 if quick else None]:
-                work = build(data, backend)
-                for changes in sweep.settings[-1 if quick else None :]:
-                    usual = {**default, "num_stages": 1}
-                    record: dict[str, Any] = {
-                        "sweep": sweep.name, "kernel": sweep.kernel, "case": label,
-                        "options": changes, "default": changes.items() <= usual.items(),
-                    }  # fmt: skip
-                    with applied(sweep, changes, next(files), data.device):
-                        yield record | _measured(work, backend, data, budget_ms)
-                del work
+    for sweep in SWEEPS:
+        if quick and not sweep.quick:
+            continue
+        for label, build in sweep.builds[: 1 if quick else None]:
+            work = cache(partial(build, data, backend))
+            for changes in sweep.settings[-1 if quick else None :]:
+                options = ", ".join(f"{k} = {v!r}" for k, v in changes.items())
+                call = partial(measure, sweep, label, changes, work, backend, data, budget_ms)
+                yield f"{sweep.name}: {label} {options}".rstrip(), call
+
+
+def measure(
+    sweep: Sweep,
+    label: str,
+    changes: Options,
+    work: Callable[[], Work],
+    backend: str,
+    data: Data,
+    budget_ms: float,
+) -> dict[str, Any]:
+    """Measure one setting; no times where its results are wrong, "refused" if it cannot run."""
+    usual = tuning.options(sweep.kernel, data.device)
+    record: dict[str, Any] = {
+        "sweep": sweep.name, "kernel": sweep.kernel, "case": label,
+        "options": changes, "default": changes.items() <= usual.items(),
+    }  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        applied(sweep, changes, Path(folder) / "table.toml", data.device),
+    ):
+        try:
+            record["check"] = work().check(backend)
+        except TritonError as error:  # registers or shared memory do not suffice
+            return record | {"refused": str(error).splitlines()[0]}
+        if not record["check"]["ok"]:
+            return record
+        call = work().calls[backend]
+        record["ms"] = percentiles(milliseconds(call, data.device, budget_ms=budget_ms))
+    return record | {"gb_per_s": work().bytes / record["ms"]["p50"] / 1e6}
 
 
 @contextmanager
 def applied(sweep: Sweep, changes: Options, path: Path, device: torch.device) -> Iterator[None]:
     """Within, the sweep's kernel runs with these options; `path` is a new file's."""
-    table = {k: v for k, v in changes.items() if k != "num_stages"}
-    options = {**tuning.options(sweep.kernel, device), **table}
-    with (
-        using(path, gpu_name(device), {sweep.kernel: options}),
-        _stages(changes.get("num_stages")),
-    ):
+    options = {**tuning.options(sweep.kernel, device), **changes}
+    with using(path, gpu_name(device), {sweep.kernel: options}):
         yield
-
-
-def _measured(work: Work, backend: str, data: Data, budget_ms: float) -> dict[str, Any]:
-    try:
-        check = work.check(backend)
-    except TritonError as error:  # registers or shared memory do not suffice
-        return {"fault": str(error).splitlines()[0]}
-    if not check["ok"]:
-        return {"check": check}
-    ms = percentiles(milliseconds(work.calls[backend], data.device, budget_ms=budget_ms))
-    return {"check": check, "ms": ms, "gb_per_s": work.bytes / ms["p50"] / 1e6}
-
-
-def _stages(stages: int | None) -> AbstractContextManager[Any]:
-    """Within, kernels are launched with so many stages; the table does not offer that."""
-    if stages is None:
-        return nullcontext()
-    original = operations.launch_options
-
-    def with_stages(kernel: str, device: torch.device) -> tuple[Options, Options]:
-        ours, own = original(kernel, device)
-        return {**ours, "num_stages": stages}, own
-
-    return mock.patch.object(operations, "launch_options", with_stages)
 
 
 def line(record: dict[str, Any]) -> str:
     """One line of the table."""
+    if "fault" in record:
+        return f"{record['name']:<81} FAULT {record['fault']}"
     options = ", ".join(f"{k} = {v!r}" for k, v in record["options"].items())
     start = f"{record['case']:<18} {options:<62}"
     if "ms" not in record:
-        return f"{start} {record.get('fault') or record.get('check')}"
+        return f"{start} {record.get('refused') or record['check']}"
     mark = "  (default)" if record["default"] else ""
     return f"{start} {record['ms']['p50']:9.3f} ms {record['gb_per_s']:8.1f} GB/s{mark}"

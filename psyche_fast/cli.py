@@ -296,29 +296,24 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
 
 
 @cli.command()
-@click.option("--target", "targets", multiple=True, metavar="GPU",
-              help="sm_80, sm_90, sm_100, sm_120 or gfx942; left out: all")  # fmt: skip
-@click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
-              help="only kernels with this in their name")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-@click.option("--check", is_flag=True, help="compare with the limits; status 1 if one is exceeded")
-@click.option("--update-limits", is_flag=True, help="set the limits to what is measured")
-@click.option("--lines", metavar="TEXT", help="instructions of one kernel by line of its source")
 @click.option("--autotune", is_flag=True, help="measure launch options on this machine's GPU")
+@click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
+              help="with --autotune: only kernels with this in their name")  # fmt: skip
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="tuning.toml",
               show_default=True, help="with --autotune: file that takes them")  # fmt: skip
 @click.option("--device", default="cuda", show_default=True, help="with --autotune: which GPU")
-def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
-    """Say which kernels run here and why, compile them and print what they cost. Needs no GPU."""
+def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) -> None:
+    """Say which kernels run here and why, or tune them for this machine's GPU."""
     if not autotune:
-        from psyche_fast.kernels.report import report
+        from psyche_fast.kernels.here import describe, what_runs_here
 
-        report(**options)
+        for line in describe(what_runs_here()):
+            click.echo(line)
         return
     from psyche_fast.kernels import autotune as tuner
 
     chosen = tuner.gpu_of(device)
-    table = tuner.autotune(chosen, options["kernels"] or None)
+    table = tuner.autotune(chosen, kernels or None)
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
     click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
@@ -326,8 +321,13 @@ def kernels(autotune: bool, out: Path, device: str, **options: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
+    run_command(cli, "psyche-fast", argv)
+
+
+def run_command(command: click.Command, name: str, argv: list[str] | None) -> None:
+    """Run a command of this project; an error of the run or of the user's is said in one line."""
     try:
-        cli.main(args=argv, prog_name="psyche-fast", standalone_mode=False)
+        command.main(args=argv, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

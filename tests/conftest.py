@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked `gpu` where there is none; only marked tests may start processes."""
+    """Skips tests for another machine (`gpu`, `no_gpu`); only marked tests may start processes."""
     groups.allowed = item.get_closest_marker("processes") is not None
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("no_gpu") is not None and torch.cuda.is_available():
+        pytest.skip("cannot hold where there is a CUDA GPU")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from psyche_fast import cli
-from psyche_fast.config import RunConfig
+from psyche_fast.config import FLAGS, RunConfig, read_toml
 from tests.tiny import save_llama, save_tokens
 
 
@@ -27,6 +27,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "twice.toml").write_text("total_batch = 3\ntotal-batch = 4\n")
     (folder / "types.toml").write_text('total_batch = "3"\n')
     (folder / "good.toml").write_text("total-batch = 6\nlearning_rate = 0.5\n")
+    (folder / "section.toml").write_text("[modle]\nmodel = 'x'\n")
+    (folder / "elsewhere.toml").write_text("[model]\ntotal_batch = 3\n")
+    (folder / "both.toml").write_text("total_batch = 3\n[run]\ntotal_batch = 3\n")
     return folder
 
 
@@ -62,7 +65,7 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--attn-implementation", "flash_attention_2"], "flash_attention_2"),
         (["--param-dtype", "float16"], "'float16' is not one of"),
         (["--device", "tpu"], "wanted auto, cpu, cuda, cuda:N or cuda:X,Y, got 'tpu'"),
-        (["--device", "cuda:0,1"], "no CUDA device"),
+        pytest.param(["--device", "cuda:0,1"], "no CUDA device", marks=pytest.mark.no_gpu),
         (["--python-arch", "Torchtitan"], "Torchtitan"),
         (["--replicas", "2"], "--replicas 2 needs --distro"),
         (["--replicas", "0"], "--replicas must be at least 1"),
@@ -71,7 +74,7 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--save-path", "{place}/data"], "is there already"),
         (["--save-path", "."], "is there already"),
         (["--tracker", "wandb"], "--tracker wandb is not installed"),
-        (["--liger"], "--liger needs a CUDA device"),
+        pytest.param(["--liger"], "--liger needs a CUDA device", marks=pytest.mark.no_gpu),
         (["--tensor-parallelism", "3"], "does not divide the model's num_attention_heads, 4"),
         (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
         (["--python-arch", "broken:build"], "'broken:build' cannot be imported"),
@@ -82,6 +85,13 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--micro-batch", "many"], "'many' is not a valid integer"),
         (["--config", "{place}/bad.toml"], "no key 'total_bach'; did you mean 'total_batch'?"),
         (["--config", "{place}/types.toml"], "total_batch: Expected `int`, got `str`"),
+        (["--config", "{place}/section.toml"], "no table [modle]; did you mean 'model'?"),
+        (["--config", "{place}/elsewhere.toml"], "'total_batch' is in [model], not [run]"),
+        (["--config", "{place}/both.toml"], "key 'total_batch' appears twice"),
+        (["--seed", "-1"], "--seed must be in [0, 4294967296), got -1"),
+        (["--port", "65536"], "--port must be in [0, 65536), got 65536"),
+        (["--sequence-length", "1"], "--sequence-length must be at least 2, got 1"),
+        (["--offload-delta"], "--offload-delta needs --distro"),
         (["--config", "{place}/nowhere.toml"], "No such file"),
         (["--host", "192.0.2.1"], "cannot listen"),
         (["--no-such-flag"], "No such option"),
@@ -131,7 +141,7 @@ def test_the_seeds_command_line_is_understood(
 
 
 def test_defaults_are_those_of_psyches_train_example() -> None:
-    config = RunConfig()
+    config = RunConfig().to_dict()
     expected = {
         "sequence_length": 2048, "token_size": 2, "micro_batch": 8, "total_batch": 256,
         "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "learning_rate": 4e-4,
@@ -139,7 +149,30 @@ def test_defaults_are_those_of_psyches_train_example() -> None:
         "compression_topk": 4, "compression_decay": 0.999, "attn_implementation": "auto",
         "start_step": 1, "python_arch": "HfAuto", "device": "auto",
     }  # fmt: skip
-    assert {name: getattr(config, name) for name in expected} == expected
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_files_are_flat_or_nested_and_give_back_what_was_written(tmp_path: Path) -> None:
+    config = RunConfig.of(
+        model="m", distro=True, replicas=2, seed=7, learning_rate=0.25, output="o", beta1=0.5
+    )
+    nested, flat = tmp_path / "nested.toml", tmp_path / "flat.toml"
+    nested.write_text(config.to_toml())
+    assert "[model]\nmodel = " in nested.read_text()
+    # As runs wrote it before there were tables, in any order.
+    lines = [line for line in config.to_toml().splitlines() if line and not line.startswith("[")]
+    flat.write_text("\n".join(reversed(lines)))
+    for file in (nested, flat):
+        assert RunConfig.of(**read_toml(str(file))) == config
+
+
+def test_every_range_that_is_declared_is_checked_by_the_name_of_its_flag() -> None:
+    numbers = {n: f.kind for n, f in FLAGS.items() if f.kind in (int, float)}
+    assert len(numbers) > 20
+    for name, kind in numbers.items():
+        with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} must be ") as error:
+            RunConfig.of(**{"distro": True, name: kind(-1)})
+        assert str(error.value).endswith(f"got {kind(-1)}")
 
 
 def test_help_is_instant() -> None:

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from psyche_fast.batch import Batch
+from psyche_fast.compat import (
+    FakeStore,
+    FakeTensorMode,
+    StorageWeakRef,
+    TorchDispatchMode,
+    storage_key,
+    tree_leaves,
+)
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
@@ -107,11 +110,11 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # what it does inside comes back here
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self._made:
+            if isinstance(t, Tensor) and (key := storage_key(t)) not in self._made:
                 self._given.add(key)
         new = False
         for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self._given:
+            if isinstance(t, Tensor) and (key := storage_key(t)) not in self._given:
                 known = self._made.get(key)
                 if known is None or known[0].expired():
                     storage = t.untyped_storage()

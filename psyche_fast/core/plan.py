@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.data import Dataset, open_dataset
+from psyche_fast.distro.chunks import chunk_side
+from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
@@ -18,6 +24,7 @@ from psyche_fast.models.source import (
     ModelSummary,
     check_model,
     resolve_model,
+    tensor_shapes,
     text_config,
     vocabulary_size,
 )
@@ -92,6 +99,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         threads=threads,
     )
     summary = _summary(config, resolved, model, dataset, devices)
+    if config.optimizer.distro and not on_cpu:
+        summary += (_kernels(config, devices.devices[0], tensor_shapes(source).values()),)
     return Plan(config, resolved, source, dataset, devices, summary)
 
 
@@ -123,6 +132,24 @@ def _summary(
         f"training {method}, {config.model.param_dtype}, {resolved.model.attn_implementation} "
         f"attention, {math.ceil(rows / parallelism.replicas)} sequences per replica and step",
     )
+
+
+def _kernels(config: RunConfig, device: torch.device, shapes: Iterable[tuple[int, ...]]) -> str:
+    """Which kernels DisTrO's step takes on a GPU, and for what it cannot take the fast ones."""
+    name, reason = explain(device)
+    line = f"kernels  {name} ({reason})"
+    if name == "torch":
+        return line
+    chunk, dtype = config.optimizer.compression_chunk, getattr(torch, config.model.param_dtype)
+    hindered = []
+    for shape in shapes:
+        h, w = (chunk_side(size, chunk) for size in (1, 1, *shape)[-2:])
+        hindered.append(hindrance(h, w, dtype))
+    reasons = [reason for reason in hindered if reason is not None]
+    if not reasons:
+        return line
+    commonest, _ = Counter(reasons).most_common(1)[0]
+    return f"{line}; plain PyTorch for {len(reasons)} of {len(hindered)} tensors, most: {commonest}"
 
 
 def _splits(parallelism: Parallelism, on_cpu: bool, ranks_here: int) -> bool:

@@ -102,10 +102,11 @@ def autotune(
         record: is called with every trial.
 
     Returns:
-        For each kernel all its options, to be given to `write`.
+        For each kernel all its options, to be given to `write`; not for one that fails as it is.
 
     Raises:
         ValueError: no CUDA device, or an unknown kernel.
+        RuntimeError: every kernel fails as it is, or a setting has left the GPU unusable.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"autotuning needs a CUDA device, got {device}")
@@ -137,6 +138,7 @@ def tune(
 
     Raises:
         ValueError: an unknown kernel.
+        RuntimeError: every kernel fails as it is, or a setting has left the GPU unusable.
     """
     names = list(SEARCH) if kernels is None else list(kernels)
     for name in names:
@@ -144,6 +146,7 @@ def tune(
             raise ValueError(f"no kernel {name!r} to tune; known are {', '.join(SEARCH)}")
     gpu = gpu_name(device)
     table = {name: tuning.options(name, device) for name in SEARCH}
+    failed: dict[str, str | None] = {}
     show = _Progress(sum(1 + sum(map(len, SEARCH[name])) for name in names))
     with tempfile.TemporaryDirectory() as folder, show:
         files = (Path(folder) / f"{number}.toml" for number in count())
@@ -162,8 +165,16 @@ def tune(
                 show.tell(trial)
                 if record is not None:
                     record(trial)
+                if trial.milliseconds is None:
+                    if not trial.changes:
+                        failed[name] = trial.fault
+                    if device.type == "cuda":
+                        # Raises where the fault sticks to this process: nothing more would run.
+                        torch.cuda.synchronize(device)
             del work, attempt
-    return {name: table[name] for name in names}
+    if failed and failed.keys() == set(names):
+        raise RuntimeError("; ".join(f"{name}: {fault}" for name, fault in failed.items()))
+    return {name: table[name] for name in names if name not in failed}
 
 
 def _search(
@@ -173,9 +184,11 @@ def _search(
     deadline: float,
 ) -> Iterator[Trial]:
     """Try settings until the deadline (of `time.monotonic`), leaving the best in the table."""
-    from triton.errors import TritonError
-
-    fastest, expected = attempt(table[kernel])
+    try:
+        fastest, expected = attempt(table[kernel])
+    except Exception as error:
+        yield Trial(kernel, {}, None, _first_line(error))
+        return
     yield Trial(kernel, {}, fastest)
     for changes in chain(*SEARCH[kernel]):
         candidate = {**table[kernel], **changes}
@@ -185,8 +198,8 @@ def _search(
             return
         try:
             taken, result = attempt(candidate)
-        except TritonError as error:  # registers or shared memory do not suffice
-            yield Trial(kernel, changes, None, str(error).splitlines()[0])
+        except Exception as error:  # registers or shared memory do not suffice, say
+            yield Trial(kernel, changes, None, _first_line(error))
             continue
         if not all(_same_bits(a, b) for a, b in zip(result, expected, strict=True)):
             yield Trial(kernel, changes, taken, "other bits than without tuning")
@@ -195,6 +208,10 @@ def _search(
             fastest = taken
             table[kernel] = candidate
         yield Trial(kernel, changes, taken)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write(path: Path, gpu: str, table: dict[str, Options]) -> None:

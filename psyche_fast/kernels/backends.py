@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from types import ModuleType
@@ -12,6 +14,8 @@ import torch
 
 from psyche_fast.kernels import reference
 from psyche_fast.kernels.plan import ChunkPlan
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "torch", "interpret")
 ENVIRONMENT = "PSYCHE_FAST_KERNELS"
@@ -79,22 +83,43 @@ def resolve_backend(backend: str, device: torch.device | None = None) -> str:
 def backend_of(plan: ChunkPlan, backend: str) -> tuple[str, str]:
     """Like `explain`, for one chunk class: some only the reference can handle.
 
+    Where `"auto"` takes the reference on a GPU, a warning says so and why, once for each reason.
+
     Raises:
         ValueError: `backend`, or the environment, asks for kernels that cannot take this class.
     """
     name, reason = explain(plan.device, backend)
-    if name == "torch":
-        return name, reason
-    hindrance = None
-    if plan.dtype not in _TRITON_DTYPES:
-        hindrance = f"parameters are {plan.dtype}, the kernels take float32, bfloat16 and float16"
-    elif max(plan.h, plan.w) > MAX_SIDE:
-        hindrance = f"chunks are {plan.h} x {plan.w}, the kernels take sides of up to {MAX_SIDE}"
-    if hindrance is None:
-        return name, reason
-    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") == "auto":
-        return "torch", hindrance
-    raise ValueError(f"{reason}, but {hindrance}")
+    automatic = backend == "auto" and os.environ.get(ENVIRONMENT, "auto") == "auto"
+    if name != "torch":
+        hindered = hindrance(plan.h, plan.w, plan.dtype)
+        if hindered is None:
+            return name, reason
+        if not automatic:
+            raise ValueError(f"{reason}, but {hindered}")
+        name, reason = "torch", hindered
+    if automatic and plan.device.type == "cuda":
+        _warn_of_reference(reason)
+    return name, reason
+
+
+def hindrance(h: int, w: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take chunks of `h` x `w`; None where they can.
+
+    Args:
+        h: rows.
+        w: columns.
+        dtype: of the parameters.
+    """
+    if dtype not in _TRITON_DTYPES:
+        return f"parameters are {dtype}, the kernels take float32, bfloat16 and float16"
+    if max(h, w) > MAX_SIDE:
+        return f"chunks are {h} x {w}, the kernels take sides of up to {MAX_SIDE}"
+    return None
+
+
+@functools.cache  # once in a process
+def _warn_of_reference(reason: str) -> None:
+    log.warning("DisTrO's step runs in plain PyTorch, which is slow on a GPU: %s", reason)
 
 
 def _check_interpreter(source: str, device: torch.device) -> None:

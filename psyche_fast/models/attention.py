@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+
+from psyche_fast import compat
 
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
@@ -52,14 +53,11 @@ def _supported(model_type: str | None) -> tuple[bool, bool]:
     """Whether the architecture has flash attention and sdpa."""
     if model_type is None:
         return True, True
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     try:
-        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        model = compat.MODEL_FOR_CAUSAL_LM_MAPPING[compat.CONFIG_MAPPING[model_type]]
     except KeyError:  # not one of Transformers': it is the model's own affair
         return True, True
-    return bool(model._supports_flash_attn), bool(model._supports_sdpa)
+    return compat.supported_attention(model)
 
 
 def _imports() -> str | None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from psyche_fast.compat import sdpa_attention_forward, supported_attention
 
 SDPA_DOCUMENTS = "sdpa_documents"
 """The name under which Transformers finds it; no mask is made for names that it does not know."""
@@ -106,7 +107,8 @@ def _band(count: int, before: int, window: int, device: torch.device) -> Tensor 
 def takes_documents(model: PreTrainedModel) -> bool:
     """Whether a model may hand ``documents`` on to its layers, as it does flash attention's."""
     takes = inspect.signature(model.forward).parameters.values()
-    return model._supports_flash_attn and any(p.kind == p.VAR_KEYWORD for p in takes)
+    flash, _ = supported_attention(model)
+    return flash and any(p.kind == p.VAR_KEYWORD for p in takes)
 
 
 def goes_without_mask(model: PreTrainedModel, seen: set[str]) -> bool:

@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from psyche_fast import compat
+from psyche_fast.compat import CONFIG_MAPPING, WeightConverter, WeightRenaming
 from psyche_fast.models.building import parameters_on_meta
 from psyche_fast.models.source import check_huggingface_config
 from psyche_fast.models.weights import Conversion, LoadPlan
@@ -84,7 +77,7 @@ def _construct(
             ) from error
     model.tie_weights()
     # Some architectures want parts in fp32 whatever the rest is (as from_pretrained has it).
-    kept = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(param_dtype)]
+    kept = [re.compile(glob.replace("*", ".*")) for glob in compat.dtype_plan(model, param_dtype)]
     for name, param in model.named_parameters():
         if any(pattern.search(name) for pattern in kept):
             param.data = param.data.float()
@@ -102,15 +95,15 @@ def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
         names: the checkpoint's tensor names.
     """
     own = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
+    transforms = compat.get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     direct: dict[str, str] = {}
     groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unexpected = []
-    for name in sorted(names, key=dot_natural_key):  # experts in the order of their numbers
-        target, pattern = rename_source_key(
+    for name in sorted(names, key=compat.dot_natural_key):  # experts in the order of their numbers
+        target, pattern = compat.rename_source_key(
             name, renamings, converters, model.base_model_prefix, own
         )
         if target not in own and name in own:
@@ -123,8 +116,7 @@ def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
             group = groups.setdefault(target, (copy.deepcopy(by_pattern[pattern]), []))
             group[1].append((name, pattern))
     # What saving has to undo: only what this checkpoint needed.
-    used: Any = [t for t in transforms if t.was_used()]
-    model._weight_conversions = used
+    compat.set_weight_conversions(model, [t for t in transforms if t.was_used()])
     return LoadPlan(
         direct,
         [_conversion(model, target, *group) for target, group in groups.items()],
@@ -160,7 +152,7 @@ def _conversion(
 
 def _ignorable(model: PreTrainedModel, name: str) -> bool:
     """Whether a checkpoint may have it although the model has not: what is recomputed anyway."""
-    patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+    patterns = compat.ignored_on_load(model)[0]
     leaves = {buffer.rpartition(".")[2] for buffer, _ in model.named_buffers()}
     # Older checkpoints hold buffers, such as rotary frequencies, that are no longer saved.
     return name.rpartition(".")[2] in leaves - {"weight", "bias"} or any(
@@ -169,20 +161,19 @@ def _ignorable(model: PreTrainedModel, name: str) -> bool:
 
 
 def _optional(model: PreTrainedModel) -> frozenset[str]:
-    patterns = list(model._keys_to_ignore_on_load_missing or [])
+    patterns = compat.ignored_on_load(model)[1]
     buffers = {name for name, _ in model.named_buffers()}
     return frozenset(n for n in buffers if any(re.search(pattern, n) for pattern in patterns))
 
 
 def needs_reverting(model: PreTrainedModel) -> bool:
     """Whether the checkpoint's form of some tensors is made of several of the model's."""
-    used: Any = model._weight_conversions
-    return any(isinstance(t, WeightConverter) for t in used)
+    return any(isinstance(t, WeightConverter) for t in compat.weight_conversions(model))
 
 
 def revert(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of the checkpoint it came from."""
-    for name, tensor in revert_weight_conversion(model, tensors).items():
+    for name, tensor in compat.revert_weight_conversion(model, tensors).items():
         # Stacked experts come out as views of one tensor, which would be saved whole each.
         whole = tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes
         yield name, tensor if whole else tensor.clone()
@@ -209,11 +200,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
-    arguments = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(arguments)
-    else:  # its name before transformers 5.23
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    compat.checkpoint_activations(model)
 
 
 def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
@@ -225,12 +212,11 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"--liger needs a CUDA device, got {device.type}")
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+        apply, known = compat._apply_liger_kernel_to_instance, compat.MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         raise ValueError(
             f"--liger needs the liger_kernel package: pip install 'psyche-fast[liger]' ({error})"
         ) from error
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if model.config.model_type not in known:
         raise ValueError(f"--liger: Liger-Kernel has no kernels for {model.config.model_type}")
-    _apply_liger_kernel_to_instance(model=model)
+    apply(model=model)

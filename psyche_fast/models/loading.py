@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from psyche_fast import compat
 from psyche_fast.config import Model as ModelOptions
 from psyche_fast.models import building, huggingface, parallel, registry, weights
 from psyche_fast.models.attention import choose_attention
@@ -170,13 +171,10 @@ def _blocks(module: nn.Module, flag: str) -> Iterable[nn.Module]:
 
 
 def _compile_blocks(module: nn.Module) -> None:
-    import torch._dynamo  # takes a second: only for those who want it
-
     # Blocks of one class share their code, and with it dynamo's count of recompilations: kinds of
     # layers (sliding windows, with and without experts) times shapes of batches. Beyond the limit
     # it would go on without compiling.
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _RECOMPILE_LIMIT)
+    compat.allow_recompilations(_RECOMPILE_LIMIT)
     for block in _blocks(module, "--compile"):
         # The method, not the module: checkpointing and the hooks of FSDP2 and tensor parallelism
         # stay outside, and names stay as they are.

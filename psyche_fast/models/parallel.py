@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from psyche_fast.compat import block_classes
 from psyche_fast.distro.chunks import chunk_side
 
 # The usual compression_chunk, which is not known when a model is loaded. What is on the edges of
@@ -26,7 +27,7 @@ def blocks(module: nn.Module) -> dict[str, nn.Module]:
     Returns:
         modules by name, in order.
     """
-    hint = getattr(module, "fsdp_modules", None) or getattr(module, "_no_split_modules", None)
+    hint = getattr(module, "fsdp_modules", None) or block_classes(module)
     if hint:
         return {
             name: child

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from psyche_fast import compat
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -242,15 +244,13 @@ def check_huggingface_config(config: dict[str, Any]) -> None:
         ValueError: an unknown or missing ``model_type``, or quantised weights.
     """
     from transformers import __version__ as version
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
     if model_type is None:
         raise ValueError("--model: config.json has no model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if model_type not in compat.CONFIG_MAPPING_NAMES:
         raise ValueError(f"--model: transformers {version} does not know model_type {model_type!r}")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in compat.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"--model: model_type {model_type!r} is no causal language model")
     if config.get("quantization_config"):
         raise ValueError("--model: quantised weights cannot be trained; dequantise them first")

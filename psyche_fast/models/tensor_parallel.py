@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -27,8 +26,8 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils._pytree import tree_map_only
 
+from psyche_fast.compat import AsyncCollectiveTensor, tree_map_only
 from psyche_fast.sharding import local_tensor
 
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep"}

@@ -1,7 +1,7 @@
 """Model checkpoints as Hugging Face folders, written whole or not at all.
 
-``model.safetensors``, or numbered shards and their index, beside ``config.json``, generation
-config and tokenizer: what ``AutoModelForCausalLM.from_pretrained`` loads.
+`model.safetensors`, or numbered shards and their index, beside `config.json`, generation
+config and tokenizer: what `AutoModelForCausalLM.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at ``path`` complete and on disk, or not at all.
+    """A folder that appears at `path` complete and on disk, or not at all.
 
     Yields a temporary folder beside it. On success its files are synced and it takes the name; an
     older folder of that name is there until then, and on Linux's own file systems at every moment
@@ -91,7 +91,7 @@ def _sync(path: Path) -> None:
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor | None]], max_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes safetensors in shards of at most ``max_bytes`` (one tensor at least), holding one.
+    """Writes safetensors in shards of at most `max_bytes` (one tensor at least), holding one.
 
     Args:
         folder: where to.

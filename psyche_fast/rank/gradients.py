@@ -1,7 +1,7 @@
 """Gradients of one step: fp32 accumulation, their global norm and its clipping.
 
 Works on a mixture of plain tensors and DTensors of several meshes, where torch's own
-``clip_grad_norm_`` raises: parameters are taken by the mesh dimensions that shard them, one
+`clip_grad_norm_` raises: parameters are taken by the mesh dimensions that shard them, one
 squared sum each, added up over those dimensions only. Nothing here waits for the device.
 """
 
@@ -28,8 +28,8 @@ _ALIGNMENT = 64
 class Fp32Accumulator:
     """Adds up micro-batches' gradients in fp32, whatever the parameters' type.
 
-    After each backward ``add`` moves the gradients over and clears them; ``finish`` leaves the
-    sums as the parameters' ``.grad``, where they stay valid until the next ``add``. The sums lie in
+    After each backward `add` moves the gradients over and clears them; `finish` leaves the
+    sums as the parameters' `.grad`, where they stay valid until the next `add`. The sums lie in
     one buffer, allocated with the first gradient and kept.
     """
 
@@ -49,10 +49,10 @@ class Fp32Accumulator:
 
     @torch.no_grad()
     def add(self, *, last: bool = False) -> None:
-        """Adds every ``.grad`` to its sum and clears it.
+        """Adds every `.grad` to its sum and clears it.
 
         Args:
-            last: no more will come: the norm that ``finish`` returns is taken in the same pass.
+            last: no more will come: the norm that `finish` returns is taken in the same pass.
         """
         given = [None if p.grad is None else _local_gradient(p, p.grad) for p in self._parameters]
         if not self._sums:
@@ -65,10 +65,10 @@ class Fp32Accumulator:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Makes the sums the parameters' gradients (``grad_dtype`` lets them be fp32).
+        """Makes the sums the parameters' gradients (`grad_dtype` lets them be fp32).
 
         Returns:
-            Their global norm, as ``global_norm`` has it.
+            Their global norm, as `global_norm` has it.
         """
         for at, parameter in enumerate(self._parameters):
             if not self._fresh[at]:
@@ -140,7 +140,7 @@ def _number_keys(tensors: Sequence[Tensor]) -> tuple[list[int], list[_Key]]:
         key: _Key = ()
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
-            # Not ``is_shard``: the strided shards of FSDP2 over tensor parallelism answer no.
+            # Not `is_shard`: the strided shards of FSDP2 over tensor parallelism answer no.
             assert not any(placement.is_partial() for placement in tensor.placements)
             key = tuple(
                 mesh.get_group(dim)
@@ -168,14 +168,14 @@ def _local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
-    """What to multiply gradients by so that their norm is at most ``max_norm``.
+    """What to multiply gradients by so that their norm is at most `max_norm`.
 
     Args:
         norm: fp32, 0-d.
         max_norm: None for no limit.
 
     Returns:
-        fp32, 0-d, at most 1; NaN where ``norm`` is not finite, by which an optimiser knows on the
+        fp32, 0-d, at most 1; NaN where `norm` is not finite, by which an optimiser knows on the
         device that the gradient is to be refused.
     """
     if max_norm is None:

@@ -44,7 +44,7 @@ class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """The model's; `~` is each machine's own home directory."""
 
 
-class Train(msgspec.Struct, frozen=True, tag="train"):
+class Train(msgspec.Struct, frozen=True, array_like=True, tag="train"):
     """A step: forward, backward, exchange and the optimiser's step."""
 
     step: int
@@ -88,13 +88,13 @@ class Train(msgspec.Struct, frozen=True, tag="train"):
         )
 
 
-class Save(msgspec.Struct, frozen=True, tag="save"):
+class Save(msgspec.Struct, frozen=True, array_like=True, tag="save"):
     """Ranks compare their parameters, and those of rank 0's replica are gathered."""
 
     step: int
 
 
-class Exit(msgspec.Struct, frozen=True, tag="exit"):
+class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 

@@ -7,13 +7,14 @@ from datetime import timedelta
 
 import torch
 
+from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import protocol
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.optimizers import make_optimizer
-from psyche_fast.rank.topology import Topology, set_timeout
+from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.store import StoreClient, barrier
 
@@ -31,7 +32,7 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
     Raises:
         ValueError: the model cannot be loaded, or the world is not the run's.
     """
-    set_timeout(timedelta(seconds=config.machines.timeout))
+    set_default_timeout(timedelta(seconds=config.machines.timeout))
     if config.machines.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(config.machines.threads)

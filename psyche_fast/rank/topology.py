@@ -7,9 +7,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import Parallelism
 
 
@@ -24,28 +24,11 @@ def join(
     """Joins the default process group."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    set_timeout(timeout)
+    set_default_timeout(timeout)  # before the groups are made
     dist.init_process_group(
         backend=backend, store=store, world_size=world_size, rank=rank, timeout=timeout
     )
     torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
-
-
-def set_timeout(timeout: timedelta) -> None:
-    """Sets the timeout of the default process group and of every group made from now on.
-
-    Groups of a device mesh and of `new_group` ignore `init_process_group`'s own, so the
-    module's default is what counts, and it has to change before the groups are made.
-    """
-    distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout
-    if dist.is_initialized():
-        world = dist.group.WORLD
-        assert world is not None
-        for device in world._device_types:
-            backend = world._get_backend(device)
-            # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
-            getattr(backend, "wrapped_pg", backend)._set_default_timeout(timeout)
 
 
 @dataclass(frozen=True)

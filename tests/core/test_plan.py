@@ -49,6 +49,39 @@ def test_what_goes_between_machines_goes_over_gloo(
     assert ("gloo between replicas" in "\n".join(made.summary)) == splits
 
 
+@pytest.mark.parametrize(
+    ("chunk", "hidden", "said"),
+    [
+        (64, 32, ""),
+        # Five norms of 128 elements; other sizes are 48 x 128, 64 x 128, 96 x 128 and 128 x 128.
+        (
+            128,
+            128,
+            "; plain PyTorch for 21 of 21 tensors, most: chunks are 1 x 128, the kernels take "
+            "sides of up to 64",
+        ),
+    ],
+)
+def test_the_kernels_of_a_gpu_are_said_at_the_start(
+    config: dict[str, object],
+    chunk: int,
+    hidden: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("PSYCHE_FAST_KERNELS", raising=False)
+    model = save_llama(tmp_path / f"model-{hidden}", hidden_size=hidden)
+    devices = Devices((torch.device("cuda", 0),), "nccl")
+    monkeypatch.setattr(plan, "choose_devices", lambda spec, ranks: devices)
+    wanted = {**config, "model": str(model), "compression_chunk": chunk}
+    made = plan.make_plan(RunConfig.of(**wanted))
+    assert made.summary[-1] == "kernels  triton (the device is a GPU)" + said
+    adamw = plan.make_plan(RunConfig.of(**{**config, "distro": False}))
+    assert not any(line.startswith("kernels") for line in adamw.summary)
+
+
 def test_a_cpu_has_only_gloo(config: dict[str, object]) -> None:
     whole = RunConfig.of(**config, replicas=2, device="cpu", device_backend="split")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--device-backend split needs CUDA devices"):

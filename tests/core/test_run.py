@@ -73,7 +73,8 @@ def test_a_bad_batch_ends_the_run_after_the_steps_before_it(place: Path, tmp_pat
         ranks=2, data=tmp_path / "data",
     )  # fmt: skip
     assert result.returncode != 0
-    assert f"step 4: token id {VOCABULARY + 44} in the data is outside the model" in result.stderr
+    outside = f"step 4: input_ids: token id {VOCABULARY + 44} in the data is outside the model"
+    assert outside in result.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "config.json").exists()
@@ -153,6 +154,8 @@ def test_distro_replicas(place: Path, tmp_path: Path) -> None:
     assert found[-1] < found[0] - 0.3
     last = metrics[-1]
     assert 0 < last["bytes_sent"] < last["dense_bytes"] / 20
+    # The second replica's rows in 2 bytes a token, once, and little else.
+    assert 3 * 32 * 2 <= last["batch_bytes"] < 4 * 32 * 2
     assert last["num_tokens"] == 12 * 7 * 32
     assert {"data", "send", "train", "counts", "optimize"} <= metrics[-2]["seconds"].keys()
     assert (tmp_path / "run" / "plots" / "loss.png").stat().st_size > 1000

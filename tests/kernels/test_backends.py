@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -41,6 +42,33 @@ def test_auto_without_triton_takes_torch_and_says_so(monkeypatch):
         kernels.explain(torch.device("cuda"), "triton")
 
 
+def test_a_class_of_chunks_that_falls_back_on_a_gpu_is_said_once_with_the_reason(
+    monkeypatch, caplog
+):
+    pytest.importorskip("triton")
+    backends._warn_of_reference.cache_clear()
+    gpu = torch.device("cuda", 0)
+
+    def choose(h, w, backend="auto"):
+        plan = types.SimpleNamespace(device=gpu, h=h, w=w, dtype=torch.float32)
+        return backends.backend_of(plan, backend)[0]
+
+    assert choose(64, 64) == "triton"
+    assert choose(128, 128) == choose(128, 128) == choose(1, 128) == "torch"
+    assert choose(128, 128, "torch") == "torch"  # asked for: no surprise
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition("GPU: ")[2] for text in said] == [
+        "chunks are 128 x 128, the kernels take sides of up to 64",
+        "chunks are 1 x 128, the kernels take sides of up to 64",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert choose(64, 64) == choose(64, 64) == "torch"
+    (record,) = caplog.records
+    assert "triton is not installed" in record.getMessage()
+
+
+@pytest.mark.no_gpu
 def test_the_environment_decides_for_auto(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv(backends.ENVIRONMENT, "interpret")
@@ -61,6 +89,7 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
         kernels.resolve_backend("auto")
 
 
+@pytest.mark.no_gpu
 @pytest.mark.parametrize(
     ("shape", "dtype", "chunk", "message"),
     [

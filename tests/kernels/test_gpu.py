@@ -5,7 +5,6 @@ Results against float64 are the other tests' matter, which run on a GPU by thems
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 import torch
 
 from psyche_fast import kernels
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, DistroStep
+from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from tests.kernels import support
 from tests.kernels.support import CLASSES, f64, one_class
@@ -74,50 +74,34 @@ def check_replays(make, device):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_graph_of_demo_equals_eager_steps(weight_decay, device, backend):
-    def make(parameters):
-        lr = torch.tensor(0.01, device=device)
-        options = {"compression_topk": 4, "weight_decay": weight_decay, "backend": backend}
-        demo = DeMo(parameters.values(), lr, **options)
-
-        def state():
-            demo.flush()
-            return [demo.state[p]["delta"] for p in parameters.values()]
-
-        scale = torch.tensor(0.5, device=device)
-        return partial(demo.step, grad_scale=scale), state
-
-    check_replays(make, device)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_graph_of_distro_equals_eager_steps(fused, weight_decay, device, backend):
-    """Results are handed from step to step in memory that stays where it is."""
+def test_a_graph_of_distro_equals_eager_steps(weight_decay, device, backend):
+    """Entries are handed from step to step in memory that stays where it is."""
 
     def make(parameters):
         lr = torch.tensor(0.01, device=device)
-        distro = Distro(
+        distro = DistroStep(
             parameters,
             compression_decay=0.9,
             compression_chunk=64,
             compression_topk=4,
             weight_decay=weight_decay,
-            fused=fused,
             backend=backend,
         )
-        own = distro.generate(None, lr, lr)
-        other = copy.deepcopy(own)
+        own = distro.compress(None, lr)
+        peers = [
+            Entries(torch.cat([e.indices] * 2, dim=1), torch.cat([e.values] * 2, dim=1))
+            for e in own
+        ]
 
         def step():
-            distro.error_correction(lr)
-            results = distro.generate(own, lr, lr, grad_scale=lr)
-            distro.apply([own, other], lr)
-            for kept, new in zip(own, results, strict=True):
-                kept.sparse_idx.copy_(new.sparse_idx)
-                kept.sparse_val.copy_(new.sparse_val)
+            distro.look_ahead(lr)
+            new = distro.compress(own, lr, grad_scale=lr)
+            distro.update(peers, lr)
+            for kept, entries in zip(own, new, strict=True):
+                kept.indices.copy_(entries.indices)
+                kept.values.copy_(entries.values)
 
-        return step, lambda: [*distro.deltas().values(), *(r.sparse_val for r in own)]
+        return step, lambda: [*distro.momentum().values(), *(e.values for e in own)]
 
     check_replays(make, device)
 
@@ -190,13 +174,16 @@ def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
         step = partial(demo.step, grad_scale=lr)
     else:
         options = {"compression_decay": 0.9, "compression_chunk": 64, "compression_topk": 4}
-        distro = Distro(parameters, **options, fused=True, backend=backend)
-        own = distro.generate(None, lr, lr)
+        distro = DistroStep(parameters, **options, backend=backend)
+        form = MessageFormat(distro.layout, distro.backends, signs=True)
+        own = distro.compress(None, lr)
+        peers, faults = form.unpack(form.pack(own)[None])  # the one thing that waits
+        assert faults == {}
 
         def step():
-            distro.error_correction(lr)
-            distro.generate(own, lr, lr, grad_scale=lr)
-            distro.apply([own], lr)
+            distro.look_ahead(lr)
+            form.pack(distro.compress(own, lr, grad_scale=lr))
+            distro.update(peers, lr)
 
     step()  # compiles, which may wait
     before = [p.detach().clone() for p in parameters.values()]

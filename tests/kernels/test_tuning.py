@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,41 @@ def test_the_fastest_setting_with_the_same_bits_is_kept(monkeypatch):
         ({"maxnreg": 255}, None, "out of registers"),
         ({"maxnreg": 168}, 0.795, None),
     ]
+
+
+def test_a_setting_that_fails_is_a_trial_like_another(monkeypatch):
+    """Whatever it is: an error of ours, of torch's or of the compiler's."""
+    table, trials = search(
+        monkeypatch,
+        {128: (1.0, 0.5), 96: ValueError("no"), 64: RuntimeError(), 255: (0.5, 0.5)},
+        settings=(96, 64, 255),
+    )
+    assert [t.fault for t in trials] == [None, "no", "RuntimeError", None]
+    assert table["encode"]["maxnreg"] == 255
+
+
+def test_a_kernel_that_fails_as_it_is_costs_the_others_nothing(monkeypatch):
+    """It is left out of the table; where all are, that is an error."""
+
+    def timer(call, device):
+        if tuning.options("lookahead", device)["ctas_per_sm"] == 8 and broken[0]:
+            raise RuntimeError("illegal address\nsecond line")
+        return 1.0
+
+    def workload(kernel, *arguments):
+        broken[0] = kernel == "lookahead"
+        return SimpleNamespace(run=None, bits=list)
+
+    broken = [False]
+    monkeypatch.setattr(autotune, "workload", workload)
+    trials = []
+    options = {"backend": "interpret", "chunks": 1, "timer": timer, "record": trials.append}
+    table = autotune.tune(CPU, ["lookahead", "rows"], 60.0, **options)
+    assert table == {"rows": tuning.options("rows", CPU)}
+    assert (trials[0].kernel, trials[0].fault) == ("lookahead", "illegal address")
+    assert {t.kernel for t in trials[1:]} == {"rows"}
+    with pytest.raises(RuntimeError, match="lookahead: illegal address"):
+        autotune.tune(CPU, ["lookahead"], 60.0, **options)
 
 
 def test_minus_zero_is_not_zero(monkeypatch):

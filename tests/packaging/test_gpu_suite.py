@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_suite, llama_step, suite_report, suite_tests
-from benchmarks.shapes import SETS
+from benchmarks import (
+    gpu_suite,
+    smoke,
+    suite_process,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(300)  # processes that import torch, on a machine with other work
 # Dependencies of the project that the suite has to do without.
 ABSENT = ("click", "msgspec", "psutil", "pyarrow", "pytest_benchmark", "pytest_timeout", "tomli_w")
 SITE = f"""
@@ -43,7 +45,6 @@ def numbers(value):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_dry_run_from_a_bare_checkout(tmp_path):
     """Every section, through the interpreter, with none of the packages that may be missing."""
     (tmp_path / "site").mkdir()
@@ -71,6 +72,7 @@ def test_dry_run_from_a_bare_checkout(tmp_path):
     assert report["plots"] == "ok"
     assert sections["correctness"]["outcomes"] == {"passed": sections["correctness"]["tests"]}
     kernels = sections["kernels"]["records"]
+    assert len(sections["smoke"]["records"]) == len(smoke.CASES)
     kinds = {"encode", "apply", "subtract", "lookahead", "accumulate", "codec"}
     assert {r["kernel"] for r in kernels if r["implementation"] == "interpret"} == kinds
     assert {r["implementation"] for r in kernels} == {"interpret", "torch", "plain"}
@@ -112,42 +114,180 @@ def test_kernel_benchmark_on_a_cpu_and_its_picture(tmp_path):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    return gpu_suite.environment(tiny=True)
 
 
-def test_a_section_that_runs_out_of_time_keeps_what_it_has(tmp_path):
-    found = gpu_suite.in_own_process(
-        "kernels", tmp_path, gpu_suite.MARGIN_S + 0.1, True, environment()
+def in_own_process(tmp_path, monkeypatch, section, seconds=200.0):
+    """Run a section that a script of its own defines, in place of the suite's."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys, time
+from pathlib import Path
+from benchmarks import common, suite_process
+
+def fail(message):
+    raise RuntimeError(message)
+
+def section(run):
+{section}
+
+value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+suite_process.run_section(section, Path(value("--result")), float(value("--seconds")), True)
+""")
+    monkeypatch.setattr(suite_process, "SCRIPT", script)
+    out = tmp_path / "out"
+    out.mkdir()
+    found = suite_process.in_own_process("kernels", out, seconds, True, environment())
+    assert list(out.iterdir()) == []
+    return found
+
+
+def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capfd):
+    """One raises, one breaks the GPU, one ends its process and one hangs: the others are done."""
+    found = in_own_process(
+        tmp_path,
+        monkeypatch,
+        """
+    run.found["entered"] = run.found.get("entered", 0) + 1
+    run.case("first", lambda: {"check": {"ok": True}})
+    run.case("raises", lambda: fail("two\\nlines"))
+    run.case("after", lambda: {"process": os.getpid()})
+    common.unusable = lambda device: True
+    run.case("breaks the GPU", lambda: fail("illegal address"))
+    common.unusable = lambda device: False
+    run.case("dies", os.abort)
+    run.case("leaves", lambda: os._exit(3))
+    run.case("hangs", lambda: time.sleep(60), seconds=0.5)
+    run.case("last", lambda: {"process": os.getpid()})
+    run.case("records nothing", lambda: None)
+""",
     )
-    assert found["status"] == "incomplete" or "killed after" in found["error"]
-    if "left_out" in found:
-        assert found["left_out"][-1] == "codec unpack k=8, signs, n=16: interpret, torch, plain"
-    assert list(tmp_path.iterdir()) == []
+    records = {r["name"]: r for r in found["records"]}
+    assert list(records) == [
+        "first", "raises", "after", "breaks the GPU", "dies", "leaves", "hangs", "last",
+    ]  # fmt: skip
+    assert records["first"] == {"name": "first", "check": {"ok": True}}
+    assert records["raises"]["fault"] == "RuntimeError: two"
+    assert 'fail("two' in records["raises"]["trace"]
+    assert records["breaks the GPU"]["fault"] == "RuntimeError: illegal address"
+    assert records["dies"]["fault"] == "its process ended with signal SIGABRT"
+    assert records["leaves"]["fault"] == "its process ended with status 3"
+    assert records["hangs"]["fault"].startswith("hung: Timeout (0:00:00.500000)!")
+    assert "script.py" in records["hangs"]["fault"]
+    assert records["after"]["process"] != records["last"]["process"]
+    # One process for the first, and one after each of those that were lost.
+    assert (found["status"], found["entered"]) == ("faults", 5)
+    assert not found.keys() & {"done", "at", "error"}
+    assert "leaves: its process ended with status 3" in capfd.readouterr().out
+
+
+RIGHT, WRONG = ({"name": "a", "check": {"ok": ok}} for ok in (True, False))
+FAULT = {"name": "b", "fault": "it raised"}
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({"status": "ok", "records": [RIGHT]}, "ok"),
+        ({"status": "ok", "records": [RIGHT, WRONG]}, "wrong"),
+        ({"status": "ok", "records": [FAULT, RIGHT]}, "faults"),
+        ({"status": "incomplete", "records": [FAULT, WRONG]}, "wrong"),
+        ({"status": "ok", "check": {"ok": False}}, "wrong"),
+        ({"status": "ok", "faults": ["a job"]}, "faults"),
+        ({"status": "failed", "records": [FAULT]}, "failed"),
+        ({"status": "ok", "left_out": ["a"], "records": [RIGHT]}, "incomplete"),
+        ({"status": "incomplete"}, "incomplete"),
+    ],
+)
+def test_status_of_a_section(found, status):
+    assert suite_process._status(found) == status
+
+
+def test_a_case_is_left_out_after_the_deadline_and_not_done_twice(tmp_path):
+    run = suite_process.Run(True, tmp_path / "part.json", time.monotonic() + 60, {"done": ["a"]})
+    run.case("a", os.abort)
+    run.case("b", lambda: {"x": 1})
+    run.deadline = 0.0
+    run.case("c", os.abort)
+    assert run.found == {
+        "status": "incomplete", "done": ["a", "b"], "records": [{"name": "b", "x": 1}],
+        "left_out": ["c"],
+    }  # fmt: skip
 
 
 def test_a_section_that_overruns_is_killed_with_its_records(tmp_path, monkeypatch):
-    script = (
-        "import json, sys, time\n"
-        "path = sys.argv[sys.argv.index('--result') + 1]\n"
-        "json.dump({'status': 'incomplete', 'records': [1]}, open(path, 'w'))\n"
-        "time.sleep(60)\n"
-    )
-    (tmp_path / "slow.py").write_text(script)
-    monkeypatch.setattr(gpu_suite, "__file__", str(tmp_path / "slow.py"))
-    start = time.monotonic()
-    found = gpu_suite.in_own_process("kernels", tmp_path, 3.0, True, environment())
-    assert time.monotonic() - start < 30
-    assert found == {"status": "incomplete", "records": [1], "error": "killed after 3 s"}
+    at_work, wait = tmp_path / "at work", suite_process.wait_or_kill
+
+    def when_at_work(process, seconds):
+        while not at_work.exists():
+            time.sleep(0.1)
+        return wait(process, 0.0)
+
+    monkeypatch.setattr(suite_process, "wait_or_kill", when_at_work)
+    section = f"""
+    run.case("a", lambda: {{"x": 1}})
+    run.case("b", lambda: (Path({str(at_work)!r}).touch(), time.sleep(90)))
+"""
+    found = in_own_process(tmp_path, monkeypatch, section, seconds=100.0)
+    assert found == {
+        "status": "incomplete", "records": [{"name": "a", "x": 1}],
+        "error": "killed after 100 s, at b",
+    }  # fmt: skip
 
 
-def test_a_section_that_crashes_says_so(tmp_path, monkeypatch):
-    (tmp_path / "crash.py").write_text("import os; os.abort()")
-    monkeypatch.setattr(gpu_suite, "__file__", str(tmp_path / "crash.py"))
-    found = gpu_suite.in_own_process("kernels", tmp_path, 30.0, True, environment())
-    assert found == {"status": "failed", "error": "ended with status -6"}
+@pytest.mark.parametrize(
+    ("section", "error"),
+    [
+        ("os.abort()", "ended with signal SIGABRT"),
+        ("fail('no data')", "RuntimeError: no data"),
+    ],
+)
+def test_a_section_that_fails_outside_of_its_cases_says_so(tmp_path, monkeypatch, section, error):
+    found = in_own_process(tmp_path, monkeypatch, f"    run.case('a', dict)\n    {section}")
+    assert found["status"] == "failed"
+    assert found["records"] == [{"name": "a"}]
+    assert found["error"].strip().endswith(error)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_after_a_fault_without_time_the_rest_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite_process, "MARGIN_S", 1000.0)
+    section = """
+    run.deadline = time.monotonic() + 60
+    run.case("a", os.abort)
+    run.case("b", dict)
+"""
+    found = in_own_process(tmp_path, monkeypatch, section)
+    assert found["status"] == "faults"
+    assert [r["name"] for r in found["records"]] == ["a"]
+    assert found["left_out"] == ["what comes after the last fault"]
+
+
+def test_sections_come_in_the_order_of_their_value():
+    order = "environment smoke correctness compile kernels steps train graph sweeps autotune"
+    assert list(gpu_suite.SECTIONS) == order.split()
+    total = sum(seconds for seconds, _ in gpu_suite.SECTIONS.values())
+    assert total + gpu_suite.PLOTS_S <= 525
+    assert total + gpu_suite.PLOTS_S + gpu_suite.WARM_UP_S <= 575
+
+
+def test_sections_run_in_order_and_have_the_time_of_those_not_wanted(tmp_path, monkeypatch):
+    ran = []
+
+    def instead(name, folder, seconds, tiny, env):
+        ran.append((name, seconds))
+        return {"status": "ok"}
+
+    monkeypatch.setattr(gpu_suite, "in_own_process", instead)
+    monkeypatch.setattr(gpu_suite, "warm_up", lambda env: 1.0)
+    monkeypatch.setattr(gpu_suite, "_plots", lambda *arguments: "ok")
+    gpu_suite.suite(tmp_path, ["steps", "smoke"], 200.0 + gpu_suite.PLOTS_S, False)
+    assert [name for name, _ in ran] == ["smoke", "steps"]
+    assert ran[0][1] == pytest.approx(200 * 35 / 80, abs=0.5)
+    assert ran[1][1] == pytest.approx(200, abs=1.0)  # what the first has not used as well
+    assert json.loads((tmp_path / "suite.json").read_text())["warm_up_seconds"] == 1.0
+
+
+@pytest.mark.no_gpu
 def test_without_a_gpu_the_suite_fails_and_says_why(tmp_path, capfd):
     status = gpu_suite.suite(tmp_path, ["environment"], 120.0, False)
     report = json.loads((tmp_path / "suite.json").read_text())
@@ -167,6 +307,7 @@ def test_sections_are_skipped_when_time_is_short(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "in_own_process", instead)
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *a, **o: {"status": "ok"})
+    monkeypatch.setattr(gpu_suite, "warm_up", lambda env: 1.0)
     gpu_suite.suite(tmp_path, list(gpu_suite.SECTIONS), gpu_suite.PLOTS_S + 5.0, True)
     assert ran == []
     report = json.loads((tmp_path / "suite.json").read_text())
@@ -182,6 +323,8 @@ def test_sections_are_skipped_when_time_is_short(tmp_path, monkeypatch):
         ({"correctness": "incomplete"}, 1),
         ({"kernels": "wrong"}, 1),
         ({"kernels": "failed"}, 1),
+        ({"kernels": "faults"}, 1),
+        ({"smoke": "incomplete"}, 1),
         ({"sweeps": "incomplete"}, 0),
     ],
 )
@@ -192,93 +335,6 @@ def test_exit_status(tmp_path, monkeypatch, sections, status):
     monkeypatch.setattr(gpu_suite, "in_own_process", instead)
     tests = {"status": sections.get("correctness", "ok")}
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *a, **o: tests)
+    monkeypatch.setattr(gpu_suite, "warm_up", lambda env: 1.0)
     monkeypatch.setattr(subprocess, "run", lambda *a, **o: subprocess.CompletedProcess(a, 0))
     assert gpu_suite.suite(tmp_path, list(gpu_suite.SECTIONS), 500.0, True) == status
-
-
-PASSING = """
-import pytest
-@pytest.mark.parametrize("what", ["a b", "c"])
-def test_passes(what): pass
-@pytest.mark.gpu
-def test_skips(): pytest.skip("no")
-"""
-
-
-@pytest.mark.parametrize(
-    ("extra", "status", "failed"),
-    [
-        ("", "ok", []),
-        ("def test_fails(): assert 0", "wrong", ["tests/kernels/test_x.py::test_fails"]),
-        ("def test_hangs():\n  import time; time.sleep(60)", "incomplete", []),
-        ("def test_dies():\n  import os; os._exit(3)", "incomplete", []),
-    ],
-)
-def test_outcomes_of_tests(tmp_path, extra, status, failed):
-    (tmp_path / "tests/kernels").mkdir(parents=True)
-    (tmp_path / "tests/kernels/test_x.py").write_text(PASSING + extra)
-    (tmp_path / "tests/kernels/test_aot.py").write_text("def test_compiles(): assert 0")
-    seconds = 8.0 if "hangs" in extra else 60.0
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    found = suite_tests.run_tests(tmp_path, tmp_path / "log", seconds, env, quick=False)
-    assert (found["status"], found["failed"]) == (status, failed)
-    assert found["outcomes"]["passed"] == 2
-    assert found["outcomes"]["skipped"] == 1
-    assert found["tests"] == 3 + bool(extra)
-    assert "test_passes[a b] PASSED" in (tmp_path / "log").read_text()
-
-
-def test_tests_that_cannot_be_collected_are_a_failure(tmp_path):
-    (tmp_path / "tests/kernels").mkdir(parents=True)
-    (tmp_path / "tests/kernels/test_x.py").write_text("import nothing_of_this_name")
-    found = suite_tests.run_tests(tmp_path, tmp_path / "log", 60.0, dict(os.environ), quick=False)
-    assert found["status"] == "failed"
-    assert "nothing_of_this_name" in (tmp_path / "log").read_text()
-
-
-def test_table_shows_figures_beside_their_aims():
-    def step(name, p50):
-        return {"name": name, "ms": {"p50": p50}, "floor_ms": 1.0}
-
-    steps = [
-        step("AdamW fused, fp32", 8.0),
-        step("AdamW fused, bf16", 4.0),
-        step("Distro k=8, fused look-ahead", 6.0),
-        step("DeMo k=8", 5.0),
-        step("plain DeMo k=8", 150.0),
-    ]
-    kernel = {
-        "kernel": "encode", "variant": "k=8", "implementation": "triton", "ms": {"p50": 3.0},
-        "target_us_per_million": 2.9, "us_per_million": 2.427, "copy_fraction": 0.81,
-    }  # fmt: skip
-    sections = {name: {"status": "skipped", "reason": "not asked"} for name in gpu_suite.SECTIONS}
-    sections["steps"] = {"status": "ok", "records": steps}
-    sections["kernels"] = {"status": "ok", "records": [kernel]}
-    text = suite_report.table({"tiny": False, "sections": sections})
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "encode k=8 2.43 us/M 2.9 us/M; 81 % of the copy" in lines
-    assert "Distro k=8, fused look-ahead / AdamW fused, fp32 0.75 <= 1" in lines
-    assert "Distro k=8, fused look-ahead / AdamW fused, bf16 1.50 <= 1.3" in lines
-    assert "plain DeMo k=8 / DeMo k=8 30.00 >= 25" in lines
-    assert "correctness skipped: not asked" in lines
-
-
-def model_shapes(config):
-    import transformers
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return Counter(tuple(p.shape) for p in model.parameters())
-
-
-def test_layers_are_those_of_the_models():
-    import transformers
-
-    llama = llama_step.llama(llama_step.LLAMA_1B, 2048)
-    assert Counter(SETS["1.2B"]) == model_shapes(llama)
-    assert Counter(SETS["125M"]) == model_shapes(transformers.GPT2Config())
-    eight = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8,
-    )  # fmt: skip
-    assert Counter(SETS["8B"]) == model_shapes(eight)

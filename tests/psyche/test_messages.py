@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from psyche_fast import config
+from psyche_fast.config import Optimizer
 from psyche_fast.psyche import messages
 
 TRAIN: dict[str, Any] = {
@@ -31,7 +31,6 @@ HYPERPARAMETERS: dict[str, Any] = {
         TRAIN,
         {**TRAIN, "results_len": 2, "results_metadata": METADATA},
         {**TRAIN, "batch_sequence_lengths": [[16]] * 8},
-        {**TRAIN, "optimize": True},
         HYPERPARAMETERS,
         {"operation": "optimize", "step": 1, "warmup_lr_between": None, "results_len": 1,
          "results_metadata": METADATA},
@@ -55,6 +54,7 @@ def test_every_operation_reads_and_writes_the_same_json(fields: dict[str, Any]) 
         ({"step": 1}, "the field 'operation'"),
         ({**TRAIN, "extra": 1}, r"operation 5 \(train\): .*unknown field `extra`"),
         ({k: v for k, v in TRAIN.items() if k != "step"}, "missing required field `step`"),
+        ({**TRAIN, "optimize": True}, "unknown field `optimize`"),  # our own core's, once
         ({**TRAIN, "step": 1.5}, r"Expected `int`.*\$.step"),
         ({**TRAIN, "step": True}, r"\$.step"),
         ({**TRAIN, "step": -1}, "must not be negative"),
@@ -92,14 +92,35 @@ def test_what_json_loads_would_take(text: str, said: str) -> None:
         messages.decode(text, 0)
 
 
-def test_optimizers_round_trip() -> None:
-    distro = {
-        "Distro": {
-            "clip_grad_norm": None, "weight_decay": 0.1, "compression_decay": 0.999,
-            "compression_topk": 4, "compression_chunk": 64, "quantize_1bit": True,
-        }
-    }  # fmt: skip
-    for obj in (distro, "Dummy"):
-        assert config.optimizer_to_json(config.optimizer_from_json(obj)) == obj
-    with pytest.raises(ValueError, match="clip_grad_norm must be over 0"):
-        config.optimizer_from_json({"Distro": {**distro["Distro"], "clip_grad_norm": 0}})
+DISTRO = {
+    "clip_grad_norm": None, "weight_decay": None, "compression_decay": 0.999,
+    "compression_topk": 4, "compression_chunk": 64, "quantize_1bit": True,
+}  # fmt: skip
+ADAMW = {"betas": [0.8, 0.9], "weight_decay": 0.2, "eps": 1e-6, "clip_grad_norm": 0.5}
+
+
+def test_optimizers_are_what_our_own_options_say() -> None:
+    assert messages.read_optimizer("Dummy") is None
+    adamw = messages.read_optimizer({"AdamW": ADAMW})
+    assert adamw is not None
+    assert adamw.options() == Optimizer(
+        beta1=0.8, beta2=0.9, weight_decay=0.2, eps=1e-6, max_grad_norm=0.5
+    )
+    distro = messages.read_optimizer({"Distro": DISTRO})
+    assert distro is not None
+    assert distro.options() == Optimizer(
+        distro=True, max_grad_norm=0.0, weight_decay=0.0, compression_decay=0.999,
+        compression_topk=4, compression_chunk=64, distro_quantization=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clip_grad_norm": 0}, "clip_grad_norm must be over 0"),
+        ({"compression_decay": 1.0}, r"optimizer.Distro: .*compression-decay must be in \[0, 1\)"),
+    ],
+)
+def test_optimizers_out_of_range_are_refused(changes: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        messages.read_optimizer({"Distro": {**DISTRO, **changes}})

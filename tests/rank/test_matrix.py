@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
 from psyche_fast.distro.results import quantize_1bit
+from psyche_fast.psyche.messages import Hyperparameters
+from psyche_fast.psyche.training import PsycheTrainer
+from psyche_fast.rank.counts import Totals
+from psyche_fast.rank.optimizers import make_optimizer
 from psyche_fast.rank.topology import Topology
-from psyche_fast.rank.trainer import Trainer
+from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.schedules import Constant
 from tests.groups import run_ranks
 from tests.models.support import load
@@ -56,38 +59,51 @@ def batches() -> list[Batch]:
     return [Batch(random_tokens(8, 16, seed=seed)) for seed in range(STEPS)]
 
 
-def trainer(folder: Path, topology: Topology, *, micro: int, exchanges: bool) -> Trainer:
-    distro = config.Distro(
-        clip_grad_norm=1.0, weight_decay=0.1, compression_decay=0.9, compression_topk=4,
-        compression_chunk=16, quantize_1bit=True,
+def schedule() -> Constant:
+    return Constant(base_lr=LR, warmup_init_lr=0.0, warmup_steps=0)
+
+
+def trainer(folder: Path, topology: Topology) -> Trainer:
+    options = config.Optimizer(
+        distro=True, weight_decay=0.1, compression_decay=0.9, compression_topk=4,
+        compression_chunk=16, distro_quantization=True,
     )  # fmt: skip
-    schedule = Constant(base_lr=LR, warmup_init_lr=0.0, warmup_steps=0)
     model = load(folder, topology)
-    return Trainer(
-        model,
-        topology,
-        schedule,
-        distro,
-        micro_batch_size=micro,
-        exchanges=exchanges,
-        check_every=1,
-    )
+    optimizer = make_optimizer(options, trainable(model), topology.peers)
+    training = config.Training(micro_batch=2, check_every=1)
+    return Trainer(model, topology, schedule(), optimizer, training, options.max_grad_norm)
+
+
+def psyches(folder: Path) -> PsycheTrainer:
+    """One replica as Psyche's core has it."""
+    distro = {
+        "clip_grad_norm": 1.0, "weight_decay": 0.1, "compression_decay": 0.9,
+        "compression_topk": 4, "compression_chunk": 16, "quantize_1bit": True,
+    }  # fmt: skip
+    operation = Hyperparameters(
+        lr_scheduler=schedule().to_json(), optimizer={"Distro": distro}, micro_batch_size=2,
+        grad_accum_in_fp32=False,
+    )  # fmt: skip
+    return PsycheTrainer(load(folder, Topology()), Topology(), operation)
 
 
 def in_one_process(folder: Path, replicas: int) -> tuple[list[float], dict[str, Tensor]]:
-    trainers = [trainer(folder, Topology(), micro=2, exchanges=False) for _ in range(replicas)]
+    trainers = [psyches(folder) for _ in range(replicas)]
     own: list[list[Any]] = [[] for _ in trainers]
     losses = []
     for step, batch in enumerate(batches(), start=1):
-        outputs = [
-            t.train(step, batch.share(r, replicas), results=own[r] and [own[r]])
-            for r, t in enumerate(trainers)
-        ]
+        outputs = []
+        for r, t in enumerate(trainers):
+            assert t.received is not None
+            t.received.received = own[r] and [own[r]]
+            outputs.append(t.train(step, batch.share(r, replicas)))
         losses.append(sum(float(o.loss) for o in outputs) / replicas)
         if step > 1:
             for t in trainers:
-                t.optimize(step, results=[quantize_1bit(result) for result in own])
-        own = [output.results for output in outputs]
+                assert t.received is not None
+                t.received.received = [quantize_1bit(result) for result in own]
+                t.optimize(step)
+        own = [t.received.generated for t in trainers if t.received is not None]
     trainers[0].plain()
     return losses, dict(trainers[0].model.full_state_dict_iter())
 
@@ -98,15 +114,13 @@ def in_processes(
     found = {}
     for name, folder in folders.items():
         topology = Topology.build(dp, tp, torch.device("cpu"))
-        own = trainer(folder, topology, micro=2 * dp, exchanges=True)
+        own = trainer(folder, topology)
         losses = []
         for step, batch in enumerate(batches(), start=1):
             output = own.train(step, batch.share(topology.replica, topology.replicas))
-            totals = torch.stack([output.loss, output.kept])
-            dist.all_reduce(totals)
-            losses.append(float(totals[0] / totals[1]))
-            if step > 1:
-                own.optimize(step)  # which checks that the replicas hold the same bits
+            losses.append(Totals(output, own).wait().loss)
+            own.optimize(step)  # which checks that the replicas hold the same bits
+        own.check_replicas(STEPS)
         own.plain()
         parameters = {k: t for k, t in own.model.full_state_dict_iter() if t is not None}
         found[name] = losses, parameters

@@ -20,12 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from psyche_fast.kernels.accumulate import GRADIENT_DTYPES, AccumulationPlan
-from psyche_fast.kernels.triton.case import Case, Loop
 from psyche_fast.kernels.triton.launch import (
-    cpu_launch_options,
     launch_options,
     on_device,
     programs,
+    written,
 )
 
 BLOCK = 4096
@@ -195,7 +194,9 @@ def accumulate(
         # What got no gradient is looked at for its squares only.
         read_sum = not new and (squares or gradient is not None)
         rows.append(_row(gradient, total, read_sum))
-    return _launch(plan, tuple(rows), _dtypes(gradients), sums=True, norm=squares)
+    result = _launch(plan, tuple(rows), _dtypes(gradients), sums=True, norm=squares)
+    written(*(s for s, gradient in zip(sums, gradients, strict=True) if gradient is not None))
+    return result
 
 
 def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -262,39 +263,3 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
-
-
-def compile_cases() -> list[Case]:
-    """What the compile guard compiles."""
-    cases = []
-    for name, sums, norm in (
-        ("add", True, False),
-        ("add, norm", True, True),
-        ("norm", False, True),
-    ):
-        for types, dtypes in (("bf16", 1), ("fp32", 4), ("bf16 and fp32", 5)):
-            cases.append(
-                Case(
-                    kernel="accumulate",
-                    variant=f"{name}, {types}",
-                    fn=accumulate_blocks,
-                    signature={
-                        "tensors": "*i64",
-                        "block_tensor": "*i32",
-                        "partials": "*fp32",
-                        "blocks": "i32",
-                    },
-                    constexprs={
-                        "DTYPES": dtypes,
-                        "SUMS": sums,
-                        "NORM": norm,
-                        "BLOCK": BLOCK,
-                        "PART": PART,
-                    },
-                    options=cpu_launch_options("accumulate")[0],
-                    loops=(Loop("blocks", trips=100, inner=(Loop("parts", trips=0.04),)),),
-                    tiles=100,
-                    elements=BLOCK,
-                )
-            )
-    return cases

@@ -14,15 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psyche_fast.kernels.triton.case import Case, Loop
-from psyche_fast.kernels.triton.launch import cpu_launch_options, launch_options, on_device
+from psyche_fast.kernels.triton.launch import launch_options, on_device, written
 
 if TYPE_CHECKING:
     from psyche_fast.kernels.pack import IndexCode
 
 
-_PACK_BITS, _UNPACK_BITS = 32, 128  # at once; a word has 32
-_NO_SIGNS, _BOOL_SIGNS, _FLOAT_SIGNS = 0, 1, 2
+PACK_BITS, UNPACK_BITS = 32, 128  # at once; a word has 32
+NO_SIGNS, BOOL_SIGNS, FLOAT_SIGNS = 0, 1, 2
 
 
 @triton.jit
@@ -186,7 +185,7 @@ def unpack_planes(
             tl.store(signs + target + entry, bits.to(tl.uint8), mask=mask)
 
 
-def _tile(code: IndexCode, most: int, elements: int) -> tuple[int, int, int]:
+def tile_sizes(code: IndexCode, most: int, elements: int) -> tuple[int, int, int]:
     """Groups per program, bits (up to `most`) and entries at once.
 
     `[groups, 8, bits]` has the given number of elements.
@@ -202,15 +201,15 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
     if groups == 0:
         return
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
-    mode = _NO_SIGNS
+    mode = NO_SIGNS
     if signs is None:
         signs = planes
     else:
         signs = signs if signs.stride(1) == 1 else signs.contiguous()
-        mode = _BOOL_SIGNS if signs.dtype == torch.bool else _FLOAT_SIGNS
-        signs = signs.view(torch.uint8) if mode == _BOOL_SIGNS else signs
+        mode = BOOL_SIGNS if signs.dtype == torch.bool else FLOAT_SIGNS
+        signs = signs.view(torch.uint8) if mode == BOOL_SIGNS else signs
     options, own = launch_options("codec", planes.device)
-    per_program, tile, entries = _tile(code, _PACK_BITS, own["elements"])
+    per_program, tile, entries = tile_sizes(code, PACK_BITS, own["elements"])
     with on_device(planes.device):
         pack_planes[(triton.cdiv(groups, per_program),)](
             indices,
@@ -231,6 +230,7 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
             ENTRIES=entries,
             **options,
         )
+    written(planes)
 
 
 def unpack(
@@ -243,7 +243,7 @@ def unpack(
     """See `psyche_fast.kernels.reference.pack.unpack`; `indices` and `signs` are contiguous."""
     peers, groups, bits = planes.shape
     options, own = launch_options("codec", planes.device)
-    per_program, tile, entries = _tile(code, _UNPACK_BITS, own["elements"])
+    per_program, tile, entries = tile_sizes(code, UNPACK_BITS, own["elements"])
     with on_device(planes.device):
         unpack_planes[(triton.cdiv(groups, per_program), peers)](
             planes,
@@ -265,79 +265,4 @@ def unpack(
             ENTRIES=entries,
             **options,
         )
-
-
-def compile_cases() -> list[Case]:
-    """What the compile guard compiles: chunks of 64 x 64 with 1-bit results."""
-    from psyche_fast.kernels.pack import index_code
-
-    return [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
-
-
-def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
-    shared = {
-        "K": k,
-        "LOW": code.low,
-        "GAP": code.gap,
-        "UPPER": code.upper,
-        "BITS": code.bits + k,
-    }
-    options, own = cpu_launch_options("codec")
-    groups, tile, entries = _tile(code, _PACK_BITS, own["elements"])
-    pack_case = Case(
-        kernel="pack",
-        variant=f"64x64 k={k}, signs of fp32",
-        fn=pack_planes,
-        signature={
-            "indices": "*u16",
-            "signs": "*fp32",
-            "planes": "*u8",
-            "chunks": "i32",
-            "groups": "i32",
-            "index_stride": "i32",
-            "sign_stride": "i32",
-        },
-        constexprs={
-            **shared, "SIGNS": _FLOAT_SIGNS, "G": groups, "TILE": tile, "ENTRIES": entries,
-        },
-        options=options,
-        aligned=("indices", "signs"),  # bytes lie wherever a buffer has room
-        loops=(
-            Loop("low bits", triton.cdiv(k * code.low, tile)),
-            Loop(
-                "bit vector",
-                triton.cdiv(code.upper, tile),
-                (Loop("entries", triton.cdiv(k, entries)),),
-            ),
-            Loop("signs", triton.cdiv(k, tile)),
-        ),
-        tiles=8 * groups,
-    )  # fmt: skip
-    groups, tile, entries = _tile(code, _UNPACK_BITS, own["elements"])
-    unpack_case = Case(
-        kernel="unpack",
-        variant=f"64x64 k={k}, signs, checked",
-        fn=unpack_planes,
-        signature={
-            "planes": "*u8",
-            "indices": "*u16",
-            "signs": "*u8",
-            "valid": "*u8",
-            "chunks": "i32",
-            "peer_stride": "i64",
-        },
-        constexprs={
-            **shared, "TOTALK": code.totalk, "SIGNS": True, "CHECK": True, "ROWS": 8 * groups,
-            "TILE": tile, "ENTRIES": entries,
-        },
-        options=options,
-        aligned=("indices", "signs", "valid"),
-        loops=(
-            Loop("bit vector", triton.cdiv(code.upper, tile)),
-            Loop("low bits", triton.cdiv(k, entries)),
-            Loop("order", triton.cdiv(k - 1, entries)),
-            Loop("signs", triton.cdiv(k, entries)),
-        ),
-        tiles=8 * groups,
-    )  # fmt: skip
-    return pack_case, unpack_case
+    written(indices, signs, valid)

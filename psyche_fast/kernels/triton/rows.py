@@ -8,8 +8,6 @@ lie a row stride apart.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,13 +16,6 @@ from psyche_fast.kernels.triton.arithmetic import (
     reciprocal,
     sign_times,
     times_right,
-)
-from psyche_fast.kernels.triton.case import Case, Loop
-from psyche_fast.kernels.triton.launch import (
-    ROW_ENTRIES,
-    ROWS_PER_TILE,
-    cpu_launch_options,
-    padded,
 )
 from psyche_fast.kernels.triton.selection import MAGNITUDE, largest_by_threshold
 
@@ -354,140 +345,3 @@ def subtract_rows(
         at = delta + chunk.to(tl.int64)[:, None] * L + j
         d = tl.load(at, mask=inside, other=0.0).to(tl.float32) - x
         tl.store(at, d.to(delta.dtype.element_ty), mask=inside)
-
-
-def compile_cases() -> list[Case]:
-    """What the compile guard compiles: lengths of chunks, and all four operations."""
-    return [
-        _encode_case(64, 8),
-        _encode_case(64, 32),
-        _encode_case(1, 1),
-        _encode_case(64, 8, strided=True),
-        _encode_case(64, 8, delta="bf16"),
-        _encode_case(64, 8, delta="bf16", gradient="bf16", in_place=True),
-        *_decode_cases(64, 16 * 8),
-    ]
-
-
-_PLACE = {"members": "*i64", "table": "*i64"}
-_AHEAD = {"ahead_members": "*i64", "ahead_table": "*i64"}
-_TILE = {"R": ROWS_PER_TILE}
-
-
-def _encode_case(
-    length: int,
-    k: int,
-    *,
-    delta: str = "fp32",
-    gradient: str = "fp32",
-    in_place: bool = False,
-    strided: bool = False,
-) -> Case:
-    options, _ = cpu_launch_options("rows")
-    inner = () if k == length else (Loop("bits", 31),)
-    variant = f"{length} k={k} {delta} delta, {gradient} gradient"
-    return Case(
-        kernel="encode_rows",
-        variant=variant + ", in place" * in_place + ", columns" * strided,
-        fn=encode_rows,
-        signature={
-            **_PLACE,
-            "delta": f"*{delta}",
-            "split_basis": "*bf16",
-            "previous_indices": "*u8",
-            "previous_values": "*bf16",
-            "indices": "*u8",
-            "values": "*bf16",
-            "scratch": "*fp32",
-            "rates": "*fp32",
-            "scale": "*fp32",
-            "parameter_members": "*i64",
-            "parameter_table": "*i64",
-            "previous_rates": "*fp32",
-            "shrinks": "*fp32",
-            "decay": "fp32",
-            "chunks": "i32",
-            "rate_step": "i32",
-            "previous_rate_step": "i32",
-            "shrink_step": "i32",
-        },
-        constexprs={
-            **_TILE,
-            "K": k,
-            "M": k,
-            "MP": triton.next_power_of_2(k),
-            "L": length,
-            "W": padded(length),
-            "GRADIENT": tl.float32 if gradient == "fp32" else tl.bfloat16,
-            "PARAMETER": tl.bfloat16,
-            "IN_PLACE": in_place,
-            "STRIDED": strided,
-            "ALIGNED": length % 8 == 0,
-        },
-        options=options,
-        loops=(Loop("tiles", 100, inner=inner),),
-        tiles=100,
-        elements=ROWS_PER_TILE * length,
-    )
-
-
-def _decode_cases(length: int, m: int) -> list[Case]:
-    options, _ = cpu_launch_options("rows")
-    entries = tuple(Loop(name, -(-m // ROW_ENTRIES)) for name in ("count", "add"))
-    result = {"indices": "*u8", "values": "*u8", "scratch": "*i32"}
-    counts = {"chunks": "i32", "m": "i32"}
-    shape = {**_TILE, "L": length, "W": padded(length)}
-    place = {"PARAMETER": tl.bfloat16, "STRIDED": False, "ALIGNED": length % 8 == 0}
-    decoding = {"MB": ROW_ENTRIES, "SIGNS": True}
-    common: dict[str, Any] = {
-        "options": options,
-        "tiles": 100,
-        "elements": ROWS_PER_TILE * length,
-    }
-    return [
-        Case(
-            kernel="apply_rows",
-            variant=f"{length} {m} signs, bf16 parameter, fp32 delta, look-ahead copy",
-            fn=apply_rows,
-            signature={
-                **_PLACE,
-                **_AHEAD,
-                "delta": "*fp32",
-                "split_basis": "*bf16",
-                **result,
-                "rates": "*fp32",
-                "shrinks": "*fp32",
-                **counts,
-                "rate_step": "i32",
-                "shrink_step": "i32",
-            },
-            constexprs={**shape, **place, **decoding, "AHEAD": "copy"},
-            loops=(Loop("tiles", 100, inner=entries),),
-            **common,
-        ),
-        Case(
-            kernel="subtract_rows",
-            variant=f"{length} {m} signs, fp32 delta",
-            fn=subtract_rows,
-            signature={"delta": "*fp32", "split_basis": "*bf16", **result, **counts},
-            constexprs={**shape, **decoding},
-            loops=(Loop("tiles", 100, inner=entries),),
-            **common,
-        ),
-        Case(
-            kernel="lookahead_rows",
-            variant=f"{length} fp32 delta, bf16 parameter",
-            fn=lookahead_rows,
-            signature={
-                **_PLACE,
-                **_AHEAD,
-                "delta": "*fp32",
-                "rates": "*fp32",
-                "chunks": "i32",
-                "rate_step": "i32",
-            },
-            constexprs={**shape, **place},
-            loops=(Loop("tiles", 100),),
-            **common,
-        ),
-    ]

@@ -2,7 +2,7 @@
 
 Compilers differ, so there is a file of limits, `limits-VERSION.toml`, for the oldest version of
 Triton that the project takes and for the one that it pins. It is written from measurements
-(`psyche-fast kernels --update-limits`) with a margin, so that a change of cost shows as a diff of
+(`make kernels ARGS=--update-limits`) with a margin, so that a change of cost shows as a diff of
 one line per case and target. `CEILINGS` are what the kernels were designed to; no measurement moves
 them.
 """
@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from psyche_fast.kernels.aot import TARGETS, Measurement
+from tools.kernel_guard.aot import TARGETS, Measurement
 
 FOLDER = Path(__file__).parent
 
 HEADER = """\
-# Upper limits of the compile guard, one line per kernel and GPU; checked by `psyche-fast kernels
-# --check`, rewritten by `psyche-fast kernels --update-limits` from what it measures, plus margins:
+# Upper limits of the compile guard, one line per kernel and GPU; checked by `make kernels
+# ARGS=--check`, rewritten by `make kernels ARGS=--update-limits`: what it measures, plus margins:
 #
 #   registers       per thread: 4 more
 #   spills          bytes of local memory per thread: 8 more, then up to a multiple of 16
@@ -247,7 +247,7 @@ def _faults(one: Measurement, limits: Limits, foreign: bool) -> Iterable[str]:
     where = f"{one.name} on {one.target}"
     line: dict[str, Any] | None = limits.cases.get(one.name, {}).get(one.target)
     if line is None:
-        yield f"{where}: has no limits (psyche-fast kernels --update-limits)"
+        yield f"{where}: has no limits (make kernels ARGS=--update-limits)"
         return
     if one.refused is not None:
         if "refused" not in line:

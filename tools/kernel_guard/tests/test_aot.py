@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from psyche_fast.kernels import aot
+from tools.kernel_guard import aot
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from psyche_fast.kernels.triton.case import Case
+from tools.kernel_guard.case import Case
 
-PROVIDER = "tests.kernels.small_kernels"
+PROVIDER = "tools.kernel_guard.tests.small_kernels"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,9 @@ def test_amd_gives_registers_but_no_count_of_instructions(products):
 
 
 def test_a_kernel_that_the_compiler_dies_of_is_refused_and_the_others_are_measured():
-    deadly, add = aot.measure_all(targets=["gfx942"], provider="tests.kernels.crashing_kernels")
+    deadly, add = aot.measure_all(
+        targets=["gfx942"], provider="tools.kernel_guard.tests.crashing_kernels"
+    )
     assert (deadly.name, deadly.refused) == ("deadly", "the compiler crashed")
     assert (add.name, add.refused) == ("add", None)
     assert add.registers > 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import networkx as nx  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:  # the package with the kernels needs triton, which need not be installed
-    from psyche_fast.kernels.triton.case import Loop
+    from tools.kernel_guard.case import Loop
 
 # Behind the operands some versions write what the scheduler is told, with "&" and "?".
 _INSTRUCTION = re.compile(

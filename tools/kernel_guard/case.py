@@ -1,7 +1,7 @@
 """What the compile guard compiles: one kernel, for one set of types, constants and options.
 
-A module with kernels has a function `compile_cases() -> list[Case]`; `psyche-fast kernels` and the
-guard compile its cases for every GPU that the project supports, without having one.
+Each module with kernels has one of its name in `cases`, with `compile_cases() -> list[Case]`;
+`make kernels` compiles them for every GPU that the project supports, without having one.
 """
 
 from __future__ import annotations

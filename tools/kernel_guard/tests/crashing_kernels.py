@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from psyche_fast.kernels.triton.case import Case
-from tests.kernels import small_kernels
+from tools.kernel_guard.case import Case
+from tools.kernel_guard.tests import small_kernels
 
 
 class Deadly:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from psyche_fast.kernels import sass
-from psyche_fast.kernels.sass import CountError, Program
-from psyche_fast.kernels.triton.case import Loop
+from tools.kernel_guard import sass
+from tools.kernel_guard.case import Loop
+from tools.kernel_guard.sass import CountError, Program
 
 
 def listing(*instructions: str) -> str:

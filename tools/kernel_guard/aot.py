@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from psyche_fast.kernels import sass
+from tools.kernel_guard import sass
 
 if TYPE_CHECKING:  # the package with the kernels needs triton, which need not be installed
-    from psyche_fast.kernels.triton.case import Case
+    from tools.kernel_guard.case import Case
 
-PROVIDER = "psyche_fast.kernels.triton.cases"
+PROVIDER = "tools.kernel_guard.cases"
 """Module whose `compile_cases()` is compiled unless another is named."""
 
 Job: TypeAlias = tuple[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from psyche_fast.kernels.triton.case import Case, Loop
+from tools.kernel_guard.case import Case, Loop
 
 
 @triton.jit

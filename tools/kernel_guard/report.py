@@ -1,21 +1,18 @@
-"""What `psyche-fast kernels` prints: which kernels run here and why, and what each one costs."""
+"""What `make kernels` prints: what each kernel costs on each GPU, and whether that is allowed."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import linecache
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 from tqdm import tqdm
 
-from psyche_fast.kernels import aot, explain, limits
+from psyche_fast.kernels.here import describe, what_runs_here
+from tools.kernel_guard import aot, limits
 
 _COLUMNS = {
     "registers": "registers",
@@ -53,19 +50,12 @@ def report(
         ValueError: an argument is wrong, or nothing can be compiled for want of Triton.
         RuntimeError: a limit is exceeded.
     """
-    here = environment()
+    here = what_runs_here()
     if not as_json:
-        click.echo(f"kernels     {here['backend']}: {here['reason']}")
-        click.echo(f"device      {here['device']}")
-        click.echo(f"versions    triton {here['triton'] or 'none'}, torch {here['torch']}")
+        for line in describe(here):
+            click.echo(line)
     if here["triton"] is None:
-        if as_json:
-            click.echo(json.dumps({**here, "measurements": [], "faults": []}, indent=1))
-        if check or update_limits or lines:
-            raise ValueError("triton is not installed, so nothing can be compiled")
-        if not as_json:
-            click.echo("compiled    nothing: triton is not installed")
-        return
+        raise ValueError("triton is not installed, so nothing can be compiled")
     if lines is not None:
         _print_lines(aot.attribute_one(lines, targets[0] if targets else "sm_90", provider))
         return
@@ -95,28 +85,6 @@ def report(
 
 def _of(allowed: limits.Limits) -> str:
     return f"those of Triton {allowed.triton}" if allowed.triton else "of any Triton, and slack"
-
-
-def environment() -> dict[str, Any]:
-    """What runs on this machine, and in which versions.
-
-    Returns:
-        `backend`, `reason`, `device`, `triton` (None where it is not installed) and `torch`.
-    """
-    cuda = torch.cuda.is_available()
-    backend, reason = explain(torch.device("cuda" if cuda else "cpu"))
-    name = "cpu"
-    if cuda:
-        major, minor = torch.cuda.get_device_capability()
-        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
-    installed = importlib.util.find_spec("triton") is not None
-    return {
-        "backend": backend,
-        "reason": reason,
-        "device": name,
-        "triton": importlib.metadata.version("triton") if installed else None,
-        "torch": torch.__version__,
-    }
 
 
 def _measure(

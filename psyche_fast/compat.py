@@ -1,0 +1,144 @@
+"""Every name of torch, Transformers and Liger-Kernel that is private or moves between versions.
+
+What is used of them beyond their documented interface is here and nowhere else, so that a new
+version is tried by reading one file; `pyproject.toml` has the versions below which all of it is
+known to work. Names that are imported are in a table and are looked up when they are first asked
+for: nothing here imports torch or Transformers by itself. `torch._foreach_*` is documented, and
+used where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# Private or undocumented in all of torch 2.11 .. 2.13 and transformers 5.17 .. 5.23.
+_NAMES = {
+    # torch
+    "AsyncCollectiveTensor": "torch.distributed._functional_collectives",
+    "FakeStore": "torch.testing._internal.distributed.fake_pg",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "StorageWeakRef": "torch.multiprocessing.reductions",
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    "tree_leaves": "torch.utils._pytree",
+    "tree_map_only": "torch.utils._pytree",
+    # Transformers: which architectures there are
+    "CONFIG_MAPPING": "transformers.models.auto.configuration_auto",
+    "CONFIG_MAPPING_NAMES": "transformers.models.auto.configuration_auto",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "transformers.models.auto.modeling_auto",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
+    # Transformers: how checkpoints become models and back
+    "WeightConverter": "transformers.core_model_loading",
+    "WeightRenaming": "transformers.core_model_loading",
+    "dot_natural_key": "transformers.core_model_loading",
+    "get_model_conversion_mapping": "transformers.conversion_mapping",
+    "rename_source_key": "transformers.core_model_loading",
+    "revert_weight_conversion": "transformers.core_model_loading",
+    # Transformers: attention
+    "sdpa_attention_forward": "transformers.integrations.sdpa_attention",
+    # Liger-Kernel 0.6
+    "MODEL_TYPE_TO_APPLY_LIGER_FN": "liger_kernel.transformers.monkey_patch",
+    "_apply_liger_kernel_to_instance": "liger_kernel.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+# torch
+
+
+def all_gather_single() -> Any:
+    """Torch 2.13's name; `all_gather_into_tensor` before, of which 2.13 warns."""
+    import torch.distributed as dist
+
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """Of the default process group and of all that are made from now on (2.11 .. 2.13).
+
+    Groups of a device mesh and of `new_group` ignore `init_process_group`'s own: the module's
+    default is what counts.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+    if dist.is_initialized():
+        world = dist.group.WORLD
+        assert world is not None
+        for device in world._device_types:
+            backend = world._get_backend(device)
+            # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+            getattr(backend, "wrapped_pg", backend)._set_default_timeout(timeout)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for tensors that share their memory, one without content too (2.11 .. 2.13)."""
+    return tensor.untyped_storage()._cdata
+
+
+def allow_recompilations(count: int) -> None:
+    """At least so many of one function by `torch.compile` (2.11 .. 2.13)."""
+    import torch._dynamo  # takes a second
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, count)
+
+
+# Transformers
+
+
+def supported_attention(model: Any) -> tuple[bool, bool]:
+    """Whether a model, or a class of them, has flash attention, and sdpa (5.17 .. 5.23)."""
+    return bool(model._supports_flash_attn), bool(model._supports_sdpa)
+
+
+def dtype_plan(model: Any, dtype: torch.dtype) -> Iterable[str]:
+    """Patterns of parameters that stay in fp32 whatever the rest is (5.17 .. 5.23)."""
+    plan: Iterable[str] = model._get_dtype_plan(dtype)
+    return plan
+
+
+def block_classes(module: Any) -> Iterable[str] | None:
+    """Names of the classes of a model's blocks; None of one that says none (5.17 .. 5.23)."""
+    names: Iterable[str] | None = getattr(module, "_no_split_modules", None)
+    return names
+
+
+def ignored_on_load(model: Any) -> tuple[list[str], list[str]]:
+    """Patterns of names that a checkpoint may have too many, and may lack (5.17 .. 5.23)."""
+    unexpected = list(model._keys_to_ignore_on_load_unexpected or [])
+    return unexpected, list(model._keys_to_ignore_on_load_missing or [])
+
+
+def weight_conversions(model: Any) -> list[Any]:
+    """What saving a model has to undo (5.17 .. 5.23)."""
+    conversions: list[Any] = model._weight_conversions
+    return conversions
+
+
+def set_weight_conversions(model: Any, conversions: list[Any]) -> None:
+    """See `weight_conversions`."""
+    model._weight_conversions = conversions
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Transformers 5.23's name; `gradient_checkpointing_enable` before."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
