@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,27 +59,40 @@ class Link:
         begun = time.perf_counter()
         pending = self._start(message, peers)
         there = begun + self.latency + 8 * message.nbytes / self.bits_per_second
-        link = self
 
         class Held:
             bytes_sent = pending.bytes_sent
+            wait = pending.wait
 
-            def completed(self) -> bool:
-                return time.perf_counter() >= there and pending.completed()
-
-            def wait(self) -> Tensor:
-                asked = time.perf_counter()
-                received = pending.wait()
+            def host(self) -> Tensor:
+                received = pending.host()
                 time.sleep(max(there - time.perf_counter(), 0.0))
-                link.waited += time.perf_counter() - asked
                 return received
 
         held = Held()
         if not self.overlap:
-            held.wait()
+            self._waits(held.host)
         return held
 
+    def agree(self, *arguments: Any) -> dict[int, str]:
+        """What takes the place of `exchange.agree`: as long on its way as a result."""
+        time.sleep(self.latency)
+        return self._agree(*arguments)
+
+    def receive(self, receiver: exchange.Exchange) -> Any:
+        """What takes the place of `Exchange.receive`."""
+        if receiver._unpacking is None:
+            self._waits(receiver._under_way[0][1].result)
+        return self._receive(receiver)
+
+    def _waits(self, wait: Callable[[], object]) -> None:
+        asked = time.perf_counter()
+        wait()
+        self.waited += time.perf_counter() - asked
+
     _start = staticmethod(exchange.start)
+    _agree = staticmethod(exchange.agree)
+    _receive = staticmethod(exchange.Exchange.receive)
 
 
 def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
@@ -105,7 +119,11 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
             link.latency = arguments["latency_ms"] / 1e3
             link.bits_per_second = arguments["mbit"] * 1e6
         steps, exposed = [], []
-        with mock.patch.object(exchange, "start", link.start):
+        with (
+            mock.patch.object(exchange, "start", link.start),
+            mock.patch.object(exchange, "agree", link.agree),
+            mock.patch.object(exchange.Exchange, "receive", lambda e, link=link: link.receive(e)),
+        ):
             for step in range(1, arguments["steps"] + 3):
                 batch = Batch(torch.randint(VOCABULARY, (rows, length), generator=generator))
                 dist.barrier()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import percentiles
 from benchmarks.step_cases import DECAY, RATE, WEIGHT_DECAY, release
-from psyche_fast.distro import Distro
+from psyche_fast.distro import DistroStep
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 
@@ -122,13 +122,12 @@ class DisTrO(Side):
         self, config: transformers.LlamaConfig, device: torch.device, backend: str
     ) -> None:
         super().__init__(config, device)
-        self.distro = Distro(
+        self.distro = DistroStep(
             self.model.named_parameters(),
             compression_decay=DECAY,
             compression_chunk=64,
             compression_topk=8,
             weight_decay=WEIGHT_DECAY,
-            fused=True,
             backend=backend,
         )
         self._format = MessageFormat(self.distro.layout, self.distro.backends, signs=True)
@@ -137,7 +136,7 @@ class DisTrO(Side):
 
     def before(self) -> None:
         """Look ahead."""
-        self.distro.error_correction(RATE)
+        self.distro.look_ahead(RATE)
 
     def update(self) -> None:
         """Compress, with the clip factor on the device, and apply the previous messages."""

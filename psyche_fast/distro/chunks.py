@@ -1,4 +1,4 @@
-"""How parameters are cut into chunks, and chunks grouped into classes."""
+"""How parameters are cut into chunks, chunks grouped into classes, and a chunk's DCT basis."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from psyche_fast.devices import indexed
-from psyche_fast.distro.basis import dct_basis
 from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ class Layout:
             slices=cut_slices(members, first.totalk, limit),
         )
 
-    def zeros(self, *, on_host: bool = False) -> list[torch.Tensor]:
+    def zeros(self, *, on_host: bool = False) -> list[Tensor]:
         """Fresh state, one chunk-major `[chunks, h, w]` buffer per plan.
 
         Args:
@@ -211,9 +212,9 @@ class Layout:
             for plan, dtype in zip(self.plans, self.state_dtypes, strict=True)
         ]
 
-    def views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Views of chunk-major buffers, one per parameter in the encoded shape `xshape`."""
-        views: dict[int, torch.Tensor] = {}
+        views: dict[int, Tensor] = {}
         for plan, buffer in zip(self.plans, buffers, strict=True):
             for m in plan.members:
                 chunks = buffer[m.start : m.start + m.count]
@@ -240,3 +241,69 @@ def warn_of_tiny_chunks(parameters: Sequence[ParameterLayout], compression_chunk
             compression_chunk,
             "; ".join(tiny),
         )
+
+
+def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) -> None:
+    """Check the numbers that `Distro` and `DeMo` share.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"compression_decay must be at least 0 and below 1, got {decay}")
+    if topk <= 0:
+        raise ValueError(f"compression_topk must be positive, got {topk}")
+    if chunk <= 0:
+        raise ValueError(f"compression_chunk must be positive, got {chunk}")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+
+
+def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:
+    """Check that a saved delta has the encoded shape of its parameter.
+
+    Raises:
+        ValueError: it has not; the parameter is named.
+    """
+    if tuple(delta.shape) != parameter.xshape:
+        raise ValueError(
+            f"delta of parameter {parameter.name} is cut as {list(delta.shape)} "
+            "in the saved state, but as "
+            f"{list(parameter.xshape)} here (its shape or compression_chunk differs)"
+        )
+
+
+@lru_cache(maxsize=256)
+def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`F[j, b] = s_b cos(pi (2j + 1) b / 2n)` with `s_0 = sqrt(1/n)`, otherwise `sqrt(2/n)`.
+
+    Computed in float64 with the angle brought into the first quadrant by integer arithmetic, so
+    that entries that vanish are exactly zero and entries of equal magnitude are equal: patterns
+    that cancel then cancel exactly.
+
+    Args:
+        n: side of the chunk, at least 1.
+        dtype: floating-point dtype of the result.
+        device: where the result lives.
+
+    Returns:
+        `[n, n]`, shared between callers: not to be written to.
+    """
+    rows = [[_scale(n, b) * _cosine((2 * j + 1) * b, n) for b in range(n)] for j in range(n)]
+    return torch.tensor(rows, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def _scale(n: int, b: int) -> float:
+    return math.sqrt((1 if b == 0 else 2) / n)
+
+
+def _cosine(m: int, n: int) -> float:
+    """`cos(pi m / 2n)` for a whole number m."""
+    m %= 4 * n
+    if m > 2 * n:
+        m = 4 * n - m
+    if m == n:
+        return 0.0
+    if m > n:
+        return -math.cos(math.pi * (2 * n - m) / (2 * n))
+    return math.cos(math.pi * m / (2 * n))

@@ -14,8 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import kernels
 from psyche_fast.distro import exchange
-from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
+from psyche_fast.distro.chunks import (
+    Layout,
+    ParameterLayout,
+    check_compression,
+    check_delta_shape,
+    warn_of_tiny_chunks,
+)
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
@@ -46,13 +51,11 @@ class DeMo(torch.optim.Optimizer):
     sent, in the same pass as everything else: read it after `flush`. `state_dict`, copies and
     pickles have it done; they round-trip, and change nothing of the run, to the bit.
 
-    A learning rate may be a 0-d float32 tensor on the parameters' device. It is not waited for, and
-    with it a CUDA graph can be captured of a step.
+    A learning rate may be a 0-d float32 tensor on the parameters' device, which is not waited for.
 
     All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
     streams would write at once. Steps may move to another stream once the former one has done its
-    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError. A CUDA graph's
-    replay is a step too, which nothing here sees.
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError.
 
     Args:
         params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
@@ -128,7 +131,7 @@ class DeMo(torch.optim.Optimizer):
         if self._plan is None:
             self._plan = _Plan(self)
         for c in self._plan.classes:
-            own = kernels.encode(
+            c.own = kernels.encode(
                 c.plan,
                 c.delta,
                 [p.grad for p in c.parameters],
@@ -138,10 +141,11 @@ class DeMo(torch.optim.Optimizer):
                 previous=c.own,
                 backend=c.backend,
             )
-            c.own.indices.copy_(own.indices)
-            c.own.values.copy_(own.values)
+        received = self._gather()
+        if received is None:
+            return loss
         decayed = any(group["weight_decay"] != 0.0 for group in self.param_groups)
-        for c, entries in zip(self._plan.classes, self._gather(), strict=True):
+        for c, entries in zip(self._plan.classes, received, strict=True):
             kernels.apply(
                 c.plan,
                 c.parameters,
@@ -159,8 +163,9 @@ class DeMo(torch.optim.Optimizer):
         Later steps are the same with it or without, to the bit.
         """
         for c in self._plan.classes if self._plan is not None else ():
-            kernels.subtract(c.plan, c.delta, c.own, backend=c.backend)
-            c.own.values.zero_()
+            if c.own is not None:
+                kernels.subtract(c.plan, c.delta, c.own, backend=c.backend)
+                c.own = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their delta starts at zero."""
@@ -201,30 +206,28 @@ class DeMo(torch.optim.Optimizer):
         self.__dict__.setdefault("process_group", None)
         self._plan = None
 
-    def _gather(self) -> list[Entries]:
+    def _gather(self) -> list[Entries] | None:
         """The peers' entries side by side, in rank order, one `Entries` per chunk class.
 
-        What a peer has sent that cannot be right is left out, with a warning that names it. All
-        peers have received the same, so that all leave it out.
-
-        Raises:
-            ValueError: no peer's result can be right.
+        What a peer has sent that cannot be right, or has not arrived whole at all peers, is left
+        out by all, with a warning that names the sender; None where nothing remains.
         """
         assert self._plan is not None
-        own = [c.own for c in self._plan.classes]
+        own = [c.own for c in self._plan.classes if c.own is not None]
         alone = not (dist.is_available() and dist.is_initialized())
         peers = 1 if alone else dist.get_world_size(self.process_group)
-        self.data_transmit = self._plan.format.size
-        self.data_receive = peers * self.data_transmit
+        form = self._plan.format
+        self.data_transmit = form.size
+        self.data_receive = peers * form.size
         if peers == 1:
             return own
-        message = self._plan.format.pack(own)
-        received = exchange.start(message, self.process_group or dist.group.WORLD).wait()
-        entries, faults = self._plan.format.unpack(received)
-        for peer, what in faults.items():
+        group = self.process_group or dist.group.WORLD
+        assert group is not None
+        pending = exchange.start(form.pack(own), group)
+        refused = exchange.agree(form.faults(pending.host()), peers, group)
+        entries, faults = form.begin_unpack(pending.wait(), leave_out=refused).result()
+        for peer, what in sorted((refused | faults).items()):
             logger.warning("DeMo: the result of peer %d is refused: %s", peer, what)
-        if entries is None:
-            raise ValueError(f"the results of all {peers} peers are refused: {faults[0]}")
         return entries
 
     def _saved_deltas(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
@@ -259,8 +262,7 @@ class _Class:
         parameters: the members.
         groups: for each the number of its parameter group.
         delta: state `[chunks, h, w]`, of which `own` has yet to be subtracted.
-        own: entries of the last step, with values of 0 where there are none or they have been
-            subtracted. Always the same memory, so that a captured graph finds the last step's.
+        own: entries of the last step; None where there are none or they have been subtracted.
     """
 
     plan: ChunkPlan
@@ -268,7 +270,7 @@ class _Class:
     parameters: list[Tensor]
     groups: list[int]
     delta: Tensor
-    own: Entries
+    own: Entries | None = None
 
     def per_member(
         self, groups: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | Tensor]
@@ -317,16 +319,9 @@ class _Plan:
                 [parameters[m.position] for m in plan.members],
                 [groups[m.position] for m in plan.members],
                 delta,
-                _nothing_sent(plan),
             )
             for plan, backend, delta in zip(self.layout.plans, backends, deltas, strict=True)
         ]
-
-
-def _nothing_sent(plan: ChunkPlan) -> Entries:
-    indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
-    values = torch.zeros(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
-    return Entries(indices.repeat(plan.chunks, 1), values, unique=True)
 
 
 def _learning_rate(group: dict[str, Any]) -> float | Tensor:

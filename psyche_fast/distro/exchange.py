@@ -1,4 +1,4 @@
-"""All-gather of one flat message per rank, asynchronous.
+"""All-gather of one flat message per rank, asynchronous, and what all ranks refuse of it.
 
 A message costs as much as many KiB (on gloo 150 messages of 4 KiB take 160 times as long as one
 of the same bytes), so that whatever peers exchange travels as one, cut only where it is larger than
@@ -9,7 +9,11 @@ its own, on gloo a thread.
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.distro.message import MessageFormat, Unpacking
+from psyche_fast.kernels.plan import Entries
+
+log = logging.getLogger(__name__)
 
 BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
@@ -37,21 +45,33 @@ class Pending:
     _received: Sequence[Tensor]
     _works: Sequence[dist.Work | None]
 
-    def completed(self) -> bool:
-        """Whether all messages are there, so that nothing is waited for any more."""
-        return all(work is None or work.is_completed() for work in self._works)
-
     def wait(self) -> Tensor:
         """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer.
 
-        Where they lie on a GPU it is the current stream that waits, and over gloo the host, for
-        the link but not for the device.
+        They lie where the own message does. On a GPU it is the current stream that waits, and over
+        gloo the host, for the link but not for the device.
         """
+        self._synchronize()
+        parts = [part.to(self._device, non_blocking=True) for part in self._received]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def host(self) -> Tensor:
+        """What `wait` gives, in host memory; nothing else that the device does is waited for."""
+        if self._works and self._received[0].is_cuda:
+            beside = torch.cuda.Stream(self._device)
+            with torch.cuda.stream(beside):
+                self._synchronize()
+                parts = [part.to("cpu", non_blocking=True) for part in self._received]
+            beside.synchronize()
+        else:
+            self._synchronize()
+            parts = [part.cpu() for part in self._received]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _synchronize(self) -> None:
         for work in self._works:
             if work is not None:
                 work.wait()
-        parts = [part.to(self._device, non_blocking=True) for part in self._received]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
@@ -81,3 +101,131 @@ def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dis
     """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
     work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
     return work
+
+
+def agree(faults: dict[int, str], messages: int, group: dist.ProcessGroup) -> dict[int, str]:
+    """Which messages any rank of a group refuses; a collective that waits for the other ranks.
+
+    Each rank tells every other at once, where a reduction would go round a ring: over a slow link
+    that takes one way instead of two for every rank.
+
+    Args:
+        faults: what is wrong with the messages that this rank refuses, by their numbers.
+        messages: how many there are.
+        group: the ranks.
+
+    Returns:
+        The same numbers on every rank, in order, each with what is wrong or who refuses it.
+    """
+    ranks = dist.get_world_size(group)
+    on_host = dist.get_backend(group) == "gloo"
+    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    own = torch.tensor([number in faults for number in range(messages)], dtype=torch.uint8)
+    sent = own.repeat(ranks).to(device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    refused: dict[int, str] = {}
+    for number, by in enumerate(received.view(ranks, messages).t().tolist()):
+        if any(by):
+            who = ", ".join(str(rank) for rank, refuses in enumerate(by) if refuses)
+            refused[number] = faults.get(number, f"it has arrived damaged at rank {who}")
+    return refused
+
+
+class Exchange:
+    """The peers' results of step after step: sent, checked, and refused by all or by none.
+
+    Damage on the way may befall one receiver alone. If others applied what that one refuses, the
+    replicas would part, so that all ranks agree on what is left out. That begins as soon as a
+    message is there, beside whatever else is going on, and is over by the time that results are
+    wanted unless the link is late: no step waits for it.
+
+    Args:
+        form: how results travel.
+        peers: the ranks that exchange them; None where there is nobody.
+        agreement: the ranks that have to leave out the same: `peers`, and others with peers of
+            their own, as many. Of gloo, and for this use alone.
+
+    Attributes:
+        bytes_sent: size of this rank's last message; 0 where there is nobody to send it to.
+    """
+
+    def __init__(
+        self,
+        form: MessageFormat,
+        peers: dist.ProcessGroup | None,
+        agreement: dist.ProcessGroup | None,
+    ) -> None:
+        assert (peers is None) == (agreement is None)
+        self.bytes_sent = 0
+        self._form, self._peers, self._agreement = form, peers, agreement
+        self._under_way: deque[tuple[Pending, Future[dict[int, str]]]] = deque()
+        self._unpacking: tuple[Unpacking, dict[int, str]] | None = None
+
+    def __len__(self) -> int:
+        """How many results have been sent and not been received."""
+        return len(self._under_way) + (self._unpacking is not None)
+
+    def send(self, entries: Sequence[Entries]) -> None:
+        """Send this rank's entries on their way."""
+        pending = start(self._form.pack(entries), self._peers)
+        self.bytes_sent = pending.bytes_sent
+        check: Future[dict[int, str]] = Future()
+        if self._agreement is None:
+            check.set_result({})
+        else:
+            # Agreements are collectives: one at a time, in the order of steps.
+            before = self._under_way[-1][1] if self._under_way else None
+            arguments = check, before, pending, self._form, self._agreement
+            threading.Thread(target=_check, args=arguments, name="results", daemon=True).start()
+        self._under_way.append((pending, check))
+
+    def poll(self) -> None:
+        """Begin to unpack the oldest results if they are there; waits for nothing."""
+        if self._unpacking is None and self._under_way and self._under_way[0][1].done():
+            self._unpack()
+
+    def receive(self) -> list[Entries] | None:
+        """The oldest results, those of all peers side by side; waits for them.
+
+        What cannot be right is left out by all, with a warning that names the sender.
+
+        Returns:
+            One `Entries` per chunk class; None where everything is refused.
+        """
+        if self._unpacking is None:
+            self._unpack()
+        assert self._unpacking is not None
+        unpacking, refused = self._unpacking
+        self._unpacking = None
+        entries, faults = unpacking.result()
+        for peer, what in sorted((refused | faults).items()):
+            log.warning("the result of replica %d is refused: %s", peer, what)
+        return entries
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more; results stay to be received."""
+        for _, check in self._under_way:
+            check.result()
+
+    def _unpack(self) -> None:
+        pending, check = self._under_way.popleft()
+        refused = check.result()
+        self._unpacking = self._form.begin_unpack(pending.wait(), leave_out=refused), refused
+
+
+def _check(
+    check: Future[dict[int, str]],
+    before: Future[dict[int, str]] | None,
+    pending: Pending,
+    form: MessageFormat,
+    agreement: dist.ProcessGroup,
+) -> None:
+    """Check messages once they are there, and agree on them; what fails is raised by `check`."""
+    try:
+        if before is not None:
+            before.result()
+        messages = pending.host()
+        check.set_result(agree(form.faults(messages), len(messages), agreement))
+    except Exception as error:
+        check.set_exception(error)

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from psyche_fast.distro.chunks import Layout
-from psyche_fast.distro.replicas import hash_rows
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
@@ -35,6 +35,12 @@ _MAGIC = b"PFDR"
 _FIELDS = struct.Struct("<4sHBxQQ8x")  # all but the checksum
 _HEADER = _FIELDS.size + 8
 _VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32, torch.float64: 64}
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Odd as every word's weight, so invertible modulo 2^64: a change of one word changes the hash.
+_MULTIPLIER = -7046029254386353131
+# On a CPU the slice and its weights stay in the cache; on a GPU a launch should be worth it.
+_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 class MessageFormat:
@@ -83,46 +89,81 @@ class MessageFormat:
         words[_HEADER // 8 - 1] = hash_rows(words[None, _HEADER // 8 :])[0]
         return message
 
-    def unpack(self, messages: Tensor) -> tuple[list[Entries] | None, dict[int, str]]:
-        """Check messages and decode those that hold what they should.
+    def faults(self, messages: Tensor) -> dict[int, str]:
+        """What is wrong with the header or the checksum of messages; waits for their device.
 
-        All are checked before anything is made of them, with one wait for the device.
+        That is all that damage on the way can do to a message. Messages without such faults are the
+        same bytes wherever they have arrived, and so is what unpacking finds in them.
 
         Args:
             messages: uint8 `[peers, size]`, contiguous; from anybody.
 
         Returns:
-            What `Unpacking.result` gives.
+            For each bad row what is wrong with it.
 
         Raises:
             ValueError: messages of another shape or dtype.
         """
-        return self.begin_unpack(messages).result()
+        self._check_form(messages)
+        words = messages.view(torch.int64)
+        fields = self._fields.to(messages.device)
+        checks = torch.stack(
+            [
+                (messages[:, : _FIELDS.size] == fields).all(dim=1),
+                hash_rows(words[:, _HEADER // 8 :]) == words[:, _HEADER // 8 - 1],
+            ]
+        )
+        faults = {}
+        for row, (header, checksum) in enumerate(checks.t().tolist()):
+            if not header:
+                faults[row] = self._what_differs(bytes(messages[row, : _FIELDS.size].tolist()))
+            elif not checksum:
+                faults[row] = "its checksum does not match its content"
+        return faults
 
-    def begin_unpack(self, messages: Tensor) -> Unpacking:
-        """`unpack` in two parts: this one waits for nothing, `Unpacking.result` for what it gave.
+    def unpack(self, messages: Tensor) -> tuple[list[Entries] | None, dict[int, str]]:
+        """Check messages and decode the good ones, for those who agree with nobody on them.
+
+        Args:
+            messages: uint8 `[peers, size]`, contiguous, on the layout's device; from anybody.
+
+        Returns:
+            As `Unpacking.result`.
 
         Raises:
             ValueError: messages of another shape or dtype.
         """
+        damaged = self.faults(messages)
+        entries, malformed = self.begin_unpack(messages, leave_out=damaged).result()
+        return entries, damaged | malformed
+
+    def begin_unpack(self, messages: Tensor, *, leave_out: Collection[int] = ()) -> Unpacking:
+        """Begin to decode messages in which `faults` has found nothing; waits for nothing.
+
+        Args:
+            messages: uint8 `[peers, size]`, contiguous, on the layout's device.
+            leave_out: rows that are not to be looked at.
+
+        Raises:
+            ValueError: messages of another shape or dtype.
+        """
+        self._check_form(messages)
+        rows = [row for row in range(len(messages)) if row not in leave_out]
+        if len(rows) < len(messages):
+            messages = messages[rows]
+        entries, well_formed = self._decode(messages)
+        copied = None
+        checks = well_formed.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        if messages.is_cuda:
+            copied = torch.cuda.current_stream(messages.device).record_event()
+        return Unpacking(self, messages, rows, entries, checks, copied)
+
+    def _check_form(self, messages: Tensor) -> None:
         if messages.dtype != torch.uint8 or messages.dim() != 2 or messages.shape[1] != self.size:
             raise ValueError(
                 f"messages: wanted uint8 [peers, {self.size}], got {messages.dtype} "
                 f"{list(messages.shape)}"
             )
-        entries, well_formed = self._decode(messages)
-        words = messages.view(torch.int64)
-        checks = torch.stack(
-            [
-                (messages[:, : _FIELDS.size] == self._fields).all(dim=1),
-                hash_rows(words[:, _HEADER // 8 :]) == words[:, _HEADER // 8 - 1],
-                well_formed,
-            ]
-        ).to("cpu", non_blocking=True)  # from a GPU into pinned memory, behind the decoding
-        copied = None
-        if messages.is_cuda:
-            copied = torch.cuda.current_stream(messages.device).record_event()
-        return Unpacking(self, messages, entries, checks, copied)
 
     def _decode(self, messages: Tensor) -> tuple[list[Entries], Tensor]:
         """Entries by chunk class, and bool `[peers]`: whether all chunks are well-formed."""
@@ -156,8 +197,9 @@ class Unpacking:
 
     _format: MessageFormat
     _messages: Tensor
+    _rows: list[int]
     _entries: list[Entries]
-    _checks: Tensor  # bool [3, peers] in host memory, there once `_copied` is past
+    _well_formed: Tensor  # bool [peers] in host memory, there once `_copied` is past
     _copied: torch.cuda.Event | None
 
     def result(self) -> tuple[list[Entries] | None, dict[int, str]]:
@@ -170,18 +212,38 @@ class Unpacking:
         """
         if self._copied is not None:
             self._copied.synchronize()
-        faults = {}
-        for row, (header, checksum, formed) in enumerate(zip(*self._checks.tolist(), strict=True)):
-            if not header:
-                fields = bytes(self._messages[row, : _FIELDS.size].tolist())
-                faults[row] = self._format._what_differs(fields)
-            elif not checksum:
-                faults[row] = "its checksum does not match its content"
-            elif not formed:
-                faults[row] = "an index is out of order or range, or a value is not finite"
+        formed = self._well_formed.tolist()
+        faults = {
+            row: "an index is out of order or range, or a value is not finite"
+            for row, good in zip(self._rows, formed, strict=True)
+            if not good
+        }
+        if len(faults) == len(self._rows):
+            return None, faults
         if not faults:
             return self._entries, faults
-        good = [row for row in range(len(self._messages)) if row not in faults]
-        if not good:
-            return None, faults
-        return self._format._decode(self._messages[good])[0], faults
+        return self._format._decode(self._messages[self._well_formed])[0], faults
+
+
+def hash_bits(tensor: Tensor) -> Tensor:
+    """A position-dependent hash of a tensor's bits: int64, 0-d, on its device.
+
+    Integer arithmetic modulo 2^64: the same on every device and in any order of additions.
+    """
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    return hash_rows(words.unsqueeze(0))[0]
+
+
+def hash_rows(words: Tensor) -> Tensor:
+    """`hash_bits` of each row: int64 `[n]` of integers `[n, words]`."""
+    weights = _odd_numbers(words.device)
+    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
+    for at, part in enumerate(words.split(weights.numel(), dim=1)):
+        total += (part * weights[: part.shape[1]]).sum(dim=1)
+        total += part.sum(dim=1) * (2 * at * weights.numel())
+    return total * _MULTIPLIER
+
+
+@cache
+def _odd_numbers(device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * _SLICE[device.type], 2, dtype=torch.int64, device=device)

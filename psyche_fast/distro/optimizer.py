@@ -1,7 +1,8 @@
-"""`Distro`: DisTrO in the order of Psyche's train loop, results applied one step late."""
+"""`DistroStep`: what DisTrO does in a step to parameters and momentum, results applied late."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from psyche_fast import kernels
-from psyche_fast.distro.checks import check_compression, check_delta_shape
-from psyche_fast.distro.chunks import Layout, ParameterLayout, warn_of_tiny_chunks
-from psyche_fast.distro.momentum import Momentum
-from psyche_fast.distro.results import DistroResult, collect, collect_own, to_results
+from psyche_fast.distro.chunks import (
+    Layout,
+    ParameterLayout,
+    check_compression,
+    check_delta_shape,
+    warn_of_tiny_chunks,
+)
 from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
@@ -22,36 +26,33 @@ MAX_OFFLOADED_ELEMENTS = 1 << 26
 """Elements of delta on the device at once where it is offloaded, or those of one parameter."""
 
 
-class Distro:
-    """DisTrO with delayed application, in the order of Psyche's train loop.
+class DistroStep:
+    """DisTrO with delayed application, on the entries of chunk classes.
 
     One step, with `lr` the learning rate of this step and `prev_lr` that of the one before::
 
-        distro.error_correction(prev_lr)          # parameters -= prev_lr * sign(delta): look-ahead
-        ...                                       # forward, backward, clip: gradients in .grad
-        own = distro.generate(prev_own, prev_lr, lr)
-        distro.apply(all_peers_previous_results, lr)
+        step.look_ahead(prev_lr)          # parameters -= prev_lr * sign(delta)
+        ...                               # forward, backward: gradients in .grad
+        own = step.compress(own, lr)      # what to send
+        step.update(entries_of_all_peers_previous_step, lr)
 
-    Between the return of `generate` or `apply` and the next `error_correction` the parameters are
-    the plain ones. The look-ahead is undone exactly, from a master copy that is allocated by the
-    first `error_correction`. With `fused`, parameters stay in the look-ahead instead: `apply` works
-    on the master copy and writes the next look-ahead in the same pass, `error_correction` then
-    finds it done, and `plain` puts the plain parameters back for whoever else wants to read them.
+    Parameters stay in the look-ahead between steps: `update` works on a master copy of the plain
+    ones and writes the next look-ahead in the same pass, which `look_ahead` then finds done.
+    `plain` puts the plain parameters back, bit for bit, for whoever else wants to read them. The
+    master copy is allocated by the first `look_ahead`.
 
-    The learning rates may be 0-d float32 tensors on the parameters' device. `generate` and `apply`
-    check what they are given, which waits for the device; `compress` and `update`, the same without
-    the checks, do not, and a CUDA graph can be captured of a step of these.
+    The learning rates may be 0-d float32 tensors on the parameters' device; nothing waits for the
+    device then.
 
     All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
     streams would write at once. Steps may move to another stream once the former one has done its
-    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError. A CUDA graph's
-    replay is a step too, which nothing here sees.
+    work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError.
 
     The state, `delta`, is the momentum that has not been sent yet, float32 unless told otherwise
     (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the
     parameter's dtype.
 
-    DTensor parameters are taken (FSDP2, tensor parallelism): a rank's state and results are those
+    DTensor parameters are taken (FSDP2, tensor parallelism): a rank's state and entries are those
     of its own chunks, and the peers that it exchanges them with are the ranks with the same place
     in other replicas. Shards whose edges are edges of chunks are worked on where they lie. Chunks
     that are cut are divided among the ranks that share them, and the methods are collectives of
@@ -65,13 +66,9 @@ class Distro:
             larger.
         compression_topk: coefficients sent per chunk.
         weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
-            in `generate`.
+            once per step.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
         offload_delta: keep delta in host memory, and on the device only what is being worked on.
-        fused: keep the parameters in the look-ahead between steps.
-        master_copy: undo the look-ahead from a copy. False saves the copy's memory and adds the
-            look-ahead back instead, which rounding makes inexact for parameters in half precision:
-            peers then drift apart (Psyche's way).
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
@@ -80,6 +77,7 @@ class Distro:
         refused: 0-d int64, how many gradients were left out because `grad_scale` was a tensor that
             was not finite; on the device.
         layout: how this rank's part of them is cut; what `validate_results` wants.
+        parts: this rank's part of each parameter.
 
     Raises:
         ValueError: an argument out of range, a name twice, no parameter that requires gradients.
@@ -95,8 +93,6 @@ class Distro:
         weight_decay: float = 0.0,
         delta_dtype: torch.dtype = torch.float32,
         offload_delta: bool = False,
-        fused: bool = False,
-        master_copy: bool = True,
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
@@ -106,18 +102,10 @@ class Distro:
             )
         self.compression_decay = compression_decay
         self.weight_decay = weight_decay
-        pairs = (
-            named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
-        )
-        taken = sorted(((n, p) for n, p in pairs if p.requires_grad), key=lambda pair: pair[0])
-        if not taken:
-            raise ValueError("named_parameters holds no parameter that requires gradients")
-        self.names = [name for name, _ in taken]
-        for name, following in zip(self.names, self.names[1:], strict=False):
-            if name == following:
-                raise ValueError(f"named_parameters holds {name} twice")
-        self._parameters = [p for _, p in taken]
-        wholes = [
+        trained = _trained(named_parameters)
+        self.names = [name for name, _ in trained]
+        self._parameters = [p for _, p in trained]
+        self._wholes = [
             ParameterLayout.of(
                 name,
                 p.shape,
@@ -126,24 +114,20 @@ class Distro:
                 compression_chunk=compression_chunk,
                 compression_topk=compression_topk,
             )
-            for name, p in taken
+            for name, p in trained
         ]
-        warn_of_tiny_chunks(wholes, compression_chunk)
-        self._wholes = wholes
-        self._parts = Parts(self._parameters, wholes)
+        warn_of_tiny_chunks(self._wholes, compression_chunk)
+        self.parts = Parts(self._parameters, self._wholes)
         self.layout = Layout(
-            self._parts.layouts,
+            self.parts.layouts,
             delta_dtype=delta_dtype,
             max_elements=MAX_OFFLOADED_ELEMENTS if offload_delta else None,
         )
         self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
         self._delta = Momentum(self.layout, offload=offload_delta)
-        self._fused = fused
-        self._master_copy = master_copy
         self._master: list[Tensor] = []
         self._looking_ahead = False
-        self._current = False  # whether delta is still the one that the look-ahead went by
-        self._ahead_rate: float | Tensor = 0.0
+        self._ahead_rate: float | Tensor | None = None  # None: delta has changed since
         self._shrink: float | Tensor | None = None  # weight decay that is still to be done
         self.refused = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
 
@@ -153,90 +137,38 @@ class Distro:
         return self._looking_ahead
 
     @torch.no_grad()
-    def error_correction(self, prev_lr: float | Tensor) -> None:
+    def look_ahead(self, prev_lr: float | Tensor) -> None:
         """Keep the plain parameters aside, then `parameters -= prev_lr * sign(delta)`.
 
-        With `fused` nothing is left to do where `apply` was called with the same learning rate.
-
-        Raises:
-            RuntimeError: the parameters already hold the look-ahead.
+        Nothing is left to do where `update` was called with the same learning rate.
         """
         if self._looking_ahead:
-            if not self._fused:
-                raise RuntimeError(
-                    "error_correction was called twice without generate or undo_error_correction "
-                    "in between"
-                )
-            if self._current and _same(self._ahead_rate, prev_lr):
+            if _same(self._ahead_rate, prev_lr):
                 return
             self.plain()
-        self._parts.pull()
-        if self._master_copy:
-            own = self._parts.tensors()
-            if not self._master:
-                self._master = [torch.empty_like(t) for t in own]
-            torch._foreach_copy_(self._master, own)
-        self._signed(None, prev_lr)
-        self._parts.push()
-        self._looking_ahead, self._current, self._ahead_rate = True, True, prev_lr
+        self.parts.pull()
+        tensors = self.parts.tensors()
+        if not self._master:
+            self._master = [torch.empty_like(t) for t in tensors]
+        torch._foreach_copy_(self._master, tensors)
+        for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
+            members = [tensors[m.position] for m in plan.members]
+            rates = _every(prev_lr, plan)
+            kernels.lookahead(plan, members, self._delta.fetch(at), rates, backend=backend)
+        self.parts.push()
+        self._looking_ahead, self._ahead_rate = True, prev_lr
 
     @torch.no_grad()
-    def undo_error_correction(self) -> None:
-        """Put the plain parameters back, if they hold the look-ahead.
-
-        Bit for bit, from the master copy; without one by adding the look-ahead again.
-        """
-        if not self._looking_ahead:
-            return
-        if self._master_copy:
-            torch._foreach_copy_(self._parts.tensors(), self._master)
-        else:
-            rate = self._ahead_rate
-            self._signed(None, -rate)
-        self._parts.push()
-        self._looking_ahead = False
-
     def plain(self) -> None:
-        """Make the parameters the plain ones, weight decay done, whatever the mode.
+        """Make the parameters the plain ones, weight decay done.
 
-        For evaluation, export and checkpoints between steps. The next `error_correction` looks
-        ahead anew.
+        For evaluation, export and checkpoints between steps. The next `look_ahead` begins anew.
         """
-        self.undo_error_correction()
+        if self._looking_ahead:
+            torch._foreach_copy_(self.parts.tensors(), self._master)
+            self.parts.push()
+            self._looking_ahead = False
         self._finish_decay()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prev_self_results: Sequence[DistroResult] | Sequence[Sequence[DistroResult]] | None,
-        prev_lr: float | Tensor,
-        lr: float | Tensor,
-        *,
-        grad_scale: float | Tensor = 1.0,
-    ) -> list[DistroResult]:
-        """Undo the look-ahead, decay the weights, take up the gradients and compress.
-
-        Args:
-            prev_self_results: own results of the previous step with their unquantised values, which
-                are taken out of delta; None or empty where there are none. Several (a list of
-                lists) count with their mean.
-            prev_lr: learning rate of the look-ahead. Part of Psyche's call; the undo reads the
-                master copy, or goes by what `error_correction` was given. Without a look-ahead
-                outstanding nothing is undone.
-            lr: learning rate of this step.
-            grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
-                parameters' device, which is not waited for. Where it is not finite the gradients
-                are left out whole and `refused` counts it. A gradient of None is zero.
-
-        Returns:
-            One result per parameter in name order, values in the parameter's dtype.
-
-        Raises:
-            ValueError: `prev_self_results` are quantised, do not fit the parameters or are not
-                finite. Nothing has been changed then.
-        """
-        previous = collect_own(prev_self_results, self.layout)
-        return to_results(self.layout, self.compress(previous, lr, grad_scale=grad_scale))
 
     @torch.no_grad()
     def compress(
@@ -246,36 +178,31 @@ class Distro:
         *,
         grad_scale: float | Tensor = 1.0,
     ) -> list[Entries]:
-        """`generate` for those who keep the entries of each chunk class: nothing is checked.
+        """Take up the gradients and compress: `delta = decay * (delta - sent) + lr * gradient`.
+
+        Weight decay falls due: the next `update` does it in passing, or `plain`.
 
         Args:
-            previous: what the last call returned; None for the first.
+            previous: what the last call returned, which is taken out of delta; None for the first.
             lr: learning rate of this step.
-            grad_scale: as `generate` has it.
+            grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
+                parameters' device, which is not waited for. Where it is not finite the gradients
+                are left out whole and `refused` counts it. A gradient of None is zero.
 
         Returns:
             One `Entries` per plan of `layout`, the indices ascending.
         """
         if isinstance(grad_scale, Tensor):
             self.refused += ~grad_scale.isfinite()
-        # Without a master copy the kernel that reads delta undoes the look-ahead in passing.
-        in_place = self._looking_ahead and not self._master_copy
-        shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
-        if not in_place:
-            if not self._fused:
-                self.undo_error_correction()
-            self._finish_decay()
-            self._shrink = shrink
-            if not self._fused:
-                self._finish_decay()
+        self._finish_decay()
+        self._shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
+        gradients = self.parts.gradients()
+        sent: Sequence[Entries | None] = previous or [None] * len(self.layout.plans)
         entries = []
-        taken: Sequence[Entries | None] = previous or [None] * len(self.layout.plans)
-        tensors, gradients = self._parts.tensors(), self._parts.gradients()
         for at, (plan, backend, own) in enumerate(
-            zip(self.layout.plans, self.backends, taken, strict=True)
+            zip(self.layout.plans, self.backends, sent, strict=True)
         ):
             delta = self._delta.fetch(at)
-            members = [tensors[m.position] for m in plan.members]
             entries.append(
                 kernels.encode(
                     plan,
@@ -285,59 +212,29 @@ class Distro:
                     decay=self.compression_decay,
                     gradient_scale=grad_scale,
                     previous=own,
-                    parameters=members if in_place else None,
-                    previous_rates=_every(self._ahead_rate, plan) if in_place else None,
-                    shrinks=_every(shrink, plan) if in_place and shrink is not None else None,
                     backend=backend,
                 )
             )
             self._delta.keep(at, delta)
-        self._current = False
-        if in_place:
-            self._looking_ahead = False
-            self._parts.push()
+        self._ahead_rate = None
         return entries
 
     @torch.no_grad()
-    def apply(self, results: Sequence[Sequence[DistroResult]], lr: float | Tensor) -> None:
-        """`parameters -= lr * sign(decode(mean of the peers' results))`.
+    def update(self, entries: Sequence[Entries], lr: float | Tensor) -> None:
+        """`parameters -= lr * sign(decode(mean of the peers' entries))`, weight decay done.
 
-        The outcome is a function of the results and their order alone: peers that apply the same
-        ones stay identical.
+        Of parameters in the look-ahead it is the master copy that changes, and they become the next
+        look-ahead; plain ones stay plain.
 
         Args:
-            results: one list per peer, in an order that all peers share; quantised (bool) or not.
-                Empty: no change.
+            entries: the peers' entries side by side, one `Entries` per plan. Nothing is checked.
             lr: learning rate.
-
-        Raises:
-            ValueError: a result does not fit, naming the peer's number and the parameter. Nothing
-                has been changed.
-            RuntimeError: the parameters hold the look-ahead.
         """
-        if self._looking_ahead and not self._fused:
-            raise RuntimeError("apply was called before generate had undone the look-ahead")
-        if results:
-            self.update(collect(results, self.layout), lr)
-
-    @torch.no_grad()
-    def update(self, entries: Sequence[Entries], lr: float | Tensor) -> None:
-        """`apply` for entries that have been checked, the peers' side by side in each plan's."""
-        if not self._looking_ahead:
-            self._parts.pull()
-        if not self._fused:
-            self._signed(entries, lr)
-            self._parts.push()
-            return
-        # The plain parameters are the master copy where there is one and it is in use.
-        tensors = self._parts.tensors()
-        plain: Sequence[Tensor] = tensors
-        if self._master_copy:
-            if not self._master:
-                self._master = [t.clone() for t in tensors]
-            elif not self._looking_ahead:
-                torch._foreach_copy_(self._master, tensors)
-            plain = self._master
+        ahead = self._looking_ahead
+        if not ahead:
+            self.parts.pull()
+        tensors = self.parts.tensors()
+        plain = self._master if ahead else tensors
         for at, (plan, backend, e) in enumerate(
             zip(self.layout.plans, self.backends, entries, strict=True)
         ):
@@ -347,21 +244,21 @@ class Distro:
                 e,
                 _every(lr, plan),
                 shrinks=None if self._shrink is None else _every(self._shrink, plan),
-                ahead=[tensors[m.position] for m in plan.members],
-                delta=self._delta.fetch(at),
+                ahead=[tensors[m.position] for m in plan.members] if ahead else None,
+                delta=self._delta.fetch(at) if ahead else None,
                 backend=backend,
             )
-        self._parts.push()
+        self.parts.push()
         self._shrink = None
-        self._looking_ahead, self._current, self._ahead_rate = True, True, lr
+        self._ahead_rate = lr if ahead else None
 
-    def zero_optim(self) -> None:
+    def zero_momentum(self) -> None:
         """Forget all momentum: delta becomes zero."""
-        self.plain()  # what undoes a look-ahead without a master copy is delta
+        self.plain()
         self._delta.zero()
 
-    def deltas(self) -> dict[str, Tensor]:
-        """The momentum by parameter name, in the encoded shape; views where they can be.
+    def momentum(self) -> dict[str, Tensor]:
+        """Delta by parameter name, in the encoded shape; views where they can be.
 
         Of a sharded parameter a DTensor, or the whole where its chunks have been divided among
         ranks, which makes this a collective.
@@ -369,7 +266,7 @@ class Distro:
         return {name: self._whole_delta(i) for i, name in enumerate(self.names)}
 
     def _whole_delta(self, position: int) -> Tensor:
-        return self._parts.whole(position, self._delta.of_parameter(position))
+        return self.parts.whole(position, self._delta.of_parameter(position))
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -403,46 +300,80 @@ class Distro:
             check_delta_shape(p, saved[p.name])
         self.plain()
         for i, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
-            self._delta.set(i, self._parts.own(i, saved[name].to(parameter.device)))
-
-    @torch.no_grad()
-    def whole_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
-        """Results over whole parameters, the same on every rank, from each rank's own.
-
-        For exchanges that know nothing of shards. A collective over the ranks of a replica.
-        """
-        return self._parts.whole_results(results)
-
-    def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
-        """This rank's part of results over whole parameters.
-
-        Raises:
-            ValueError: they are not over these parameters.
-        """
-        return self._parts.own_results(results)
+            self._delta.set(i, self.parts.own(i, saved[name].to(parameter.device)))
 
     def _finish_decay(self) -> None:
-        """Do the weight decay that no `apply` has done in passing."""
+        """Do the weight decay that no `update` has done in passing."""
         if self._shrink is None:
             return
-        with torch.no_grad():
-            in_master = self._looking_ahead and self._master_copy
-            if not in_master:
-                self._parts.pull()
-            torch._foreach_mul_(self._master if in_master else self._parts.tensors(), self._shrink)
-            if not in_master:
-                self._parts.push()
+        if self._looking_ahead:
+            torch._foreach_mul_(self._master, self._shrink)
+        else:
+            self.parts.pull()
+            torch._foreach_mul_(self.parts.tensors(), self._shrink)
+            self.parts.push()
         self._shrink = None
 
-    def _signed(self, entries: Sequence[Entries] | None, rate: float | Tensor) -> None:
-        """`parameters -= rate * sign` of the decoded mean of entries, or of delta."""
-        tensors = self._parts.tensors()
-        for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
-            targets, rates = [tensors[m.position] for m in plan.members], _every(rate, plan)
-            if entries is None:
-                kernels.lookahead(plan, targets, self._delta.fetch(at), rates, backend=backend)
-            else:
-                kernels.apply(plan, targets, entries[at], rates, backend=backend)
+
+class Momentum:
+    """Delta, one chunk-major buffer per plan of a layout.
+
+    Args:
+        layout: how the parameters are cut.
+        offload: keep delta in host memory (pinned where the device is a GPU) and bring one plan's
+            at a time to the device, as wide as `Layout`'s `max_elements` lets a plan be. Copies run
+            on the device's current stream, in the order of what uses them.
+    """
+
+    def __init__(self, layout: Layout, *, offload: bool = False) -> None:
+        self._layout, self._offload = layout, offload
+        self._buffers = layout.zeros(on_host=offload)
+        self._views = layout.views(self._buffers)
+
+    def fetch(self, at: int) -> Tensor:
+        """A plan's delta `[chunks, h, w]` on its device; what is changed in it is to be kept."""
+        buffer = self._buffers[at]
+        if not self._offload:
+            return buffer
+        return buffer.to(self._layout.plans[at].device, non_blocking=True, copy=True)
+
+    def keep(self, at: int, delta: Tensor) -> None:
+        """Take back what `fetch` gave."""
+        if self._offload:
+            self._buffers[at].copy_(delta, non_blocking=True)
+
+    def of_parameter(self, position: int) -> Tensor:
+        """One parameter's delta in the encoded shape: a view, or a copy on the device."""
+        view = self._views[position]
+        if not self._offload:
+            return view
+        return view.to(self._layout.parameters[position].device, copy=True)
+
+    def set(self, position: int, delta: Tensor) -> None:
+        """Give one parameter's delta other values, in any shape."""
+        self._views[position].copy_(delta.view(self._views[position].shape))
+
+    def zero(self) -> None:
+        """Forget all."""
+        if self._offload and any(plan.device.type == "cuda" for plan in self._layout.plans):
+            torch.cuda.current_stream().synchronize()  # copies to the host may be under way
+        for buffer in self._buffers:
+            buffer.zero_()
+
+
+def _trained(
+    named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+) -> list[tuple[str, Tensor]]:
+    """Names and tensors of the parameters that require gradients, sorted by name."""
+    if isinstance(named_parameters, Mapping):
+        named_parameters = named_parameters.items()
+    trained = sorted(((n, p) for n, p in named_parameters if p.requires_grad), key=lambda np: np[0])
+    if not trained:
+        raise ValueError("named_parameters holds no parameter that requires gradients")
+    for (name, _), (following, _) in itertools.pairwise(trained):
+        if name == following:
+            raise ValueError(f"named_parameters holds {name} twice")
+    return trained
 
 
 def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:
@@ -450,7 +381,7 @@ def _every(rate: float | Tensor, plan: ChunkPlan) -> Rates:
     return rate if isinstance(rate, Tensor) else [rate] * len(plan.members)
 
 
-def _same(a: float | Tensor, b: float | Tensor) -> bool:
+def _same(a: float | Tensor | None, b: float | Tensor) -> bool:
     """Whether two rates are known to be equal, without looking at what is on a device."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.distro import DistroResult
+from psyche_fast.distro import DistroResult, DistroStep
+from psyche_fast.distro.results import collect, collect_own, to_results
 from psyche_fast.models import CausalLM
 from psyche_fast.psyche.messages import Hyperparameters, Optimize, Train, read_optimizer
-from psyche_fast.rank.optimizers import AdamWOptimizer, Optimizer, make_distro
+from psyche_fast.rank.optimizers import AdamWOptimizer, Optimizer, distro_options
 from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, TrainOutput, trainable
 from psyche_fast.schedules import warmup_factor
@@ -25,8 +25,8 @@ from psyche_fast.schedules import warmup_factor
 Results = list[list[DistroResult]]
 
 
-class ReceivedDistro(Optimizer):
-    """DisTrO on results that rank 0 sends.
+class ReceivedDistro(DistroStep, Optimizer):
+    """DisTrO on results that rank 0 sends, over whole parameters.
 
     Attributes:
         received: what came with the operation in hand: own results of the previous step for
@@ -35,45 +35,30 @@ class ReceivedDistro(Optimizer):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], options: config.Optimizer) -> None:
-        """Takes the parameters by name."""
-        self._distro = make_distro(parameters, options)
-        # Psyche's rank 0 knows results over whole parameters only.
-        self._shared = any(isinstance(p, DTensor) for p in parameters.values())
+        """Take the parameters by name."""
+        super().__init__(parameters, **distro_options(options))
         self.received: Results = []
         self.generated: list[DistroResult] = []
 
-    def before_forward(self, prev_lr: float) -> None:
-        """Look-ahead."""
-        self._distro.error_correction(prev_lr)
-
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
-        """Generates this step's result."""
-        own = self._distro.generate(self._own(self.received), prev_lr, lr, grad_scale=factor)
-        self.generated = self._distro.whole_results(own) if self._shared else own
-
-    def step(self, lr: float) -> None:
-        """Applies all peers' results of the previous step.
+        """Compress.
 
         Raises:
             ValueError: a result is malformed.
         """
-        self._distro.apply(self._own(self.received), lr)
+        previous = collect_own([self.parts.own_results(r) for r in self.received], self.layout)
+        own = to_results(self.layout, self.compress(previous, lr, grad_scale=factor))
+        self.generated = self.parts.whole_results(own)
 
-    def _own(self, results: Results) -> Results:
-        """This rank's part of results over whole parameters."""
-        return [self._distro.own_results(peer) for peer in results] if self._shared else results
+    def step(self, lr: float) -> None:
+        """Apply all peers' results of the previous step.
 
-    def plain(self) -> None:
-        """Undoes the look-ahead, in which the parameters are between steps."""
-        self._distro.plain()
-
-    def zero(self) -> None:
-        """Zeroes delta; what was in it is no longer to be taken out of it."""
-        self._distro.zero_optim()
-
-    def momentum(self) -> Mapping[str, Tensor]:
-        """Delta."""
-        return self._distro.deltas()
+        Raises:
+            ValueError: a result is malformed.
+        """
+        if self.received:
+            own = [self.parts.own_results(peer) for peer in self.received]
+            self.update(collect(own, self.layout), lr)
 
 
 class PsycheTrainer(Trainer):

@@ -1,13 +1,12 @@
 """The optimisers behind one face, in the order of Psyche's train loop.
 
-`Trainer.train` calls `before_forward` and `after_backward`; `Trainer.optimize` calls `step`.
+`Trainer.train` calls `look_ahead`, `receive` and `after_backward`; `Trainer.optimize` calls `step`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
-from psyche_fast.distro import Distro, exchange
-from psyche_fast.distro.message import MessageFormat, Unpacking
+from psyche_fast.distro import DistroStep
+from psyche_fast.distro.exchange import Exchange
+from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import gradients, scale_
-
-log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -28,20 +26,22 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Optimizer:
     """One rank's optimiser over named parameters. This one changes nothing."""
 
-    bytes_sent: int = 0
-    """Bytes of this rank's contribution to the last exchange."""
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of this rank's contribution to the last exchange."""
+        return 0
 
-    def before_forward(self, prev_lr: float) -> None:
-        """Brings the parameters to where the gradient is wanted."""
+    def look_ahead(self, prev_lr: float) -> None:
+        """Bring the parameters to where the gradient is wanted."""
 
     def receive(self) -> None:
-        """Takes in what has come from other ranks; waits for nothing and changes no parameter.
+        """Begin with what has come from other ranks; waits for nothing, changes no parameter.
 
         To be called between forwards and backwards, as often as one likes.
         """
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
-        """Takes the gradients over.
+        """Take up the gradients.
 
         Args:
             prev_lr: learning rate of the previous step.
@@ -51,17 +51,20 @@ class Optimizer:
         """
 
     def step(self, lr: float) -> None:
-        """Changes the parameters.
+        """Change the parameters.
 
         Args:
             lr: learning rate of this step.
         """
 
-    def plain(self) -> None:
-        """Makes the parameters what a checkpoint wants: without look-ahead, with weight decay."""
+    def settle(self) -> None:
+        """Wait until nothing is under way between ranks: before checkpoints and at the end."""
 
-    def zero(self) -> None:
-        """Forgets the momentum where the optimiser can."""
+    def plain(self) -> None:
+        """Make the parameters what a checkpoint wants: without look-ahead, with weight decay."""
+
+    def zero_momentum(self) -> None:
+        """Forget the momentum where the optimiser can."""
 
     def momentum(self) -> Mapping[str, Tensor]:
         """The momentum by parameter name, for statistics."""
@@ -72,7 +75,7 @@ class AdamWOptimizer(Optimizer):
     """`torch.optim.AdamW`, fused."""
 
     def __init__(self, parameters: Mapping[str, Tensor], options: config.Optimizer) -> None:
-        """Takes the parameters by name."""
+        """Take the parameters by name."""
         # One group per mesh: torch's fused and foreach paths refuse a mixture of plain tensors
         # and DTensors, or of DTensors of two meshes, inside one group.
         groups: dict[object, list[Tensor]] = {}
@@ -90,7 +93,7 @@ class AdamWOptimizer(Optimizer):
         self._parameters = list(parameters.values())
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
-        """Clips; what is to be refused `step` refuses, on the device."""
+        """Clip; what is to be refused `step` refuses, on the device."""
         # What mixed precision's loss scaler says of gradients that overflowed: the fused kernel
         # then changes neither parameters nor moments.
         self._adamw.found_inf = (~factor.isfinite()).float()  # type: ignore[attr-defined]
@@ -101,14 +104,14 @@ class AdamWOptimizer(Optimizer):
                 parameter.grad = parameter.grad.to(parameter.dtype)
 
     def step(self, lr: float) -> None:
-        """AdamW's step."""
+        """Take AdamW's step."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
-    def zero(self) -> None:
-        """Forgets both moments and the step count."""
+    def zero_momentum(self) -> None:
+        """Forget both moments and the step count."""
         self._adamw.state.clear()
 
     def momentum(self) -> Mapping[str, Tensor]:
@@ -116,7 +119,7 @@ class AdamWOptimizer(Optimizer):
         return {self._names[id(p)]: s["exp_avg"] for p, s in self._adamw.state.items()}
 
 
-class DistroOptimizer(Optimizer):
+class DistroOptimizer(DistroStep, Optimizer):
     """DisTrO: replicas exchange their results among themselves and apply them one step late."""
 
     def __init__(
@@ -125,91 +128,72 @@ class DistroOptimizer(Optimizer):
         options: config.Optimizer,
         peers: dist.ProcessGroup | None,
     ) -> None:
-        """Takes the parameters by name.
+        """Take the parameters by name; a collective of all ranks where there are peers.
 
         Args:
             parameters: by name.
             options: the run's.
             peers: this rank's counterparts in the other replicas.
         """
-        self._distro = make_distro(parameters, options)
-        self._peers = peers
-        self._format = MessageFormat(
-            self._distro.layout, self._distro.backends, signs=options.distro_quantization
-        )
+        super().__init__(parameters, **distro_options(options))
+        form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
+        # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
+        agreement = None if peers is None else dist.new_group(backend="gloo")
+        assert agreement is None or isinstance(agreement, dist.ProcessGroup)
+        self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
-        self._pending: deque[exchange.Pending] = deque()
-        self._unpacking: Unpacking | None = None  # what was the first of those
 
-    def before_forward(self, prev_lr: float) -> None:
-        """Look-ahead."""
-        self._distro.error_correction(prev_lr)
+    @property
+    def bytes_sent(self) -> int:
+        """Size of this rank's last message."""
+        return self._exchange.bytes_sent
 
     def receive(self) -> None:
-        """Begins to unpack the previous step's results as soon as all of them are there.
+        """Begin to unpack the previous step's results as soon as they are there.
 
         Then they are checked long before `step` asks, and on a GPU the host launches what follows
         the backward while that still runs. When it happens depends on the link, what comes of it
         does not.
         """
-        if self._unpacking is None and self._pending and self._pending[0].completed():
-            self._begin_unpack()
-
-    def _begin_unpack(self) -> None:
-        self._unpacking = self._format.begin_unpack(self._pending.popleft().wait())
+        self._exchange.poll()
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
-        """Generates this step's result and sends it on its way."""
+        """Compress, and send what comes of it on its way."""
         self.receive()  # the last moment at which the device still has something to do
-        self._own = self._distro.compress(self._own, lr, grad_scale=factor)
-        pending = exchange.start(self._format.pack(self._own), self._peers)
-        self._pending.append(pending)
-        self.bytes_sent = pending.bytes_sent
+        self._own = self.compress(self._own, lr, grad_scale=factor)
+        self._exchange.send(self._own)
 
     def step(self, lr: float) -> None:
-        """Applies the previous step's results of all peers; after the very first there are none.
+        """Apply the previous step's results of all replicas; after the very first there are none.
 
-        What a replica has sent that cannot be right is left out, with a warning that names it. All
-        replicas have received the same, so that all leave it out.
+        What any rank refuses is left out by all, with a warning that names the sender.
         """
-        if len(self._pending) + (self._unpacking is not None) < 2:
+        if len(self._exchange) < 2:
             return
-        if self._unpacking is None:
-            self._begin_unpack()
-        assert self._unpacking is not None
-        entries, faults = self._unpacking.result()
-        self._unpacking = None
-        for replica, what in faults.items():
-            log.warning("the result of replica %d is refused: %s", replica, what)
+        entries = self._exchange.receive()
         if entries is not None:
-            self._distro.update(entries, lr)
+            self.update(entries, lr)
 
-    def plain(self) -> None:
-        """Undoes the look-ahead, in which the parameters are between steps."""
-        self._distro.plain()
+    def settle(self) -> None:
+        """Wait for results under way."""
+        self._exchange.settle()
 
-    def zero(self) -> None:
-        """Zeroes delta; what was in it is no longer to be taken out of it."""
-        self._distro.zero_optim()
+    def zero_momentum(self) -> None:
+        """Zero delta; what was in it is no longer to be taken out of it."""
+        super().zero_momentum()
         self._own = None
 
-    def momentum(self) -> Mapping[str, Tensor]:
-        """Delta."""
-        return self._distro.deltas()
 
-
-def make_distro(parameters: Mapping[str, Tensor], options: config.Optimizer) -> Distro:
-    """The state and arithmetic of DisTrO, however results travel."""
-    return Distro(
-        parameters,
-        compression_decay=options.compression_decay,
-        compression_chunk=options.compression_chunk,
-        compression_topk=options.compression_topk,
-        weight_decay=options.weight_decay,
-        delta_dtype=_DTYPES[options.delta_dtype],
-        offload_delta=options.offload_delta,
-        fused=True,
-    )
+def distro_options(options: config.Optimizer) -> dict[str, Any]:
+    """What `DistroStep` takes of a run's options."""
+    return {
+        "compression_decay": options.compression_decay,
+        "compression_chunk": options.compression_chunk,
+        "compression_topk": options.compression_topk,
+        "weight_decay": options.weight_decay,
+        "delta_dtype": _DTYPES[options.delta_dtype],
+        "offload_delta": options.offload_delta,
+    }
 
 
 def make_optimizer(
@@ -217,7 +201,7 @@ def make_optimizer(
     parameters: Mapping[str, Tensor],
     peers: dist.ProcessGroup | None,
 ) -> Optimizer:
-    """The optimiser that the options name.
+    """The optimiser that the options name; a collective of all ranks where there are peers.
 
     Args:
         options: the run's.

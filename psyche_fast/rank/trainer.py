@@ -120,7 +120,7 @@ class Trainer:
         prev_lr, lr = self.learning_rate(max(step - 1, 0)), self.learning_rate(step)
         batch = self.model.prepare(batch)  # checked before anything changes
         drop_gradients(self.parameters.values())
-        self._optimizer.before_forward(prev_lr)
+        self._optimizer.look_ahead(prev_lr)
         losses, weights = self._forward_backward(batch)
         if self._accumulator is not None:
             norm = self._accumulator.finish()
@@ -193,13 +193,16 @@ class Trainer:
     def plain(self) -> None:
         """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
 
+        Results that are under way between ranks have arrived then.
+
         Between steps DisTrO leaves them in the look-ahead for the next one.
         """
         self._optimizer.plain()
+        self._optimizer.settle()
 
     def zero(self) -> None:
         """Forgets the optimiser's momentum."""
-        self._optimizer.zero()
+        self._optimizer.zero_momentum()
 
     def check_replicas(self, step: int) -> None:
         """Compares the parameters' bits with the other replicas', where there are any.
@@ -214,7 +217,7 @@ class Trainer:
 
     def _start_check(self, step: int) -> None:
         if self.topology.peers is not None:
-            self.plain()
+            self._optimizer.plain()
             self._check = replicas.start(local_parts(self.parameters), self.topology.peers, step)
 
     def _finish_check(self) -> None:

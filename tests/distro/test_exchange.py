@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import math
-import time
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from psyche_fast.distro import exchange
+from psyche_fast.distro import exchange, message, replicas
 from psyche_fast.distro.chunks import Layout, ParameterLayout
-from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import ReplicasDiffer, hash_bits, hash_rows, start
+from psyche_fast.distro.message import MessageFormat, hash_bits, hash_rows
+from psyche_fast.distro.replicas import ReplicasDiffer
 from tests.groups import run_ranks
 
 
@@ -30,28 +29,6 @@ def test_every_peer_receives_all_in_rank_order() -> None:
     expected = torch.stack([torch.arange(1000, dtype=torch.uint8) + rank for rank in range(3)])
     for received in run_ranks(_exchange, 3):
         assert torch.equal(received, expected)
-
-
-def _late(rank: int) -> list[bool]:
-    peers, others = dist.new_group(), dist.new_group()
-    found = []
-    if rank == 1:
-        dist.barrier(others)
-    pending = exchange.start(torch.full((3,), rank), peers)
-    if rank == 0:
-        found.append(pending.completed())  # rank 1 has not begun
-        dist.barrier(others)
-    deadline = time.monotonic() + 30
-    while not pending.completed() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    found.append(pending.completed())
-    assert pending.wait()[:, 0].tolist() == [0, 1]
-    return found
-
-
-@pytest.mark.processes
-def test_an_exchange_completes_without_being_waited_for() -> None:
-    assert run_ranks(_late, 2) == [[False, True], [True]]
 
 
 def _exchange_in_buckets(rank: int) -> tuple[torch.Tensor, int]:
@@ -101,7 +78,6 @@ def test_a_step_of_a_billion_parameters_is_at_most_four_collectives(k: int, sign
 def test_a_lonely_rank_sends_nothing() -> None:
     own = torch.arange(10)
     pending = exchange.start(own, None)
-    assert pending.completed()
     assert pending.bytes_sent == 0
     assert torch.equal(pending.wait(), own[None])
 
@@ -110,6 +86,21 @@ def test_rows_are_hashed_as_one_by_one() -> None:
     rows = torch.randint(-9, 9, (3, 70_001), generator=torch.Generator().manual_seed(0))
     assert hash_rows(rows).tolist() == [int(hash_bits(row)) for row in rows]
     assert hash_rows(rows[:, :0]).tolist() == [0, 0, 0]
+
+
+def test_the_hash_is_the_same_whatever_is_added_up_at_once() -> None:
+    """As much as suits a device: what a GPU has hashed is checked on the host."""
+    rows = torch.randint(-(2**62), 2**62, (2, 1000), generator=torch.Generator().manual_seed(0))
+    hashes = []
+    for slice_words in (7, 1 << 16):
+        with mock.patch.dict(message._SLICE, cpu=slice_words):
+            message._odd_numbers.cache_clear()
+            hashes.append(hash_rows(rows).tolist())
+    message._odd_numbers.cache_clear()
+    assert hashes[0] == hashes[1]
+    odd = [(2 * i + 1) * message._MULTIPLIER for i in range(1000)]
+    expected = [sum(a * b for a, b in zip(row, odd, strict=True)) % 2**64 for row in rows.tolist()]
+    assert [value % 2**64 for value in hashes[0]] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
@@ -130,23 +121,45 @@ def test_hash_sees_every_change(dtype: torch.dtype) -> None:
     assert hash_bits(swapped) != own
 
 
-def _check(rank: int) -> str:
+def _check(rank: int) -> list[str]:
     peers = dist.group.WORLD
     assert peers is not None
     tensors = {"a": torch.ones(5), "b": torch.zeros(3, 2), "empty": torch.empty(0)}
-    start(tensors, peers, 3).finish()
+    replicas.start({}, peers, 2).finish()
+    before = replicas.start(tensors, peers, 3)
     if rank == 1:
         tensors["b"][1, 1] = -0.0  # equal in value, not in bits
-    check = start(tensors, peers, 4)
-    tensors["b"][1, 1] = 0.0  # too late: what is compared is what was there
-    try:
-        check.finish()
-    except ReplicasDiffer as error:
-        return str(error)
-    return ""
+    checks = [before, replicas.start(tensors, peers, 4)]
+    tensors["b"][1, 1] = 0.0  # what is compared is what there was
+    said = []
+    for check in checks:
+        try:
+            check.finish()
+        except ReplicasDiffer as error:
+            said.append(str(error))
+    return said
 
 
 @pytest.mark.processes
 def test_replicas_that_differ_are_found_on_every_rank() -> None:
-    for message in run_ranks(_check, 2):
-        assert message == ("step 4: replicas are no longer bit-identical in 1 of 3 parameters: b")
+    for said in run_ranks(_check, 2):
+        assert said == ["step 4: replicas are no longer bit-identical in 1 of 3 parameters: b"]
+
+
+def _late(rank: int) -> bool:
+    """Whether a check is begun while the other replica has not come to it yet."""
+    peers = dist.new_group()
+    assert isinstance(peers, dist.ProcessGroup)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["begun"])
+    check = replicas.start({"a": torch.ones(3)}, peers, 1)
+    if rank == 0:
+        store.set("begun", "")  # waiting in `start` would never come here
+    check.finish()
+    return True
+
+
+@pytest.mark.processes
+def test_a_check_begins_without_waiting_for_the_others() -> None:
+    assert run_ranks(_late, 2) == [True, True]

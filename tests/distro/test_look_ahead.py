@@ -1,11 +1,14 @@
-"""The modes of the look-ahead: fused into apply, without a master copy, with rates on a device."""
+"""`DistroStep`: parameters that stay in the look-ahead between steps."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
 
-from psyche_fast.distro import Distro
+from psyche_fast import kernels
+from psyche_fast.distro import Distro, DistroStep
 from tests import oracles
 from tests.distro.support import (
     SHAPES,
@@ -21,102 +24,101 @@ SETTINGS = {
     "compression_chunk": 8,
     "weight_decay": 0.1,
 }
-MODES = {
-    "fused": {"fused": True},
-    "in place": {"master_copy": False},
-    "fused in place": {"fused": True, "master_copy": False},
-}
 
 
-def run(modes, *, dtype, steps=5, shapes=SHAPES, read=(), rate=float, backend="auto", skip=()):
+def run(*, dtype, steps=5, shapes=SHAPES, read=(), rate=float, backend="auto", skip=()):
     """Train one peer beside its oracle; `read`: steps after which the plain parameters are read."""
     arrays = random_arrays(0, shapes)
     parameters = to_parameters(arrays, dtype)
-    distro = Distro(parameters, **SETTINGS, **modes, backend=backend)
+    tested = DistroStep(parameters, **SETTINGS, backend=backend)
     expected = oracles.DistroPeer(arrays, decay=0.9, topk=3, chunk=8, weight_decay=0.1)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     previous, expected_previous, prev_lr = None, None, 0.01
     for step in range(steps):
         lr = 0.01 * (step + 1)
-        distro.error_correction(rate(prev_lr))
+        tested.look_ahead(rate(prev_lr))
         ahead = expected.look_ahead(prev_lr)
         assert_parameters(parameters, ahead, doubtful=expected.doubtful, atol=tolerance)
         gradients = random_arrays(1000 + step, shapes)
         set_gradients(parameters, gradients)
-        own = distro.generate(previous, rate(prev_lr), rate(lr))
+        own = tested.compress(previous, rate(lr))
         expected_own = expected.generate(
             [expected_previous] if expected_previous else [], gradients, lr
         )
         if previous and step not in skip:
-            distro.apply([previous], rate(lr))
+            tested.update(previous, rate(lr))
             expected.apply([expected_previous], lr)
         if step in read:
-            distro.plain()
+            tested.plain()
             assert_parameters(
                 parameters, expected.parameters, doubtful=expected.doubtful, atol=tolerance
             )
         previous, expected_previous, prev_lr = own, expected_own, lr
-    distro.plain()
+    tested.plain()
     assert_parameters(parameters, expected.parameters, doubtful=expected.doubtful, atol=tolerance)
     left_out = sum(int(d.sum()) for d in expected.doubtful.values())
     assert left_out <= 0.05 * sum(d.size for d in expected.doubtful.values())
     return parameters
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("read", [(), (1, 2)], ids=["never read", "read between"])
-def test_every_mode_follows_the_oracle(mode, read):
-    run(MODES[mode], dtype=torch.float64, read=read)
+def test_follows_the_oracle(read):
+    run(dtype=torch.float64, read=read)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_without_apply_leaves_nothing_undone(mode):
-    run(MODES[mode], dtype=torch.float64, skip=(2,))
+def test_a_step_without_update_leaves_nothing_undone():
+    run(dtype=torch.float64, skip=(2,))
 
 
 @pytest.mark.no_gpu
-@pytest.mark.parametrize("mode", ["fused", "in place"])
-def test_kernels_follow_the_oracle(mode):
+def test_kernels_follow_the_oracle():
     pytest.importorskip("triton")
     shapes = {name: SHAPES[name] for name in ("square", "odd", "experts", "vector", "column")}
-    run(MODES[mode], dtype=torch.float32, steps=3, shapes=shapes, backend="interpret")
+    run(dtype=torch.float32, steps=3, shapes=shapes, backend="interpret")
 
 
-@pytest.mark.parametrize("mode", ["fused", "in place"])
-def test_rates_may_be_tensors(mode):
-    def rate(value):
-        return torch.tensor(value, dtype=torch.float32)
-
-    run(MODES[mode], dtype=torch.float32, rate=rate)
+def test_rates_may_be_tensors():
+    run(dtype=torch.float32, rate=lambda value: torch.tensor(value, dtype=torch.float32))
 
 
-def test_fused_equals_separate_bit_for_bit_without_weight_decay():
-    arrays = random_arrays(3)
-    both = []
-    for fused in (False, True):
-        parameters = to_parameters(arrays, torch.bfloat16)
-        distro = Distro(parameters, **{**SETTINGS, "weight_decay": 0.0}, fused=fused)
-        previous = None
-        for step in range(4):
-            distro.error_correction(0.01)
+def test_equals_the_plain_order_bit_for_bit_without_weight_decay():
+    options = {**SETTINGS, "weight_decay": 0.0}
+    both = [to_parameters(random_arrays(3), torch.bfloat16) for _ in range(2)]
+    distro, tested = Distro(both[0], **options), DistroStep(both[1], **options)
+    results = entries = None
+    for step in range(4):
+        distro.error_correction(0.01)
+        tested.look_ahead(0.01)
+        for parameters in both:
             set_gradients(parameters, random_arrays(step))
-            own = distro.generate(previous, 0.01, 0.01)
-            if previous:
-                distro.apply([previous], 0.01)
-            previous = own
-        distro.plain()
-        both.append(parameters)
+        before, results = results, distro.generate(results, 0.01, 0.01)
+        sent, entries = entries, tested.compress(entries, 0.01)
+        if before:
+            distro.apply([before], 0.01)
+            tested.update(sent, 0.01)
+    ahead = {name: p.detach().clone() for name, p in both[1].items()}
+    tested.plain()
+    assert any(not torch.equal(p, ahead[name]) for name, p in both[1].items())
     for name, p in both[0].items():
         assert torch.equal(p, both[1][name]), name
 
 
-def test_in_place_needs_no_copy():
+def test_what_update_has_written_is_not_written_again():
     parameters = to_parameters(random_arrays(0), torch.float32)
-    distro = Distro(parameters, **SETTINGS, master_copy=False)
-    distro.error_correction(0.1)
+    tested = DistroStep(parameters, **SETTINGS)
+    tested.look_ahead(0.1)
     set_gradients(parameters, random_arrays(1))
-    distro.generate(None, 0.1, 0.1)
-    assert distro._master == []
+    tested.update(tested.compress(None, 0.1), 0.1)
+    with mock.patch.object(kernels, "lookahead", side_effect=AssertionError("written again")):
+        tested.look_ahead(0.1)
+        with pytest.raises(AssertionError, match="written again"):
+            tested.look_ahead(0.2)
+
+
+@pytest.mark.parametrize("mode", ["fused", "master_copy"])
+def test_there_is_one_mode(mode):
+    with pytest.raises(TypeError, match=mode):
+        Distro({"p": torch.zeros(4, requires_grad=True)}, **SETTINGS, **{mode: False})
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])

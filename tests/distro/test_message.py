@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from psyche_fast.distro import DeMo
 from psyche_fast.distro.chunks import Layout, ParameterLayout
-from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.replicas import hash_rows
+from psyche_fast.distro.message import MessageFormat, hash_rows
 from psyche_fast.kernels.plan import Entries
 from tests.distro.support import SHAPES, random_arrays, to_parameters
 from tests.groups import run_ranks
@@ -205,8 +204,10 @@ def test_layouts_that_differ_in_a_name_do_not_mix():
 
 
 def test_messages_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"messages: wanted uint8 \[peers, "):
-        form(layout(), signs=True).unpack(torch.zeros(2, 48, dtype=torch.uint8))
+    message, rows = form(layout(), signs=True), torch.zeros(2, 48, dtype=torch.uint8)
+    for look in (message.faults, message.begin_unpack):
+        with pytest.raises(ValueError, match=r"messages: wanted uint8 \[peers, "):
+            look(rows)
 
 
 def _one_lies(rank, count):

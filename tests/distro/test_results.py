@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from psyche_fast.distro import Distro, DistroResult, quantize_1bit, validate_results
-from psyche_fast.distro.basis import dct_basis
-from psyche_fast.distro.chunks import chunk_side
+from psyche_fast.distro.chunks import chunk_side, dct_basis
 from psyche_fast.kernels.plan import Member, cut_slices
 from tests import oracles
 from tests.distro.support import random_arrays, set_gradients, to_parameters

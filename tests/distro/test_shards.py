@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, Distro, DistroStep
+from psyche_fast.distro.results import collect, collect_own, to_results
 from tests.distro.support import random_arrays, to_parameters
 from tests.groups import run_ranks
 
@@ -39,15 +40,28 @@ CUT = ["columns_cut", "experts_cut", "odd_rows", "rows_cut", "vector_cut"]
 ALIGNED = ["columns", "experts", "experts_rows", "nothing", "plain", "replicated", "rows", "vector"]
 
 
-def train(parameters, gradients, *, own_results=False, **options):
+class Ahead(Distro):
+    """Parameters stay in the look-ahead, as the trainer leaves them."""
+
+    def error_correction(self, prev_lr):
+        self.look_ahead(prev_lr)
+
+    def generate(self, prev_self_results, prev_lr, lr):
+        previous = collect_own(prev_self_results, self.layout)
+        return to_results(self.layout, self.compress(previous, lr))
+
+    def apply(self, results, lr):
+        self.update(collect(results, self.layout), lr)
+
+
+def train(kind, parameters, gradients, *, own_results=False):
     """Three steps as the trainer takes them; everything a user can see after each call."""
-    distro = Distro(
+    distro = kind(
         parameters,
         compression_decay=0.9,
         compression_chunk=8,
         compression_topk=3,
         weight_decay=0.1,
-        **options,
     )
     previous, kept = None, []
     for step in range(4):
@@ -99,27 +113,30 @@ def place(mesh, name, tensor):
     return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
 
 
-def _worker(rank, count, dtype, fused):
+def _worker(rank, count, dtype):
     mesh = init_device_mesh("cpu", (count,))
-    plain = to_parameters(random_arrays(0, SHAPES), dtype)
-    parameters = {n: place(mesh, n, p.detach().clone()).requires_grad_() for n, p in plain.items()}
-    with pytest.raises(ValueError, match="parameter rows is sharded"):
-        DeMo([("rows", parameters["rows"])], 0.1)
-    sharded = train(
-        parameters,
-        lambda step, name: place(mesh, name, gradient(step, name, SHAPES, dtype)),
-        own_results=True,
-        fused=fused,
-    )
-    return sharded, train(plain, lambda s, n: gradient(s, n, SHAPES, dtype), fused=fused)
+    runs = []
+    for kind in (Distro, Ahead):
+        plain = to_parameters(random_arrays(0, SHAPES), dtype)
+        shards = {n: place(mesh, n, p.detach().clone()).requires_grad_() for n, p in plain.items()}
+        with pytest.raises(ValueError, match="parameter rows is sharded"):
+            DeMo([("rows", shards["rows"])], 0.1)
+        sharded = train(
+            kind,
+            shards,
+            lambda step, name: place(mesh, name, gradient(step, name, SHAPES, dtype)),
+            own_results=True,
+        )
+        runs.append((sharded, train(kind, plain, lambda s, n: gradient(s, n, SHAPES, dtype))))
+    return runs
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sharded_equals_whole_bit_for_bit(dtype, fused):
-    for sharded, whole in run_ranks(_worker, 2, 2, dtype, fused):
-        assert_same(sharded, whole)
+def test_sharded_equals_whole_bit_for_bit(dtype):
+    for runs in run_ranks(_worker, 2, 2, dtype):
+        for sharded, whole in runs:
+            assert_same(sharded, whole)
 
 
 COLLECTIVES = (
@@ -129,14 +146,12 @@ COLLECTIVES = (
 
 
 def _count(rank, count, names):
-    """Collectives and element counts of a fused step after the first ones."""
+    """Collectives and element counts of a step after the first ones."""
     mesh = init_device_mesh("cpu", (count,))
     arrays = random_arrays(0, SHAPES)
     plain = to_parameters({n: arrays[n] for n in names}, torch.float32)
     parameters = {n: place(mesh, n, p.detach()).requires_grad_() for n, p in plain.items()}
-    distro = Distro(
-        parameters, compression_decay=0.9, compression_chunk=8, compression_topk=3, fused=True
-    )
+    tested = DistroStep(parameters, compression_decay=0.9, compression_chunk=8, compression_topk=3)
     own = None
     for step in range(3):
         calls = []
@@ -144,13 +159,13 @@ def _count(rank, count, names):
             mock.patch.multiple(dist, **{n: _counted(n, calls) for n in COLLECTIVES}),
             mock.patch.object(DTensor, "full_tensor", side_effect=AssertionError("a full tensor")),
         ):
-            distro.error_correction(0.02)
+            tested.look_ahead(0.02)
             for name, p in parameters.items():
                 p.grad = place(mesh, name, gradient(step, name, SHAPES, torch.float32))
             calls.clear()
-            own = distro.generate(own, 0.02, 0.02)
-            distro.apply([own], 0.02)
-    return calls, sum(r.sparse_val.numel() for r in own)
+            own = tested.compress(own, 0.02)
+            tested.update(own, 0.02)
+    return calls, sum(e.values.numel() for e in own)
 
 
 def _counted(name, calls):
@@ -200,8 +215,12 @@ STYLES = {"up": ColwiseParallel, "down": RowwiseParallel, "odd": ColwiseParallel
           "back": RowwiseParallel}  # fmt: skip
 
 
-def _two_dimensional(rank, count, dtype, fused):
+def _two_dimensional(rank, count, dtype):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    return [_block(mesh, kind, dtype) for kind in (Distro, Ahead)]
+
+
+def _block(mesh, kind, dtype):
     torch.manual_seed(0)
     module = Block().to(dtype)
     plain = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
@@ -216,12 +235,12 @@ def _two_dimensional(rank, count, dtype, fused):
         whole = gradient(step, name, shapes, dtype)
         return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
-    sharded = train(parameters, sharded_gradient, own_results=True, fused=fused)
-    return sharded, train(plain, lambda s, n: gradient(s, n, shapes, dtype), fused=fused)
+    sharded = train(kind, parameters, sharded_gradient, own_results=True)
+    return sharded, train(kind, plain, lambda s, n: gradient(s, n, shapes, dtype))
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("fused", [False, True])
-def test_strided_shards_of_fsdp2_over_tensor_parallelism(fused):
-    for sharded, whole in run_ranks(_two_dimensional, 4, 4, torch.float32, fused):
-        assert_same(sharded, whole)
+def test_strided_shards_of_fsdp2_over_tensor_parallelism():
+    for runs in run_ranks(_two_dimensional, 4, 4, torch.float32):
+        for sharded, whole in runs:
+            assert_same(sharded, whole)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from psyche_fast import kernels
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from tests.kernels import support
@@ -74,35 +74,17 @@ def check_replays(make, device):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_graph_of_demo_equals_eager_steps(weight_decay, device, backend):
-    def make(parameters):
-        lr = torch.tensor(0.01, device=device)
-        options = {"compression_topk": 4, "weight_decay": weight_decay, "backend": backend}
-        demo = DeMo(parameters.values(), lr, **options)
-
-        def state():
-            demo.flush()
-            return [demo.state[p]["delta"] for p in parameters.values()]
-
-        scale = torch.tensor(0.5, device=device)
-        return partial(demo.step, grad_scale=scale), state
-
-    check_replays(make, device)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_graph_of_distro_equals_eager_steps(weight_decay, device, backend):
     """Entries are handed from step to step in memory that stays where it is."""
 
     def make(parameters):
         lr = torch.tensor(0.01, device=device)
-        distro = Distro(
+        distro = DistroStep(
             parameters,
             compression_decay=0.9,
             compression_chunk=64,
             compression_topk=4,
             weight_decay=weight_decay,
-            fused=True,
             backend=backend,
         )
         own = distro.compress(None, lr)
@@ -112,14 +94,14 @@ def test_a_graph_of_distro_equals_eager_steps(weight_decay, device, backend):
         ]
 
         def step():
-            distro.error_correction(lr)
+            distro.look_ahead(lr)
             new = distro.compress(own, lr, grad_scale=lr)
             distro.update(peers, lr)
             for kept, entries in zip(own, new, strict=True):
                 kept.indices.copy_(entries.indices)
                 kept.values.copy_(entries.values)
 
-        return step, lambda: [*distro.deltas().values(), *(e.values for e in own)]
+        return step, lambda: [*distro.momentum().values(), *(e.values for e in own)]
 
     check_replays(make, device)
 
@@ -192,14 +174,14 @@ def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
         step = partial(demo.step, grad_scale=lr)
     else:
         options = {"compression_decay": 0.9, "compression_chunk": 64, "compression_topk": 4}
-        distro = Distro(parameters, **options, fused=True, backend=backend)
+        distro = DistroStep(parameters, **options, backend=backend)
         form = MessageFormat(distro.layout, distro.backends, signs=True)
         own = distro.compress(None, lr)
         peers, faults = form.unpack(form.pack(own)[None])  # the one thing that waits
         assert faults == {}
 
         def step():
-            distro.error_correction(lr)
+            distro.look_ahead(lr)
             form.pack(distro.compress(own, lr, grad_scale=lr))
             distro.update(peers, lr)
 

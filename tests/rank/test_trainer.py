@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psyche_fast import config
 from psyche_fast.batch import Batch
-from psyche_fast.distro import Distro, exchange
+from psyche_fast.distro import DistroStep, exchange
 from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.kernels.plan import Entries
@@ -253,20 +254,20 @@ def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
-class Slow:
-    """An exchange that has brought everything when it has been asked ``asks`` times, or waits."""
+class Slow(Future[dict[int, str]]):
+    """Results that are there, and agreed on, when that has been asked ``asks`` times, or waits."""
 
-    def __init__(self, message: torch.Tensor, asks: float, said: list[str]) -> None:
-        self.bytes_sent = message.nbytes
-        self._message, self._asks, self._said = message, asks, said
+    def __init__(self, asks: float, said: list[str]) -> None:
+        super().__init__()
+        self._asks, self._said = asks, said
 
-    def completed(self) -> bool:
+    def done(self) -> bool:
         self._asks -= 1
         return self._asks < 0
 
-    def wait(self) -> torch.Tensor:
+    def result(self, timeout: float | None = None) -> dict[int, str]:
         self._said.append("there" if self._asks < 0 else "waits")
-        return torch.stack([self._message, self._message])
+        return {}
 
 
 def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -283,14 +284,18 @@ def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Te
 
         return mock.patch.object(owner, name, call)
 
+    def twice(message: torch.Tensor, peers: object) -> mock.Mock:
+        return mock.Mock(bytes_sent=0, wait=lambda: torch.stack([message, message]))
+
     with (
-        mock.patch.object(exchange, "start", lambda message, peers: Slow(message, asks, said)),
+        mock.patch.object(exchange, "start", twice),
+        mock.patch.object(exchange, "Future", side_effect=lambda: Slow(asks, said)),
         spy(MessageFormat, "begin_unpack", "unpacks"),
         spy(Unpacking, "result", "checked?"),
         spy(type(tested.model), "loss", "forward"),
         spy(torch.Tensor, "backward", "backward"),
-        spy(Distro, "compress", "compress"),
-        spy(Distro, "update", "apply"),
+        spy(DistroStep, "compress", "compress"),
+        spy(DistroStep, "update", "apply"),
     ):
         for step in (1, 2, 3, 4):
             said.clear()

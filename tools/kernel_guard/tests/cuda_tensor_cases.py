@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.kernels.small_kernels import add
 
-from psyche_fast.distro import DeMo, Distro
+from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from tools.kernel_guard.cuda_tensors import DEVICE, CudaTensor, WaitError, no_waiting
 
@@ -133,11 +133,11 @@ def parameters(device):
 
 
 def steps(device, make, *, signs=False):
-    """Parameters and state after three steps."""
+    """Parameters and state after two steps."""
     weights = parameters(device)
     generator = torch.Generator().manual_seed(1)
     step, state = make(weights, torch.tensor(0.01).to(device), signs)
-    for _ in range(3):
+    for _ in range(2):
         for p in weights.values():
             p.grad.copy_(torch.randn(p.shape, generator=generator))
         step()
@@ -147,19 +147,19 @@ def steps(device, make, *, signs=False):
 def distro_of(weights, lr, signs):
     backend = "triton" if lr.device.type == "cuda" else "interpret"
     options = {"compression_decay": 0.9, "compression_chunk": 64, "compression_topk": 4}
-    distro = Distro(weights, **options, fused=True, backend=backend)
+    distro = DistroStep(weights, **options, backend=backend)
     form = MessageFormat(distro.layout, distro.backends, signs=signs)
     own = None
 
     def step():
         nonlocal own
-        distro.error_correction(lr)
+        distro.look_ahead(lr)
         own = distro.compress(own, lr, grad_scale=lr)
         entries, faults = form.unpack(torch.stack([form.pack(own)] * 2))
         assert faults == {}
         distro.update(entries, lr)
 
-    return step, lambda: distro.deltas().values()
+    return step, lambda: distro.momentum().values()
 
 
 def demo_of(weights, lr, signs):
