@@ -174,3 +174,14 @@ def test_the_rules_are_those_of_contributing() -> None:
     assert "→ `distro` → `kernels`" in text
     for name in BOTTOM:
         assert f"`{name}`" in text, "a file at the bottom that the rules do not name"
+
+
+def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
+    wrong = {}
+    for module, path in modules().items():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        documentation = ast.get_docstring(tree(module)) or ""
+        first, *_ = documentation.splitlines() or [""]
+        if lines > 450 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
+            wrong[module] = (lines, first)
+    assert wrong == {}
