@@ -5,7 +5,7 @@
 #   make setup PYTHON=python3.12     choose the Python that .venv is made with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench kernels
+.PHONY: help setup demo test lint format bench kernels on-cuda-tensors lab floor
 
 # Left empty, the first of these that is new enough is taken.
 PYTHON ?=
@@ -61,3 +61,23 @@ bench: setup ## run the benchmarks
 
 kernels: setup ## compile the Triton kernels for all GPUs and print what they cost
 	$(BIN)/python -m tools.kernel_guard $(ARGS)
+
+# Each kernel and each way of launching it; the rest of tests/kernels is about numbers.
+ON_CUDA_TENSORS := tools/kernel_guard/tests/cuda_tensor_cases.py \
+  $(patsubst %,tests/kernels/test_%.py,launch gpu accumulate codec) \
+  $(addprefix tests/kernels/test_encode.py::test_,dtypes empty_members class_without_elements \
+    gradients_of_none_and_parameters_without_elements gradients_of_several_dtypes_and_layouts \
+    own_results_with_repeated_entries rates_as_tensors_are_rates_as_numbers \
+    scale_that_is_not_finite_leaves_gradients_out) \
+  $(addprefix tests/kernels/test_apply.py::test_,empty_members kinds_of_look_ahead \
+    look_ahead_in_place_by_other_tensors no_peers rates_as_tensors_are_rates_as_numbers)
+
+on-cuda-tensors: setup
+	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.on_cuda_tensors $(ON_CUDA_TENSORS)
+
+lab: on-cuda-tensors ## prove without a GPU that kernels launch and compile as tests use them
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -p tools.kernel_guard.compile_launches \
+	  --compile-until cubin tests/kernels $(ARGS)
+
+floor: setup ## run the tests with the lowest supported versions, in .venv-floor
+	.ci/floor $(ARGS)

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from psyche_fast.start.devices import Processor
-from psyche_fast.start.store import StoreClient, host_store, introduce, listen, processors
+from psyche_fast.start.network import listen
+from psyche_fast.start.store import StoreClient, host_store, introduce, processors
 
 SECONDS = timedelta(seconds=10)
 

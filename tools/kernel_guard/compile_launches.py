@@ -9,6 +9,7 @@ recorded while the tests run, and the distinct ones are compiled when they have 
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from typing import Any
 
@@ -22,11 +23,11 @@ from tools.kernel_guard.specialisations import (
     specialisation,
 )
 
-# Before torch and triton are imported, by whomever. On a GPU a launch compiles by itself.
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, by whomever
 
 _launched: dict[Specialisation, str] = {}
 """The test that launched it first."""
+_SENT = "kernel_guard_launches"
 _outcome: tuple[Outcome, float] | None = None
 
 
@@ -41,9 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Records launches from here on."""
+    """Records launches from here on.
+
+    Raises:
+        UsageError: there is a GPU, on which a launch compiles by itself.
+    """
+    import torch
     from triton.runtime.interpreter import InterpretedFunction
 
+    if torch.cuda.is_available():
+        raise pytest.UsageError("compile_launches is for machines without a GPU")
     run = InterpretedFunction.run
 
     def recorded(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -54,9 +62,21 @@ def pytest_configure() -> None:
     InterpretedFunction.run = recorded
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what one of pytest-xdist's processes has recorded."""
+    sent = getattr(node, "workeroutput", {}).get(_SENT)
+    if sent is not None:  # a process that died fails the run by itself
+        _launched.update(pickle.loads(sent))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Compiles; what does not compile fails the run."""
     global _outcome
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # one of pytest-xdist's processes, which only record
+        output[_SENT] = pickle.dumps(_launched)
+        return
     if session.config.option.collectonly:
         return
     start = time.monotonic()

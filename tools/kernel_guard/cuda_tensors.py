@@ -11,7 +11,7 @@ Within `no_waiting` whatever makes the host wait for the device is refused too: 
 tensor's value, a shape that depends on values, and a copy that is not asynchronous.
 
 `enter` turns torch's constructors and transfers for `device="cuda"` into this, until the process
-ends. There is one stream, and no events or graphs; memory counts as pinned wherever a copy asks not
+ends. There is one stream, and there are no graphs; memory counts as pinned wherever a copy asks not
 to be waited for.
 """
 
@@ -84,10 +84,10 @@ class CudaTensor(torch.Tensor):
     """
 
     plain: Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
     device = DEVICE
     is_cuda = True
     is_cpu = False
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def of(plain: Tensor) -> CudaTensor:
@@ -99,7 +99,7 @@ class CudaTensor(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         function: Any,
         types: Any,
@@ -108,14 +108,18 @@ class CudaTensor(torch.Tensor):
     ) -> Any:
         """Runs an operation, checked, on the plain tensors."""
         options = options or {}
-        ours, others = [], []
+        ours: list[CudaTensor] = []
+        others: list[Tensor] = []
         for x in tree_iter((arguments, options)):
             if isinstance(x, Tensor):
-                (ours if isinstance(x, CudaTensor) else others).append(x)
+                if isinstance(x, CudaTensor):
+                    ours.append(x)
+                else:
+                    others.append(x)
         if function is _aten.copy_.default:
             to, source = arguments[:2]
             asynchronous = len(arguments) > 2 and arguments[2]
-            if type(to) is not type(source) and not (asynchronous or source.dim() == 0):
+            if type(to) is not type(source) and not asynchronous:
                 _wait("copy_ between devices")
         elif function in _INDEXING:
             _check_index(function, arguments, others)
@@ -128,7 +132,7 @@ class CudaTensor(torch.Tensor):
             result = function(*tree_map(_plain, arguments), **tree_map(_plain, options))
         if function is _aten.copy_.default:
             return arguments[0]
-        return tree_map(lambda x: known.get(id(x)) if id(x) in known else _wrapped(x), result)
+        return tree_map(lambda x: known[id(x)] if id(x) in known else _wrapped(x), result)
 
 
 def _plain(x: Any) -> Any:
@@ -140,14 +144,17 @@ def _wrapped(x: Any) -> Any:
 
 
 def _check_index(function: Any, arguments: Sequence[Any], others: Sequence[Tensor]) -> None:
-    target, indices, *values = arguments
+    target, indices, *rest = arguments
     given = [x for x in indices if x is not None]
-    if not isinstance(target, CudaTensor) or any(x.dim() for x in values if x in others):
+    values = rest[0] if rest else None
+    if not isinstance(target, CudaTensor) or (
+        values is not None and values.dim() and not isinstance(values, CudaTensor)
+    ):
         _mixed(function, others)
     if any(not isinstance(x, CudaTensor) for x in given):
         _wait(f"{function} with an index on the CPU")
     masks = any(x.dtype in (torch.bool, torch.uint8) for x in given)
-    if masks and not (values and values[0].numel() == 1):  # one value: masked_fill_ instead
+    if masks and (values is None or values.numel() != 1):  # one value: masked_fill_ instead
         _wait(f"{function} with a mask")
 
 
@@ -211,8 +218,8 @@ def _to(source: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """`Tensor.to`, without its `copy` by position."""
     copy = options.pop("copy", False)
     if arguments and isinstance(arguments[0], Tensor):
-        other, *arguments = arguments
-        arguments = (other.device, other.dtype, *arguments)
+        other = arguments[0]
+        arguments = (other.device, other.dtype, *arguments[1:])
     with torch._C.DisableTorchFunction():
         device, dtype, asynchronous, layout = torch._C._nn._parse_to(*arguments, **options)
         changes = {"dtype": dtype or source.dtype, "copy": copy}
@@ -258,13 +265,16 @@ def interpret_launches() -> None:
 
 
 class _Stream:
-    """The one stream, whose work is always done."""
+    """The one stream, whose work is always done, and its events."""
 
     def query(self) -> bool:
         return True
 
+    def record_event(self) -> _Stream:
+        return self
+
     def synchronize(self) -> None:
-        _wait("Stream.synchronize")
+        _wait("synchronize of a stream or an event")
 
 
 _STREAM = _Stream()

@@ -37,6 +37,7 @@ NEVER_WAIT = (
     "psyche_fast.distro.optimizer:Distro.update",
     "psyche_fast.distro.demo:DeMo.step",
     "psyche_fast.distro.message:MessageFormat.pack",
+    "psyche_fast.distro.message:MessageFormat.begin_unpack",
 )
 """What a step calls between the gradient and the updated parameter. In the order of imports: a
 module is imported here before those that take its functions by name."""

@@ -24,6 +24,7 @@ from psyche_fast.kernels.triton.launch import (
     launch_options,
     on_device,
     programs,
+    written,
 )
 
 BLOCK = 4096
@@ -193,7 +194,9 @@ def accumulate(
         # What got no gradient is looked at for its squares only.
         read_sum = not new and (squares or gradient is not None)
         rows.append(_row(gradient, total, read_sum))
-    return _launch(plan, tuple(rows), _dtypes(gradients), sums=True, norm=squares)
+    result = _launch(plan, tuple(rows), _dtypes(gradients), sums=True, norm=squares)
+    written(*(s for s, gradient in zip(sums, gradients, strict=True) if gradient is not None))
+    return result
 
 
 def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.plan import ChunkPlan, Member, Rates
@@ -340,6 +341,15 @@ def _keep(tables: Any, device: torch.device) -> None:
     """Keep for good what a CUDA graph that is being captured is going to read."""
     if _capturing(device):
         _captured.append(tables)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd that tensors have changed, as torch's own operations do.
+
+    The kernels write to addresses: a backward that has saved a tensor would take the new values for
+    the old ones without a word.
+    """
+    increment_version([t for t in tensors if t is not None])
 
 
 def _refuse_capture(what: str, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from psyche_fast.kernels.triton.launch import (
     planned,
     programs,
     rates,
+    written,
 )
 from psyche_fast.kernels.triton.rows import (
     apply_rows,
@@ -117,6 +118,7 @@ def encode(
                 **common,
                 **options,
             )
+        written(delta, *(parameters or ()))
         return own
     options, own_options = launch_options("encode", plan.device)
     together = own_options["tiles"]
@@ -160,6 +162,7 @@ def encode(
             **{k: v for k, v in common.items() if k not in ("K", "M")},
             **options,
         )
+    written(delta, *(parameters or ()))
     return own
 
 
@@ -184,6 +187,7 @@ def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
             **constants,
             **options,
         )
+    written(delta)
 
 
 def apply(
@@ -237,6 +241,7 @@ def apply(
             **constants,
             **options,
         )
+    written(*parameters, *(ahead or ()))
 
 
 def lookahead(
@@ -275,6 +280,7 @@ def lookahead(
             **constants,
             **options,
         )
+    written(*(parameters if ahead is None else ahead))
 
 
 def _decodable(plan: ChunkPlan, entries: Entries) -> bool:

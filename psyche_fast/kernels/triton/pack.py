@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psyche_fast.kernels.triton.launch import launch_options, on_device
+from psyche_fast.kernels.triton.launch import launch_options, on_device, written
 
 if TYPE_CHECKING:
     from psyche_fast.kernels.pack import IndexCode
@@ -230,6 +230,7 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
             ENTRIES=entries,
             **options,
         )
+    written(planes)
 
 
 def unpack(
@@ -264,3 +265,4 @@ def unpack(
             ENTRIES=entries,
             **options,
         )
+    written(indices, signs, valid)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.small_kernels import add
 
 from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from tools.kernel_guard.cuda_tensors import DEVICE, CudaTensor, WaitError, no_waiting
+from tools.kernel_guard.tests.small_kernels import add
 
 CPU = torch.device("cpu")
 SHAPES = {"matrix": (128, 192), "head": (67, 128), "norm": (192,), "scalar": ()}
@@ -133,11 +133,11 @@ def parameters(device):
 
 
 def steps(device, make, *, signs=False):
-    """Parameters and state after three steps."""
+    """Parameters and state after two steps."""
     weights = parameters(device)
     generator = torch.Generator().manual_seed(1)
     step, state = make(weights, torch.tensor(0.01).to(device), signs)
-    for _ in range(3):
+    for _ in range(2):
         for p in weights.values():
             p.grad.copy_(torch.randn(p.shape, generator=generator))
         step()
