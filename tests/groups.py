@@ -35,7 +35,7 @@ PRELOADED = [
     "psyche_fast.core.plan", "psyche_fast.sidecar", "psyche_fast.rank.serve",
 ]  # fmt: skip
 """What the server imports; what cannot be imported is left out."""
-TIMEOUT = 110.0
+TIMEOUT = 220.0
 """Seconds that processes may take."""
 allowed = True
 """Whether the test that runs is marked `processes`; conftest.py sets it."""
@@ -207,7 +207,7 @@ def _in_group(
         dist.set_debug_level(dist.DebugLevel.DETAIL)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )  # fmt: skip
     value = function(rank, *args)
     dist.destroy_process_group()

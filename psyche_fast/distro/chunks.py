@@ -269,7 +269,7 @@ def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:
         raise ValueError(
             f"delta of parameter {parameter.name} is cut as {list(delta.shape)} "
             "in the saved state, but as "
-            f"{list(parameter.xshape)} here (its shape or compression_chunk differs)"
+            f"{list(parameter.xshape)} in this run (its shape or compression_chunk differs)"
         )
 
 

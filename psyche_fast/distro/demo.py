@@ -231,7 +231,7 @@ class DeMo(torch.optim.Optimizer):
         return entries
 
     def _saved_deltas(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
-        """The saved delta of every parameter here, checked."""
+        """The saved delta of every parameter, checked."""
         saved: dict[Tensor, Tensor] = {}
         if len(state_dict["param_groups"]) != len(self.param_groups):
             return saved  # torch has the message for this

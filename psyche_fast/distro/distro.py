@@ -56,7 +56,7 @@ class Distro(DistroStep):
 
         Args:
             prev_self_results: own results of the previous step with their unquantised values, which
-                are taken out of delta; None or empty where there are none. Several (a list of
+                are subtracted from delta; None or empty where there are none. Several (a list of
                 lists) count with their mean.
             prev_lr: learning rate of the look-ahead. Part of Psyche's call; the undo reads the
                 master copy. Without a look-ahead outstanding nothing is undone.

@@ -75,7 +75,7 @@ class Pending:
 
 
 def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
-    """Begins an exchange.
+    """Begin an exchange.
 
     Args:
         message: `[n]`, of the same size and type on every peer. Where it lies on a GPU and the
@@ -98,7 +98,7 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
 
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
-    """``received [ranks * n]`` from every rank's ``sent [n]``, in rank order."""
+    """Fill `received [ranks * n]` from every rank's `sent [n]`, in rank order."""
     work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
     return work
 
@@ -137,7 +137,7 @@ class Exchange:
 
     Damage on the way may befall one receiver alone. If others applied what that one refuses, the
     replicas would part, so that all ranks agree on what is left out. That begins as soon as a
-    message is there, beside whatever else is going on, and is over by the time that results are
+    message has arrived, beside whatever else is going on, and is over by the time that results are
     wanted unless the link is late: no step waits for it.
 
     Args:
@@ -181,7 +181,7 @@ class Exchange:
         self._under_way.append((pending, check))
 
     def poll(self) -> None:
-        """Begin to unpack the oldest results if they are there; waits for nothing."""
+        """Begin to unpack the oldest results if they have arrived; waits for nothing."""
         if self._unpacking is None and self._under_way and self._under_way[0][1].done():
             self._unpack()
 
@@ -221,7 +221,7 @@ def _check(
     form: MessageFormat,
     agreement: dist.ProcessGroup,
 ) -> None:
-    """Check messages once they are there, and agree on them; what fails is raised by `check`."""
+    """Check messages once they have arrived, and agree on them; what fails is raised by `check`."""
     try:
         if before is not None:
             before.result()

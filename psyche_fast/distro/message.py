@@ -138,7 +138,7 @@ class MessageFormat:
         return entries, damaged | malformed
 
     def begin_unpack(self, messages: Tensor, *, leave_out: Collection[int] = ()) -> Unpacking:
-        """Begin to decode messages in which `faults` has found nothing; waits for nothing.
+        """Begin to decode messages in which `faults` sees none; waits for nothing.
 
         Args:
             messages: uint8 `[peers, size]`, contiguous, on the layout's device.
@@ -173,8 +173,8 @@ class MessageFormat:
             self._plans, self._values, self._sizes, self._backends, strict=True
         ):
             rows = messages[:, at : at + size].to(plan.device)
-            found, valid = wire.unpack_checked(plan, rows, values, backend=backend)
-            entries.append(found)
+            decoded, valid = wire.unpack_checked(plan, rows, values, backend=backend)
+            entries.append(decoded)
             good &= valid.all(dim=1).to(good.device)
             at += size
         return entries, good
@@ -199,7 +199,7 @@ class Unpacking:
     _messages: Tensor
     _rows: list[int]
     _entries: list[Entries]
-    _well_formed: Tensor  # bool [peers] in host memory, there once `_copied` is past
+    _well_formed: Tensor  # bool [peers] in host memory, valid once `_copied` is past
     _copied: torch.cuda.Event | None
 
     def result(self) -> tuple[list[Entries] | None, dict[int, str]]:

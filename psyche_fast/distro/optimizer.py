@@ -52,14 +52,14 @@ class DistroStep:
     (float64 for float64 parameters). Arithmetic is done in float32 and rounded once to the
     parameter's dtype.
 
-    DTensor parameters are taken (FSDP2, tensor parallelism): a rank's state and entries are those
-    of its own chunks, and the peers that it exchanges them with are the ranks with the same place
-    in other replicas. Shards whose edges are edges of chunks are worked on where they lie. Chunks
-    that are cut are divided among the ranks that share them, and the methods are collectives of
-    these.
+    DTensor parameters work too (FSDP2, tensor parallelism): a rank's state and entries are those
+    of its own chunks, and the peers that it exchanges them with are the ranks with the same
+    coordinates in other replicas. Shards whose edges are edges of chunks are worked on where they
+    lie. Chunks that are cut are divided among the ranks that share them, and the methods are
+    collectives of these.
 
     Args:
-        named_parameters: (name, tensor) pairs or a dict. Those that require gradients are taken,
+        named_parameters: (name, tensor) pairs or a dict. Those that require gradients are trained,
             sorted by name.
         compression_decay: decay of delta per step, `0 <= beta < 1`.
         compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not
@@ -183,7 +183,8 @@ class DistroStep:
         Weight decay falls due: the next `update` does it in passing, or `plain`.
 
         Args:
-            previous: what the last call returned, which is taken out of delta; None for the first.
+            previous: what the last call returned, which is subtracted from delta; None for the
+                first.
             lr: learning rate of this step.
             grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
                 parameters' device, which is not waited for. Where it is not finite the gradients
@@ -294,7 +295,7 @@ class DistroStep:
             raise ValueError(f"a Distro state has the key delta, got {sorted(state_dict)}")
         saved: Mapping[str, Tensor] = state_dict["delta"]
         for name in sorted(set(saved) ^ set(self.names)):
-            where = "no such parameter here" if name in saved else "missing from the saved state"
+            where = "no such parameter" if name in saved else "missing from the saved state"
             raise ValueError(f"delta of parameter {name}: {where}")
         for p in self._wholes:
             check_delta_shape(p, saved[p.name])

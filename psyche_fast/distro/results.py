@@ -75,7 +75,7 @@ def collect(
     """Check results as `validate_results` does and join them, one `Entries` per chunk class.
 
     Results may live on any device. The values of all are checked with one wait for the device,
-    before anything is made of them.
+    before anything is done with them.
 
     Args:
         results: one list per peer, at least one peer.

@@ -52,16 +52,16 @@ class Scattered:
         self._bounds = _divide(wholes, ranks)
         self._runs = [bounds[me] for bounds in self._bounds]
         self.layouts = divided_layouts(wholes, ranks, me)
-        places = [_places(w, slab) for w, slab in zip(wholes, slabs, strict=True)]
-        gives = [self._route(places, rank)[0] for rank in range(ranks)]
-        takes = [
-            self._route([_places(w, slab) for w, slab in zip(wholes, theirs, strict=True)], me)[1]
-            for theirs in everyones
-        ]
+        positions = [_positions(w, slab) for w, slab in zip(wholes, slabs, strict=True)]
+        gives = [self._route(positions, rank)[0] for rank in range(ranks)]
+        takes = []
+        for theirs in everyones:
+            lie = [_positions(w, slab) for w, slab in zip(wholes, theirs, strict=True)]
+            takes.append(self._route(lie, me)[1])
         self._gives_to, self._takes_from = [len(g) for g in gives], [len(t) for t in takes]
         self._gives, self._takes = torch.cat(gives).to(device), torch.cat(takes).to(device)
 
-    def _route(self, places: Sequence[Tensor], owner: int) -> tuple[Tensor, Tensor]:
+    def _route(self, positions: Sequence[Tensor], owner: int) -> tuple[Tensor, Tensor]:
         """Elements of a rank's shards that belong to the chunks of `owner`, in the shards' order.
 
         Returns:
@@ -69,12 +69,14 @@ class Scattered:
         """
         local, chunk = [], []
         shards = chunks = 0
-        for w, place, bounds in zip(self._wholes, places, self._bounds, strict=True):
+        for w, position, bounds in zip(self._wholes, positions, self._bounds, strict=True):
             first, last = bounds[owner]
-            mine = ((place >= first * w.totalk) & (place < last * w.totalk)).nonzero().view(-1)
+            mine = (
+                ((position >= first * w.totalk) & (position < last * w.totalk)).nonzero().view(-1)
+            )
             local.append(mine + shards)
-            chunk.append(place[mine] - first * w.totalk + chunks)
-            shards += place.numel()
+            chunk.append(position[mine] - first * w.totalk + chunks)
+            shards += position.numel()
             chunks += (last - first) * w.totalk
         return torch.cat(local), torch.cat(chunk)
 
@@ -152,13 +154,13 @@ def _bounds(chunks: int, turn: int, ranks: int) -> tuple[int, int]:
     return chunks * turn // ranks, chunks * (turn + 1) // ranks
 
 
-def _places(whole: ParameterLayout, slab: Slab) -> Tensor:
+def _positions(whole: ParameterLayout, slab: Slab) -> Tensor:
     """For every element of a shard its number when the whole is chunk after chunk."""
     sizes = (*whole.lead, whole.h, whole.w) if len(whole.shape) > 1 else (*whole.lead, whole.w)
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     inner = 2 if len(whole.shape) > 1 else 1  # dimensions of a chunk
     outer = len(sizes) - inner
-    place = torch.zeros((), dtype=torch.int64)
+    position = torch.zeros((), dtype=torch.int64)
     for dim, (start, size) in enumerate(zip(slab.start, slab.shape, strict=True)):
         at = torch.arange(start, start + size)
         number = dim - (len(slab.shape) - inner)  # of the chunk's dimension, if it is one
@@ -167,5 +169,5 @@ def _places(whole: ParameterLayout, slab: Slab) -> Tensor:
             at = at // side * strides[dim] + at % side * strides[outer + number]
         else:
             at = at * strides[dim]
-        place = place.unsqueeze(-1) + at
-    return place.reshape(-1)
+        position = position.unsqueeze(-1) + at
+    return position.reshape(-1)

@@ -5,7 +5,7 @@ shards falls on the chunks' edges, a rank works on its own shard where it lies, 
 The chunks of other parameters are divided among the ranks that share them: gradients travel from
 shards to chunks, parameters back, those of all such parameters together.
 
-Whole tensors are made for `state_dict` and for results that leave the replica only.
+Whole tensors exist for `state_dict` and for results that leave the replica only.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Parts:
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's part of each gradient; a collective where chunks have been divided."""
-        found: list[Tensor | None] = []
+        parts: list[Tensor | None] = []
         for p in self._parameters:
             gradient = p.grad
             if isinstance(gradient, DTensor):
@@ -138,19 +138,19 @@ class Parts:
                 if gradient.placements != p.placements:
                     gradient = gradient.redistribute(placements=p.placements)
                 gradient = gradient.to_local()
-            found.append(gradient)
+            parts.append(gradient)
         for members, moved in self._scattered:
             dtype = self._parameters[members[0]].dtype
-            given = [g for i in members if (g := found[i]) is not None]
+            given = [g for i in members if (g := parts[i]) is not None]
             for gradient in given:
                 dtype = torch.promote_types(dtype, gradient.dtype)
             shards = [
-                moved.zeros(number, dtype) if (g := found[i]) is None else g.to(dtype)
+                moved.zeros(number, dtype) if (g := parts[i]) is None else g.to(dtype)
                 for number, i in enumerate(members)
             ]
             for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
-                found[i] = chunks
-        return found
+                parts[i] = chunks
+        return parts
 
     def pull(self) -> None:
         """Bring divided chunks up to date with the parameters; a collective."""

@@ -149,7 +149,7 @@ class DistroOptimizer(DistroStep, Optimizer):
         return self._exchange.bytes_sent
 
     def receive(self) -> None:
-        """Begin to unpack the previous step's results as soon as they are there.
+        """Begin to unpack the previous step's results as soon as they have arrived.
 
         Then they are checked long before `step` asks, and on a GPU the host launches what follows
         the backward while that still runs. When it happens depends on the link, what comes of it
@@ -179,7 +179,7 @@ class DistroOptimizer(DistroStep, Optimizer):
         self._exchange.settle()
 
     def zero_momentum(self) -> None:
-        """Zero delta; what was in it is no longer to be taken out of it."""
+        """Zero delta; what was in it is no longer to be subtracted from it."""
         super().zero_momentum()
         self._own = None
 

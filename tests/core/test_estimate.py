@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from psyche_fast import cli
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
-from psyche_fast.core.estimate import LiveBytes, estimate
+from psyche_fast.core.estimate import estimate
 from psyche_fast.models.source import read_config, resolve_model
 from psyche_fast.rank.serve import build_trainer
 from tests.groups import run_ranks
+from tests.memory import SLACK, give_back_at_once, needs_proc, peak
 
 BASE: dict[str, Any] = {
     "distro": True, "distro_quantization": True, "sequence_length": 128, "micro_batch": 4,
@@ -30,7 +31,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "replicas": {"replicas": 2, "delta_dtype": "bfloat16"},
     "shards": {"data_parallelism": 2},
-    "all": {"replicas": 2, "data_parallelism": 2, "tensor_parallelism": 2},
+    "all": {
+        "replicas": 2, "data_parallelism": 2, "tensor_parallelism": 2, "micro_batch": 2,
+        "sequence_length": 64,
+    },
 }  # fmt: skip
 
 
@@ -47,28 +51,32 @@ def save(folder: Path, kind: str) -> Path:
 
 
 def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
-    """The most that a rank holds in three steps of two micro-batches, and what it sends."""
+    """By how much a rank's process grows in three steps of two micro-batches; what it sends."""
     run = RunConfig.of(**{"attn_implementation": "sdpa", **BASE, **changes})
     parallelism, length = run.parallelism, run.model.sequence_length
     rows = 2 * run.training.micro_batch * parallelism.data_parallelism * parallelism.replicas
-    with LiveBytes() as live:
+    warm = torch.randn(256, 256, requires_grad=True)
+    (warm @ warm).sum().backward()  # threads and buffers that every process has once
+    give_back_at_once()
+    with peak() as grown:
         trainer = build_trainer(run, resolve_model(str(folder)), torch.device("cpu"))
         for step in range(1, 4):
             trainer.train(step, Batch(torch.randint(2048, (rows, length))))
             trainer.optimize(step)
-    return live.peak, trainer.bytes_sent
+    return grown[0], trainer.bytes_sent
 
 
 @pytest.mark.processes
 @pytest.mark.slow
+@needs_proc
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path / "model", "qwen3" if name in ("shards", "replicas") else "llama")
     run = RunConfig.of(**{**BASE, **RUNS[name]})
     found = estimate(read_config(resolve_model(str(folder))), run)
-    peak, sent = run_ranks(hold, run.parallelism.world_size, folder, RUNS[name])[0]
+    grown, sent = run_ranks(hold, run.parallelism.world_size, folder, RUNS[name])[0]
     assert sent == found.sent
-    assert found.memory == pytest.approx(peak, rel=0.1)
+    assert 0.9 * found.memory < grown < 1.1 * found.memory + SLACK
     assert not dist.is_initialized()
 
 

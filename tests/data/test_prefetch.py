@@ -19,6 +19,7 @@ class Numbers:
 
     def __init__(self, n, fail_at=None, gate=None):
         self.n, self.fail_at, self.gate, self.asked = n, fail_at, gate, []
+        self.taken, self.most_ahead = 0, 0
 
     def __len__(self):
         return self.n
@@ -28,6 +29,7 @@ class Numbers:
             self.gate.wait(30)
         assert 0 <= first <= last < self.n
         self.asked.append((first, last))
+        self.most_ahead = max(self.most_ahead, len(self.asked) - self.taken)
         if self.fail_at is not None and first <= self.fail_at <= last:
             raise OSError(f"disk gone at {self.fail_at}")
         ids = [torch.full((2,), i, dtype=torch.int64) for i in range(first, last + 1)]
@@ -82,11 +84,11 @@ def test_no_steps():
 def test_reads_ahead_by_depth_and_no_further():
     data = Numbers(100)
     with BatchPrefetcher(data, 1, 1, 50, depth=3) as prefetcher:
-        wait_until(lambda: len(data.asked) == 3)
-        time.sleep(0.05)
-        assert len(data.asked) == 3
-        next(prefetcher)
-        wait_until(lambda: len(data.asked) == 4)
+        for step in range(1, 21):
+            wait_until(lambda step=step: len(data.asked) == step + 2)
+            data.taken = step  # before it is, so that nothing counts as ahead that is not
+            next(prefetcher)
+    assert data.most_ahead == 3
 
 
 def test_an_error_comes_where_its_batch_would_have_and_stays():

@@ -165,7 +165,7 @@ def shapes(draw):
     return chunk, (*lead, draw(side), draw(side))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     shape=shapes(),
     k=st.integers(1, 80),
@@ -303,8 +303,9 @@ def test_a_state_that_is_not_finite_spoils_its_own_chunk_only(shape, k, bad, dev
     check_selection(alone, rest, after[sound])
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize(
+    ("scale", "as_tensor"), [(math.nan, True), (math.inf, False), (-math.inf, True)]
+)
 @pytest.mark.parametrize("name", ["22x38", "1x64"])
 def test_scale_that_is_not_finite_leaves_gradients_out(name, as_tensor, scale, device, backend):
     shapes = CLASSES[name]
