@@ -1,4 +1,4 @@
-"""``python -m psyche_fast`` is the ``psyche-fast`` command."""
+"""`python -m psyche_fast` is the `psyche-fast` command."""
 
 from psyche_fast.cli import main
 

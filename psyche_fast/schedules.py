@@ -1,8 +1,8 @@
 """Learning-rate schedules: pure functions from a step to a learning rate.
 
 The four forms and their JSON are Psyche's (externally tagged, as serde writes them), for example
-``{"Cosine": {"base_lr": 4e-4, "warmup_init_lr": 0.0, "final_lr": 4e-5, "warmup_steps": 500,
-"total_steps": 25000}}``.
+`{"Cosine": {"base_lr": 4e-4, "warmup_init_lr": 0.0, "final_lr": 4e-5, "warmup_steps": 500,
+"total_steps": 25000}}`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from psyche_fast import strict
 
 
 class LearningRateSchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A linear warm-up and what follows it; ``from_json`` and ``to_json`` speak Psyche's forms."""
+    """A linear warm-up and what follows it; `from_json` and `to_json` speak Psyche's forms."""
 
     base_lr: float
     warmup_init_lr: float
@@ -29,7 +29,7 @@ class LearningRateSchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def get_lr(self, step: int) -> float:
-        """Learning rate of ``step`` (0 or more)."""
+        """Learning rate of `step` (0 or more)."""
         if step < self.warmup_steps:
             rise = self.base_lr - self.warmup_init_lr
             return self.warmup_init_lr + rise * step / self.warmup_steps
@@ -37,7 +37,7 @@ class LearningRateSchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
 
     @abstractmethod
     def _after_warmup(self, step: int) -> float:
-        """Learning rate ``step`` steps after the warm-up."""
+        """Learning rate `step` steps after the warm-up."""
 
     @staticmethod
     def from_json(obj: Any) -> LearningRateSchedule:
@@ -57,12 +57,12 @@ class LearningRateSchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
         return strict.convert(fields, FORMS[name], f"lr_scheduler.{name}")
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``from_json`` takes."""
+        """The object that `from_json` takes."""
         return {type(self).__name__: msgspec.to_builtins(self)}
 
 
 class Constant(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
-    """Linear warm-up, then ``base_lr``."""
+    """Linear warm-up, then `base_lr`."""
 
     def _after_warmup(self, step: int) -> float:
         return self.base_lr
@@ -85,14 +85,14 @@ class _Decay(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
 
 
 class Linear(_Decay, frozen=True, forbid_unknown_fields=True):
-    """Linear warm-up, then a line to ``final_lr`` at ``total_steps``, which then stays."""
+    """Linear warm-up, then a line to `final_lr` at `total_steps`, which then stays."""
 
     def _decay(self, done: float) -> float:
         return self.base_lr + (self.final_lr - self.base_lr) * done
 
 
 class Cosine(_Decay, frozen=True, forbid_unknown_fields=True):
-    """Linear warm-up, then half a cosine to ``final_lr`` at ``total_steps``, which then stays."""
+    """Linear warm-up, then half a cosine to `final_lr` at `total_steps`, which then stays."""
 
     def _decay(self, done: float) -> float:
         return self.final_lr + (self.base_lr - self.final_lr) * 0.5 * (
@@ -142,7 +142,7 @@ def warmup_factor(step: int, warmup_lr_between: tuple[int, int] | None) -> float
         warmup_lr_between: first and last step of the rise, or None.
 
     Returns:
-        ``(step - a) / (e - a)`` between the two, 1 elsewhere and where they are equal.
+        `(step - a) / (e - a)` between the two, 1 elsewhere and where they are equal.
     """
     if warmup_lr_between is None:
         return 1.0

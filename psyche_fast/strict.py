@@ -1,6 +1,6 @@
 """Strict decoding of what users and peers send: JSON text and plain objects into typed values.
 
-``json.loads`` alone takes NaN, Infinity and duplicate keys, and building a dataclass from a dict
+`json.loads` alone takes NaN, Infinity and duplicate keys, and building a dataclass from a dict
 takes wrong types. Here each of these is one clear ValueError that names the place.
 """
 
@@ -33,7 +33,7 @@ def loads(text: str | bytes, what: str) -> Any:
 
     Args:
         text: the JSON text.
-        what: how to call it in an error, for example ``"operation 12"``.
+        what: how to call it in an error, for example `"operation 12"`.
 
     Raises:
         ValueError: not JSON, a duplicate key, or one of NaN and Infinity.
@@ -45,7 +45,7 @@ def loads(text: str | bytes, what: str) -> Any:
 
 
 def convert(obj: Any, kind: type[T], what: str) -> T:
-    """Converts a plain object to ``kind`` without coercion beyond int to float.
+    """Converts a plain object to `kind` without coercion beyond int to float.
 
     Raises:
         ValueError: an unknown or missing field, or a value of the wrong type, named with its path.
@@ -58,7 +58,7 @@ def convert(obj: Any, kind: type[T], what: str) -> T:
 
 
 def _refuse_non_finite(obj: Any, what: str) -> None:
-    # 1e999 parses to inf without passing by ``parse_constant``
+    # 1e999 parses to inf without passing by `parse_constant`
     if isinstance(obj, float) and not math.isfinite(obj):
         raise ValueError(f"{what}: {obj} is not a finite number")
     if isinstance(obj, dict):

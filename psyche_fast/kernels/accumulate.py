@@ -7,15 +7,14 @@ here waits for the device, and results are the same bits whenever inputs are.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from psyche_fast.devices import indexed
+from psyche_fast.kernels.backends import implementation
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -104,7 +103,7 @@ def accumulate(
                 f"sum {number}: wanted its gradient's shape {list(gradient.shape)}, "
                 f"got {list(total.shape)}"
             )
-    result: Tensor | None = _module(backend).accumulate(plan, sums, dense, fresh, squares)
+    result: Tensor | None = implementation(backend).accumulate(plan, sums, dense, fresh, squares)
     return result
 
 
@@ -127,7 +126,7 @@ def squared_norms(
     """
     assert len(tensors) == len(plan.numels)
     dense = [_dense(plan, number, tensor) for number, tensor in enumerate(tensors)]
-    result: Tensor = _module(backend).squared_norms(plan, dense)
+    result: Tensor = implementation(backend).squared_norms(plan, dense)
     return result
 
 
@@ -149,8 +148,3 @@ def _dense(plan: AccumulationPlan, number: int, gradient: Tensor | None) -> Tens
         wanted = ", ".join(str(dtype) for dtype in GRADIENT_DTYPES)
         raise TypeError(f"gradient {number}: wanted one of {wanted}, got {gradient.dtype}")
     return gradient.contiguous()
-
-
-def _module(backend: str) -> ModuleType:
-    package = "reference" if backend == "torch" else "triton"
-    return importlib.import_module(f"psyche_fast.kernels.{package}.accumulate")

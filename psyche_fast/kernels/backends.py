@@ -12,7 +12,6 @@ from types import ModuleType
 
 import torch
 
-from psyche_fast.kernels import reference
 from psyche_fast.kernels.plan import ChunkPlan
 
 log = logging.getLogger(__name__)
@@ -27,9 +26,8 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def implementation(backend: str) -> ModuleType:
     """The module that implements a resolved backend."""
-    if backend == "torch":
-        return reference
-    return importlib.import_module("psyche_fast.kernels.triton")
+    package = "reference" if backend == "torch" else "triton"
+    return importlib.import_module(f"psyche_fast.kernels.{package}")
 
 
 def explain(device: torch.device, backend: str = "auto") -> tuple[str, str]:

@@ -18,14 +18,13 @@ Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, wit
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from psyche_fast.kernels.backends import implementation
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
 Values = Literal["sign"] | torch.dtype
@@ -134,7 +133,9 @@ def pack(
     if bits:
         planes = out[value_bytes:].view(_groups(plan), bits)
         signs = entries.values if values == "sign" else None
-        _module(backend).pack(index_code(plan.totalk, plan.k), entries.indices, signs, planes)
+        implementation(backend).pack(
+            index_code(plan.totalk, plan.k), entries.indices, signs, planes
+        )
     return out
 
 
@@ -209,7 +210,7 @@ def _unpack(
     bits = _bits(plan, values)
     if bits and chunks and peers:
         planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        _module(backend).unpack(code, planes, indices, signs, valid)
+        implementation(backend).unpack(code, planes, indices, signs, valid)
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )
@@ -241,8 +242,3 @@ def _value_bytes(plan: ChunkPlan, values: Values) -> int:
     if isinstance(values, torch.dtype) and values.is_floating_point:
         return plan.chunks * plan.k * values.itemsize
     raise TypeError(f"values: wanted 'sign' or a floating-point dtype, got {values!r}")
-
-
-def _module(backend: str) -> ModuleType:
-    package = "reference" if backend == "torch" else "triton"
-    return importlib.import_module(f"psyche_fast.kernels.{package}.pack")

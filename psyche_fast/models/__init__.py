@@ -1,7 +1,7 @@
 """Models: where they come from, how they are built, split over ranks and called.
 
-``source`` finds and checks a model's files without loading it; ``registry`` knows the
-architectures; ``load_model`` builds one and returns the ``CausalLM`` that training uses.
+`source` finds and checks a model's files without loading it; `registry` knows the
+architectures; `load_model` builds one and returns the `CausalLM` that training uses.
 """
 
 from __future__ import annotations

@@ -10,18 +10,18 @@ IMPLEMENTATIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
 
 def choose_attention(requested: str, device_type: str, model_type: str | None = None) -> str:
-    """Turns ``--attn-implementation`` into the one that runs.
+    """Turns `--attn-implementation` into the one that runs.
 
     Args:
-        requested: one of ``IMPLEMENTATIONS``. ``auto`` is ``flash_attention_2`` where
-            ``flash_attn`` imports and the device is CUDA, else ``sdpa`` (PyTorch's own, which has
+        requested: one of `IMPLEMENTATIONS`. `auto` is `flash_attention_2` where
+            `flash_attn` imports and the device is CUDA, else `sdpa` (PyTorch's own, which has
             flash kernels too).
-        device_type: ``cpu`` or ``cuda``.
-        model_type: Transformers' name of the architecture; where it is given, ``auto`` passes over
+        device_type: `cpu` or `cuda`.
+        model_type: Transformers' name of the architecture; where it is given, `auto` passes over
             what that architecture has not (GPT-J, for one, has no sdpa).
 
     Returns:
-        ``eager``, ``sdpa`` or ``flash_attention_2``.
+        `eager`, `sdpa` or `flash_attention_2`.
 
     Raises:
         ValueError: an unknown value, or flash attention where it cannot run.

@@ -53,7 +53,7 @@ def tie(module: nn.Module, aliases: dict[str, str]) -> None:
 
 
 def materialise(module: nn.Module, device: torch.device, aliases: dict[str, str]) -> None:
-    """Allocates the parameters (this rank's parts) on ``device`` and moves the buffers there.
+    """Allocates the parameters (this rank's parts) on `device` and moves the buffers there.
 
     Raises:
         ValueError: a buffer that no checkpoint holds was built on the meta device.

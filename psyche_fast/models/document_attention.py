@@ -1,6 +1,6 @@
 """Attention to packed documents without a mask: each document by itself.
 
-Transformers' sdpa attention keeps documents of one row apart by a mask of ``B x 1 x L x L``, which
+Transformers' sdpa attention keeps documents of one row apart by a mask of `B x 1 x L x L`, which
 takes memory in the square of the row and keeps PyTorch from its flash kernels. What is computed
 here is the same, document by document: no mask, and the square of each document only.
 """
@@ -28,7 +28,7 @@ class Documents:
 
     Attributes:
         lengths: in the order of the row, which they fill.
-        seen: takes what layers come with: ``window``, a sliding one; ``mask``, one of their own.
+        seen: takes what layers come with: `window`, a sliding one; `mask`, one of their own.
     """
 
     lengths: list[int]
@@ -51,16 +51,16 @@ def attend(
 
     Args:
         module: the layer.
-        query: ``[B, heads, L, head size]``; B is 1 where there are documents.
+        query: `[B, heads, L, head size]`; B is 1 where there are documents.
         key: the same, with its own number of heads.
-        value: as ``key``.
+        value: as `key`.
         attention_mask: one that the architecture makes itself; documents are not kept apart then.
         documents: those of the row; None for one.
         sliding_window: how many tokens a token sees, itself included; None for all before it.
-        **kwargs: for ``sdpa_attention_forward``.
+        **kwargs: for `sdpa_attention_forward`.
 
     Returns:
-        ``[B, L, heads, head size]`` and None.
+        `[B, L, heads, head size]` and None.
     """
     if attention_mask is not None:
         if documents is not None:
@@ -93,9 +93,9 @@ def attend(
 
 @lru_cache(maxsize=4)
 def _band(count: int, before: int, window: int, device: torch.device) -> Tensor | None:
-    """Which keys ``count`` queries see: bool ``[1, 1, count, before + count]``.
+    """Which keys `count` queries see: bool `[1, 1, count, before + count]`.
 
-    None for all up to the query's own, where no key goes ``before`` the first query.
+    None for all up to the query's own, where no key goes `before` the first query.
     """
     if before == 0:
         return None
@@ -105,7 +105,7 @@ def _band(count: int, before: int, window: int, device: torch.device) -> Tensor 
 
 
 def takes_documents(model: PreTrainedModel) -> bool:
-    """Whether a model may hand ``documents`` on to its layers, as it does flash attention's."""
+    """Whether a model may hand `documents` on to its layers, as it does flash attention's."""
     takes = inspect.signature(model.forward).parameters.values()
     flash, _ = supported_attention(model)
     return flash and any(p.kind == p.VAR_KEYWORD for p in takes)

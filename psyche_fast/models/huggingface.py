@@ -30,10 +30,10 @@ def build(
     """Builds a model with parameters on the meta device and real buffers.
 
     Args:
-        config_dict: ``config.json``.
+        config_dict: `config.json`.
         param_dtype: type of the parameters; buffers such as the rotary frequencies keep fp32.
-        attn_implementation: ``eager``, ``sdpa`` or ``flash_attention_2``.
-        sequence_length: tokens per row; raises ``max_position_embeddings`` where that is less.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
+        sequence_length: tokens per row; raises `max_position_embeddings` where that is less.
 
     Raises:
         ValueError: an unknown model, a malformed configuration, an attention implementation that
@@ -85,7 +85,7 @@ def _construct(
 
 
 def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:
-    """Maps a checkpoint's names to the model's, as ``from_pretrained`` does.
+    """Maps a checkpoint's names to the model's, as `from_pretrained` does.
 
     Transformers keeps some weights in another form than checkpoints do (experts stacked into one
     tensor, renamed or split projections) and knows how to convert them; so do we, by its rules.
@@ -180,7 +180,7 @@ def revert(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[tuple
 
 
 def save_config(model: PreTrainedModel, class_name: str, folder: Path) -> None:
-    """Writes ``config.json``.
+    """Writes `config.json`.
 
     Args:
         model: the model.

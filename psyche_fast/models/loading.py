@@ -44,23 +44,23 @@ def load_model(
 ) -> CausalLM:
     """Loads this rank's part of a model; with meshes, all their ranks have to call it.
 
-    The module is built without weights, split, allocated on ``device``, and filled from the
+    The module is built without weights, split, allocated on `device`, and filled from the
     checkpoint, each rank reading its own part.
 
     Args:
         source: files, or tensors from rank 0.
-        architecture: see ``registry.resolve``.
+        architecture: see `registry.resolve`.
         device: where the parameters go.
         param_dtype: the parameters' type.
         shard_mesh: ranks to shard over with FSDP2; None for one.
         tensor_mesh: ranks to split each layer over; None for one. Where both are given they are
             slices of one mesh.
         group: all ranks of both meshes; to be given where there are two.
-        attn_implementation: ``eager``, ``sdpa`` or ``flash_attention_2``.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
         sequence_length: tokens per row, which the model's positions have to cover.
         activation_checkpointing: recompute activations in backward.
         liger: use Liger-Kernel's kernels.
-        compile_blocks: compile each of the transformer's blocks with ``torch.compile``.
+        compile_blocks: compile each of the transformer's blocks with `torch.compile`.
 
     Raises:
         ValueError: the model cannot be loaded as asked; what and why.

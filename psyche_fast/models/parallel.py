@@ -21,8 +21,8 @@ _CHUNK = 64
 def blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The modules to shard, and to checkpoint, one by one: the transformer's blocks.
 
-    They are ``fsdp_modules`` (class names or modules) where the module has it, Transformers'
-    ``_no_split_modules``, or else every child of every ``nn.ModuleList``.
+    They are `fsdp_modules` (class names or modules) where the module has it, Transformers'
+    `_no_split_modules`, or else every child of every `nn.ModuleList`.
 
     Returns:
         modules by name, in order.

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "psyche_fast.models"
 
 Builder = Callable[[dict[str, Any]], "nn.Module"]
-"""Takes ``config.json`` as a dict and returns a module.
+"""Takes `config.json` as a dict and returns a module.
 
-The module's ``forward(input_ids, labels=None, position_ids=None)`` takes int64 ``[B, L]`` tensors
-and returns an object or dict with ``loss`` and ``logits``, or a tuple ``(loss, logits)``:
-``logits`` ``[B, L, V]``, ``loss`` the mean over the shifted labels that are not -100 (None without
+The module's `forward(input_ids, labels=None, position_ids=None)` takes int64 `[B, L]` tensors
+and returns an object or dict with `loss` and `logits`, or a tuple `(loss, logits)`:
+`logits` `[B, L, V]`, `loss` the mean over the shifted labels that are not -100 (None without
 labels).
-Where ``position_ids`` restart within a row, a document starts that must not see the one before.
+Where `position_ids` restart within a row, a document starts that must not see the one before.
 
-The module may have ``fsdp_modules``, the class names (or the modules) that FSDP2 shards one by one
-(else every child of its ``nn.ModuleList``s), and ``tp_plan``, a dict from module name patterns
+The module may have `fsdp_modules`, the class names (or the modules) that FSDP2 shards one by one
+(else every child of its `nn.ModuleList`s), and `tp_plan`, a dict from module name patterns
 to Transformers' tensor-parallel styles. Parameters are built on the meta device and loaded from the
 checkpoint by name; buffers keep the values that the constructor gives them.
 """
@@ -31,10 +31,10 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def register(name: str, builder: Builder) -> None:
-    """Makes ``builder`` available as ``--python-arch name``.
+    """Makes `builder` available as `--python-arch name`.
 
     Raises:
-        ValueError: the name is taken, or is of Psyche's ``Hf...`` or ``module:function`` form.
+        ValueError: the name is taken, or is of Psyche's `Hf...` or `module:function` form.
     """
     if is_huggingface(name) or ":" in name:
         raise ValueError(f"architecture name {name!r}: wanted no colon and no leading 'Hf'")
@@ -43,12 +43,12 @@ def register(name: str, builder: Builder) -> None:
 
 
 def is_huggingface(architecture: str) -> bool:
-    """Whether it is ``HfAuto`` or another of Psyche's Hugging Face names (``HfLlama``, ...)."""
+    """Whether it is `HfAuto` or another of Psyche's Hugging Face names (`HfLlama`, ...)."""
     return architecture.startswith("Hf")
 
 
 def known() -> list[str]:
-    """Names that ``resolve`` knows besides ``module:function``."""
+    """Names that `resolve` knows besides `module:function`."""
     installed = {point.name for point in entry_points(group=ENTRY_POINTS)}
     return ["HfAuto", *sorted(installed | _BUILDERS.keys())]
 
@@ -57,8 +57,8 @@ def resolve(architecture: str) -> Builder | None:
     """Finds an architecture.
 
     Args:
-        architecture: ``HfAuto`` (or another ``Hf...``), a registered name, an entry point of the
-            group ``psyche_fast.models``, or ``module:function``.
+        architecture: `HfAuto` (or another `Hf...`), a registered name, an entry point of the
+            group `psyche_fast.models`, or `module:function`.
 
     Returns:
         its builder, or None for the Hugging Face ones.

@@ -1,6 +1,6 @@
 """Where a model comes from: files on disk or on the Hugging Face hub, or tensors from rank 0.
 
-Everything here reads names and headers only, so that a bad ``--model`` is one line before
+Everything here reads names and headers only, so that a bad `--model` is one line before
 anything is spawned or loaded.
 """
 
@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class FilesSource:
-    """A model as files: ``config.json``, safetensors and what stands beside them.
+    """A model as files: `config.json`, safetensors and what stands beside them.
 
     Attributes:
         files: the files' paths; they need not lie in one folder.
@@ -40,11 +40,11 @@ class FilesSource:
 
     @staticmethod
     def from_strings(files: list[str]) -> FilesSource:
-        """From paths as text; ``~/`` is this machine's home directory."""
+        """From paths as text; `~/` is this machine's home directory."""
         return FilesSource(tuple(Path(file).expanduser() for file in files))
 
     def named(self, name: str) -> Path | None:
-        """The file called ``name``, or None."""
+        """The file called `name`, or None."""
         return next((file for file in self.files if file.name == name), None)
 
     @property
@@ -64,7 +64,7 @@ class TensorsSource:
     """A model as rank 0 sends it: configuration and full tensors.
 
     Attributes:
-        config_json: the text of ``config.json``.
+        config_json: the text of `config.json`.
         tensors: tensors by checkpoint name, on the CPU or the device.
     """
 
@@ -80,8 +80,8 @@ class ModelSummary:
     """What a model's headers tell.
 
     Attributes:
-        model_type: ``model_type`` of the configuration; None where it has none.
-        config: ``config.json``.
+        model_type: `model_type` of the configuration; None where it has none.
+        config: `config.json`.
         num_tensors: tensors in the checkpoint.
         num_parameters: their elements (tied weights once, where the checkpoint has them once).
     """
@@ -96,7 +96,7 @@ def resolve_model(name_or_path: str) -> FilesSource:
     """Finds a model: a local folder, or an id on the Hugging Face hub, which is downloaded.
 
     Args:
-        name_or_path: a folder (``~/`` expanded) or a hub id such as ``owner/name``.
+        name_or_path: a folder (`~/` expanded) or a hub id such as `owner/name`.
 
     Raises:
         ValueError: neither a folder nor downloadable.
@@ -124,7 +124,7 @@ def resolve_model(name_or_path: str) -> FilesSource:
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
-    """Reads ``config.json``.
+    """Reads `config.json`.
 
     Raises:
         ValueError: it is missing, not JSON, or not an object.
@@ -219,7 +219,7 @@ def check_model(source: ModelSource, architecture: str = "HfAuto") -> ModelSumma
 
     Args:
         source: the model.
-        architecture: the value of ``--python-arch``; a Hugging Face one must be known to the
+        architecture: the value of `--python-arch`; a Hugging Face one must be known to the
             installed transformers.
 
     Raises:
@@ -241,7 +241,7 @@ def check_huggingface_config(config: dict[str, Any]) -> None:
     """Checks that the installed transformers has this causal language model and can train it.
 
     Raises:
-        ValueError: an unknown or missing ``model_type``, or quantised weights.
+        ValueError: an unknown or missing `model_type`, or quantised weights.
     """
     from transformers import __version__ as version
 

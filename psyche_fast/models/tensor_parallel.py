@@ -1,4 +1,4 @@
-"""Tensor parallelism by the model's own plan (Transformers' ``tp_plan``).
+"""Tensor parallelism by the model's own plan (Transformers' `tp_plan`).
 
 Linear layers and embeddings are split as torch's styles do. Experts are divided whole: a rank has
 some of each layer's experts, all of them for the tokens that are routed to them, rather than a
@@ -60,7 +60,7 @@ def tensor_parallel(
     """Splits the layers by the model's own plan.
 
     Args:
-        module: on the meta device. Its ``tp_plan`` maps name patterns (``*`` for a layer's number)
+        module: on the meta device. Its `tp_plan` maps name patterns (`*` for a layer's number)
             to Transformers' styles.
         mesh: the ranks that share each layer.
         config: Transformers' configuration, for the numbers of heads; None for other models.
@@ -107,7 +107,7 @@ def _keep_out_of_graphs(part: nn.Module) -> None:
 
     DTensors do not survive compilation in torch 2.13 (backward fails), and most of what such a part
     takes is a product that no compiler makes faster. Of ways to leave one out, Dynamo heeds only a
-    ``__call__`` of the class: hooks are inside of that.
+    `__call__` of the class: hooks are inside of that.
     """
     kind: Any = type(part)  # nn.Module hides that its classes can be hashed
     part.__class__ = _uncompiled(kind)
@@ -136,7 +136,7 @@ def _waited(tensor: Tensor) -> Tensor:
 
 @cache
 def _uncompiled(kind: Any) -> Any:  # from a module's class to one of the same name
-    # By a function of its own: to disable ``nn.Module.__call__`` itself would be for all modules.
+    # By a function of its own: to disable `nn.Module.__call__` itself would be for all modules.
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, _Edge.apply, (args, kwargs))
         return tree_map_only(Tensor, _Edge.apply, kind.__call__(self, *args, **kwargs))

@@ -81,7 +81,7 @@ class Conversion:
     Attributes:
         target: the model's name that the sources are read for.
         sources: the names to read.
-        convert: full tensors, by the place of their name in ``sources``, to tensors by model name.
+        convert: full tensors, by the place of their name in `sources`, to tensors by model name.
         experts: the number of the expert that each source belongs to; None where any belongs to
             none. Stacked in the order of their numbers along the first dimension, they may be
             converted a few at a time.

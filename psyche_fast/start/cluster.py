@@ -1,7 +1,7 @@
 """Ranks that were started by somebody else: torchrun, or Slurm's srun.
 
 Every process runs the same command. The one with rank 0 is the core, the others are its sidecars.
-Nothing here imports torch but ``meet``.
+Nothing here imports torch but `meet`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Launched:
         local_rank: its number on this machine.
         local_world_size: ranks on this machine.
         host: rank 0's machine; None where all ranks are on one.
-        port: where the core's store is to listen; None where ``meeting`` says it.
+        port: where the core's store is to listen; None where `meeting` says it.
         meeting: host and port of torchrun's own store, which is there already, and the prefix of
             our keys in it; None under Slurm.
         has_own_gpus: whether a rank that sees fewer GPUs than its machine has ranks sees those
@@ -117,7 +117,7 @@ def _has_own_gpus(environ: Mapping[str, str], tasks: int) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's list, such as ``node[003-004,007],gpu1``.
+    """The first name of Slurm's list, such as `node[003-004,007],gpu1`.
 
     Raises:
         ValueError: no list.

@@ -24,10 +24,10 @@ class Devices:
 
 
 def choose_devices(spec: str, ranks: int) -> Devices:
-    """Resolves ``--device`` for ``ranks`` ranks on this machine.
+    """Resolves `--device` for `ranks` ranks on this machine.
 
     Args:
-        spec: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:X,Y``.
+        spec: `auto`, `cpu`, `cuda`, `cuda:N` or `cuda:X,Y`.
         ranks: how many ranks run here.
 
     Raises:
@@ -97,7 +97,7 @@ class Processor:
     """What a rank computes on.
 
     Attributes:
-        kind: ``cuda`` or ``cpu``.
+        kind: `cuda` or `cpu`.
         name: for a user.
         generation: processors of one kind and generation come to the same bits in DisTrO's step.
     """

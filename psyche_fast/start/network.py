@@ -9,7 +9,7 @@ import psutil
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the store's listening socket, bound to ``host`` alone (TCPStore would bind to all).
+    """Opens the store's listening socket, bound to `host` alone (TCPStore would bind to all).
 
     Raises:
         ValueError: the port is in use or the address is not this machine's.
@@ -34,13 +34,13 @@ def tcp_url(host: str, port: int) -> str:
 
 
 def use_interface(host: str) -> None:
-    """Keeps gloo and NCCL on the interface through which ``host`` is reached.
+    """Keeps gloo and NCCL on the interface through which `host` is reached.
 
     gloo would take the one that this machine's name resolves to, which on machines with several
     networks, or none by that name, is another one. What the user has set stays.
 
     Args:
-        host: rank 0's address; one of this machine's own there. All addresses (``0.0.0.0``) say
+        host: rank 0's address; one of this machine's own there. All addresses (`0.0.0.0`) say
             nothing.
     """
     name = _interface(host)

@@ -1,7 +1,7 @@
 """A sidecar ends with its core. Nothing here imports torch.
 
 A sidecar must never outlive its core. Three mechanisms, each measured: the kernel's death signal
-and the end of a pipe act at once, where our own core is the parent; the poll of ``--parent-pid``
+and the end of a pipe act at once, where our own core is the parent; the poll of `--parent-pid`
 takes up to 0.2 s and serves any parent. The death signal also fires when the *thread* that
 spawned the child ends, so it is used only where our core, which spawns from its main thread, asks.
 """
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Ends this process, whatever it is doing, soon after the process ``parent_pid`` is gone."""
+    """Ends this process, whatever it is doing, soon after the process `parent_pid` is gone."""
     pipe = os.environ.pop(PARENT_PIPE, None)
     if pipe is not None:
         if sys.platform == "linux":

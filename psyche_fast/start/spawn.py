@@ -116,7 +116,7 @@ class Sidecars:
             return
 
     def failure(self, wait: float) -> str | None:
-        """Says which sidecar failed, waiting up to ``wait`` seconds for one to be noticed."""
+        """Says which sidecar failed, waiting up to `wait` seconds for one to be noticed."""
         return self._message if self._failed.wait(wait) else None
 
     def expect_exit(self) -> None:
@@ -214,7 +214,7 @@ def launch_host(
         start_rank: the first rank here.
         start_device: CUDA index of the first rank here (nccl).
         num_local_ranks: how many ranks here.
-        backend: ``nccl`` or ``gloo``.
+        backend: `nccl` or `gloo`.
 
     Raises:
         ValueError: ranks out of range.

@@ -32,7 +32,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def save_model(tmp_path: Path) -> SaveModel:
-    """Saves a randomly initialised model: ``save_model("llama", max_shard_size=..., **config)``."""
+    """Saves a randomly initialised model: `save_model("llama", max_shard_size=..., **config)`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def save(model_type: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:

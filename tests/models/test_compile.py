@@ -1,4 +1,4 @@
-"""``--compile``: the same losses and gradients, with whatever else a model is split or saved by."""
+"""`--compile`: the same losses and gradients, with whatever else a model is split or saved by."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_modules_of_other_code_are_compiled_too(tmp_path: Path) -> None:
 
 
 class Other(torch.nn.Module):
-    """Not Transformers' outside: its blocks are those of its ``ModuleList``."""
+    """Not Transformers' outside: its blocks are those of its `ModuleList`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

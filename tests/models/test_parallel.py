@@ -54,7 +54,7 @@ def train(model: CausalLM, dp: int = 1, index: int = 0) -> list[torch.Tensor]:
 
 
 def load(folder: Path, **kwargs: Any) -> CausalLM:
-    """This process's part in fp32, with the attention that ``auto`` takes on the CPU."""
+    """This process's part in fp32, with the attention that `auto` takes on the CPU."""
     source = resolve_model(str(folder))
     return load_model(
         source,

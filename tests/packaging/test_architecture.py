@@ -185,3 +185,36 @@ def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
         if lines > 450 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
             wrong[module] = (lines, first)
     assert wrong == {}
+
+
+OPERATIONS = {"encode", "apply", "accumulate", "pack"}
+
+
+def test_each_operation_has_twins_of_one_name() -> None:
+    for operation in OPERATIONS:
+        for place in ("", "reference.", "triton."):
+            assert f"psyche_fast.kernels.{place}{operation}" in modules()
+
+
+def test_an_implementation_is_chosen_in_one_place() -> None:
+    choosers = {
+        module
+        for module in modules()
+        for other in imports(module)
+        if re.match(r"psyche_fast\.kernels\.(reference|triton)\b", other)
+        and not re.match(r"psyche_fast\.kernels\.(reference|triton)\b", module)
+    }
+    choosers |= {
+        module
+        for module in modules()
+        if part(module) == "kernels"
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+    }
+    # `estimate` chooses nothing: it counts what the reference keeps on a CPU.
+    assert choosers == {"psyche_fast.kernels.backends", "psyche_fast.core.estimate"}
+
+
+def test_names_are_in_single_backticks() -> None:
+    double = [m for m, path in modules().items() if "``" in path.read_text(encoding="utf-8")]
+    assert double == []

@@ -255,7 +255,7 @@ def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
 
 
 class Slow(Future[dict[int, str]]):
-    """Results that are there, and agreed on, when that has been asked ``asks`` times, or waits."""
+    """Results that are there, and agreed on, when that has been asked `asks` times, or waits."""
 
     def __init__(self, asks: float, said: list[str]) -> None:
         super().__init__()
