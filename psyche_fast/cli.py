@@ -25,6 +25,7 @@ from psyche_fast.start import signals
 from psyche_fast.start.cluster import Launched, launched, meet
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import tcp_url
+from psyche_fast.start.parent import TIMEOUT
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
@@ -132,7 +133,7 @@ def _serve(config: RunConfig, place: Launched) -> None:
     machines = config.machines
     device, backend = device_of_launched(machines.device, place)
     host, port = meet(dataclasses.replace(place, port=machines.port or None), machines.timeout)
-    os.environ.setdefault(sidecar.TIMEOUT, str(machines.timeout))
+    os.environ.setdefault(TIMEOUT, str(machines.timeout))
     arguments = ["--backend", backend, "--world-size", str(place.world_size)]
     arguments += ["--init-method", tcp_url(host, port)]
     arguments += ["--rank", str(place.rank)]
@@ -311,8 +312,9 @@ def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) ->
             click.echo(line)
         return
     from psyche_fast.kernels import autotune as tuner
+    from psyche_fast.start.devices import choose_gpu
 
-    chosen = tuner.gpu_of(device)
+    chosen = choose_gpu(device)
     table = tuner.autotune(chosen, kernels or None)
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")

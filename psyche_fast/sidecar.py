@@ -20,16 +20,15 @@ from psyche_fast.errors import explain
 from psyche_fast.start import signals
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.parent import PARENT_PIPE, die_with_parent
+from psyche_fast.start.parent import PARENT_PIPE, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("psyche_fast.sidecar")
 
-TIMEOUT = "PSYCHE_FAST_TIMEOUT"
-"""Environment variable: seconds until a collective that a rank misses is an error."""
 DEFAULT_TIMEOUT = 600
+"""Seconds, where `TIMEOUT` is not set."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -15,9 +15,9 @@ from psyche_fast.core.plan import Plan
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import Console
-from psyche_fast.sidecar import TIMEOUT
 from psyche_fast.start.cluster import Launched, announce
 from psyche_fast.start.network import listen, tcp_url, use_interface
+from psyche_fast.start.parent import TIMEOUT
 from psyche_fast.start.signals import StopRequest, stop_on_signal
 from psyche_fast.start.spawn import Sidecars, local_ranks
 from psyche_fast.start.store import host_store

@@ -100,8 +100,9 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(config.to_toml())
-    console = Console(config.schedule.total_steps, config.schedule.start_step)
     with rank_log(output / "logs" / "rank-0.log", rank=0):
+        # Within: standard error is then apart from what libraries write to its descriptor.
+        console = Console(config.schedule.total_steps, config.schedule.start_step)
         with console, started(plan, output, place, console) as ranks:
             result = _train(plan, output, ranks, console)
         try:

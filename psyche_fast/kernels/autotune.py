@@ -27,7 +27,6 @@ from torch import Tensor
 
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.workloads import Workload, workload
-from psyche_fast.start.devices import choose_devices
 
 Options = dict[str, Any]
 
@@ -256,20 +255,6 @@ def using(path: Path, gpu: str, table: dict[str, Options]) -> Iterator[None]:
             del os.environ[tuning.ENVIRONMENT]
         else:
             os.environ[tuning.ENVIRONMENT] = before
-
-
-def gpu_of(spec: str) -> torch.device:
-    """The GPU that `--device` names, with its index.
-
-    Raises:
-        ValueError: there is none, or it is no GPU.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError(f"--autotune --device {spec}: this machine has no CUDA device")
-    device = choose_devices(spec, 1).devices[0]
-    if device.type != "cuda":
-        raise ValueError(f"--autotune needs a CUDA device, got --device {spec}")
-    return device
 
 
 def gpu_name(device: torch.device) -> str:

@@ -262,7 +262,7 @@ class CausalLM:
         Yields:
             checkpoint name, and on `is_root` the full tensor on the CPU, None elsewhere; tied
             weights once. Never more than one transformer block is held at a time, and only one
-            bucket of parts (`collectives.exchange`) where the checkpoint's form is the model's.
+            bucket of parts (`gathering`) where the checkpoint's form is the model's.
         """
         tensors = self.module.state_dict(keep_vars=True)
         known: set[int] = set()

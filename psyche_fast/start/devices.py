@@ -78,6 +78,20 @@ def device_of_launched(spec: str, place: Launched) -> tuple[torch.device, str]:
     return chosen.devices[own], chosen.backend
 
 
+def choose_gpu(spec: str) -> torch.device:
+    """The GPU that `--device` of `--autotune` names, with its index.
+
+    Raises:
+        ValueError: there is none, or it is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(f"--autotune --device {spec}: this machine has no CUDA device")
+    device = choose_devices(spec, 1).devices[0]
+    if device.type != "cuda":
+        raise ValueError(f"--autotune needs a CUDA device, got --device {spec}")
+    return device
+
+
 @dataclass(frozen=True)
 class Processor:
     """What a rank computes on.

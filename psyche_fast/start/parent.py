@@ -19,6 +19,8 @@ import psutil
 
 PARENT_PIPE = "PSYCHE_FAST_PARENT_PIPE"
 """Environment variable: the number of an inherited descriptor that ends when the core does."""
+TIMEOUT = "PSYCHE_FAST_TIMEOUT"
+"""Environment variable: seconds until a collective that a rank misses is an error."""
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1

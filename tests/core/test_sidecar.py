@@ -186,8 +186,9 @@ def test_malformed_operations_end_every_rank(tmp_path: Path, operation: Any, nam
     assert codes == [1, 1]
     for rank in (1, 2):
         log = (tmp_path / f"rank-{rank}.log").read_text()
-        assert re.search(named, log), log
-        assert "Traceback" not in log, log
+        last = log.splitlines()[-1]  # one clear line, after the trace
+        assert " ERROR operation 1" in last, log
+        assert re.search(named, last), log
 
 
 def test_operation_before_hyperparameters(tmp_path: Path) -> None:

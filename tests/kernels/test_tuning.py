@@ -16,6 +16,7 @@ from triton.errors import TritonError
 
 from psyche_fast.kernels import autotune, tuning
 from psyche_fast.kernels.workloads import workload
+from psyche_fast.start.devices import choose_gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU = "Imaginary 9000"
@@ -127,7 +128,7 @@ def two_gpus(monkeypatch):
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("spec", "index"), [("cuda", 0), ("cuda:1", 1)])
 def test_the_gpu_to_tune_has_an_index(spec, index):
-    assert autotune.gpu_of(spec) == torch.device("cuda", index)
+    assert choose_gpu(spec) == torch.device("cuda", index)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -141,13 +142,13 @@ def test_the_gpu_to_tune_has_an_index(spec, index):
 )
 def test_what_is_no_gpu_to_tune_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        autotune.gpu_of(spec)
+        choose_gpu(spec)
 
 
 def test_a_gpu_to_tune_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda: this machine has no CUDA device"):
-        autotune.gpu_of("cuda")
+        choose_gpu("cuda")
 
 
 def test_an_unknown_kernel_is_refused():

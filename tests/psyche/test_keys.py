@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from psyche_fast.psyche.store import PsycheStore
-from psyche_fast.start.store import StoreClient, host_store, listen
+from psyche_fast.start.network import listen
+from psyche_fast.start.store import StoreClient, host_store
 
 SECONDS = timedelta(seconds=10)
 

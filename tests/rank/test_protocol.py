@@ -17,7 +17,8 @@ from psyche_fast.models.source import FilesSource
 from psyche_fast.rank import protocol
 from psyche_fast.rank.protocol import Exit, Inbox, Save, Sender, Train, hand_on, receive_run
 from psyche_fast.rank.topology import Topology
-from psyche_fast.start.store import StoreClient, host_store, listen
+from psyche_fast.start.network import listen
+from psyche_fast.start.store import StoreClient, host_store
 from tests.groups import run_ranks
 
 SECONDS = timedelta(seconds=10)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.small_kernels import add
 
 from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from tools.kernel_guard.cuda_tensors import DEVICE, CudaTensor, WaitError, no_waiting
+from tools.kernel_guard.tests.small_kernels import add
 
 CPU = torch.device("cpu")
 SHAPES = {"matrix": (128, 192), "head": (67, 128), "norm": (192,), "scalar": ()}

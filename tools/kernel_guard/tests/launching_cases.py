@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from tests.kernels.small_kernels import product
+
+from tools.kernel_guard.tests.small_kernels import product
 
 
 @triton.jit

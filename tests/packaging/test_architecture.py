@@ -1,0 +1,187 @@
+"""CONTRIBUTING.md's rules about the code as a whole, read from its syntax: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "psyche_fast"
+
+# What each part may import. A part is a folder of the package or a file beside them.
+BOTTOM = {"batch", "compat", "config", "devices", "errors", "schedules", "sharding", "strict"}
+ALLOWED = {
+    "batch": set(),
+    "compat": set(),
+    "devices": set(),
+    "errors": set(),
+    "sharding": set(),
+    "strict": set(),
+    "schedules": {"strict"},
+    "config": {"schedules", "strict"},
+    "kernels": BOTTOM,
+    "distro": BOTTOM | {"kernels"},
+    "models": BOTTOM | {"distro"},
+    "data": BOTTOM,
+    "metrics": BOTTOM,
+    "start": BOTTOM,
+    "rank": BOTTOM | {"distro", "kernels", "metrics", "models", "start"},
+    "psyche": BOTTOM | {"distro", "models", "rank", "start"},
+    "core": BOTTOM | {"data", "distro", "kernels", "metrics", "models", "rank", "start"},
+    "sidecar": BOTTOM | {"psyche", "rank", "start"},
+    "cli": BOTTOM | {"core", "data", "kernels", "metrics", "psyche_fast", "sidecar", "start"},
+    "__main__": {"cli"},
+    "psyche_fast": {"distro", "schedules"},
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def defining(module: str, name: str) -> str:
+    """The module that a name comes from: what a package only hands on is looked up there."""
+    if f"{module}.{name}" in modules():
+        return f"{module}.{name}"
+    if module in modules() and modules()[module].name == "__init__.py":
+        for node in ast.walk(tree(module)):
+            aliases = node.names if isinstance(node, ast.ImportFrom) and node.module else []
+            if any((alias.asname or alias.name) == name for alias in aliases):
+                return defining(node.module, name)  # type: ignore[attr-defined]
+    return module
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Our modules that a module imports, at once or later, by a statement or `import_module`."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{module}: relative imports hide where they lead"
+            names = [defining(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [n.value for n in node.args if isinstance(n, ast.Constant)]
+        else:
+            continue
+        found |= {name for name in names if name in modules()}
+    return frozenset(found - {module})
+
+
+def test_every_part_has_a_rule() -> None:
+    assert {part(module) for module in modules()} == set(ALLOWED)
+
+
+def test_imports_flow_one_way() -> None:
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        lowest = [p for p in ALLOWED if p not in order and ALLOWED[p] - {p} <= {*order, *BOTTOM}]
+        assert lowest, "the rules themselves go round in a circle"
+        order += lowest
+    wrong = {
+        f"{module} imports {other}"
+        for module in modules()
+        for other in imports(module)
+        if part(other) not in ALLOWED[part(module)] | {part(module)}
+    }
+    assert wrong == set()
+
+
+def test_only_the_sidecars_entry_knows_psyches_protocol() -> None:
+    importers = {part(m) for m in modules() if any(part(i) == "psyche" for i in imports(m))}
+    assert importers == {"psyche", "sidecar"}
+
+
+def test_only_the_core_and_the_command_know_data() -> None:
+    importers = {part(m) for m in modules() if any(part(i) == "data" for i in imports(m))}
+    assert importers == {"data", "core", "cli"}
+
+
+def private_names(module: str) -> Iterator[str]:
+    """Uses of other packages' private names: imported, or asked of an object that is not ours."""
+    ours = own_private_names()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole.split(".")[0] in ("torch", "transformers") and re.search(
+                    r"\._[a-z]", whole
+                ):
+                    yield whole
+        if not isinstance(node, ast.Attribute) or not re.match("_[a-z]", node.attr):
+            continue
+        if node.attr not in ours and not node.attr.startswith("_foreach_"):
+            yield ast.unparse(node)
+
+
+@cache
+def own_private_names() -> frozenset[str]:
+    found = {"_exit"}  # os._exit is documented
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+                found.add(node.attr)
+    return frozenset(found)
+
+
+def test_private_names_of_torch_and_transformers_are_in_one_file() -> None:
+    used = {m: list(private_names(m)) for m in modules() if m != "psyche_fast.compat"}
+    allowed = {
+        "psyche_fast.models.building": {"module._parameters"},
+        "psyche_fast.models.tensor_parallel": {"module._parameters"},
+        "psyche_fast.kernels.triton.interpreter": {"interpreter._patch_lang"},  # Triton's
+        "psyche_fast.models.huggingface": {"compat._apply_liger_kernel_to_instance"},
+    }
+    left = {m: set(names) - allowed.get(m, set()) for m, names in used.items()}
+    assert {m: names for m, names in left.items() if names} == {}
+    assert list(private_names("psyche_fast.compat")), "the rule itself sees them"
+
+
+def test_no_import_of_the_package_is_relative_or_of_everything() -> None:
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                assert all(alias.name != "*" for alias in node.names)
+
+
+def test_the_rules_are_those_of_contributing() -> None:
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    assert "`cli`, `sidecar` → `core` | `psyche` → `rank` → `models`" in text
+    assert "→ `distro` → `kernels`" in text
+    for name in BOTTOM:
+        assert f"`{name}`" in text, "a file at the bottom that the rules do not name"
+
+
+def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
+    wrong = {}
+    for module, path in modules().items():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        documentation = ast.get_docstring(tree(module)) or ""
+        first, *_ = documentation.splitlines() or [""]
+        if lines > 450 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
+            wrong[module] = (lines, first)
+    assert wrong == {}
