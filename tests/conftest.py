@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests import groups
+from tests import groups, processes
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
@@ -39,3 +39,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
     if item.get_closest_marker("no_gpu") is not None and torch.cuda.is_available():
         pytest.skip("cannot hold where there is a CUDA GPU")
+
+
+def pytest_runtest_teardown() -> None:
+    """A test that fails leaves no process behind."""
+    processes.end_all()

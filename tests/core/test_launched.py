@@ -19,7 +19,7 @@ import torch
 from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
 from tests.groups import run_command
-from tests.processes import command, free_port, wait_until
+from tests.processes import command, free_port, start, wait_until
 from tests.tiny import save_llama, save_tokens
 
 
@@ -151,13 +151,12 @@ def one_machine(place: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
 def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_path: Path) -> None:
     port = free_port()
     agents = [
-        subprocess.Popen(
+        start(
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
                 "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr", "127.0.0.1",
                 "--master-port", str(port), "-m", "psyche_fast", *flags(place, tmp_path / "run"),
-            ],
-            stderr=subprocess.PIPE, text=True,
+            ]
         )
         for node in range(2)
     ]  # fmt: skip
@@ -235,9 +234,8 @@ def three_hosts() -> Iterator[list[str]]:
 
 def on(host: str, *command: str) -> subprocess.Popen[str]:
     chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    return subprocess.Popen(
+    return start(
         ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *command],
-        stderr=subprocess.PIPE, text=True,
         env={name: value for name, value in os.environ.items() if name not in chosen},
     )  # fmt: skip
 
@@ -272,26 +270,21 @@ def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
     output, timeout = tmp_path / "run", 6
     run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
     processes = run_on(three_hosts, run, timeout)
-    try:
-        checkpoint = output / "checkpoints" / "step-000005"
-        wait_until(lambda: processes[0].poll() is not None or checkpoint.exists(), 90)
-        assert processes[0].poll() is None, processes[0].communicate()
-        subprocess.run(["ip", "-n", three_hosts[2], "link", "set", "wan0", "down"], check=True)
-        began = time.monotonic()
-        _, said = processes[0].communicate(timeout=60)
-        assert time.monotonic() - began < timeout + 15
-        assert processes[0].returncode == 1
-        last = said.strip().splitlines()[-1]
-        assert last.startswith("psyche-fast: error: ")
-        assert "another rank did not answer" in last or "lost another rank" in last
-        for process in processes[1:]:
-            _, said = process.communicate(timeout=60)
-            assert process.returncode == 1
-            assert "another rank" in said
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    checkpoint = output / "checkpoints" / "step-000005"
+    wait_until(lambda: processes[0].poll() is not None or checkpoint.exists(), 90)
+    assert processes[0].poll() is None, processes[0].communicate()
+    subprocess.run(["ip", "-n", three_hosts[2], "link", "set", "wan0", "down"], check=True)
+    began = time.monotonic()
+    _, said = processes[0].communicate(timeout=60)
+    assert time.monotonic() - began < timeout + 15
+    assert processes[0].returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("psyche-fast: error: ")
+    assert "another rank did not answer" in last or "lost another rank" in last
+    for process in processes[1:]:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "another rank" in said
     assert len(losses(output)) >= 5
     assert (checkpoint / "model.safetensors").exists()
     assert not list((output / "checkpoints").glob(".*"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from tests import processes
 from tests.processes import command, free_port, wait_until
 from tests.tiny import save_llama, save_tokens
 
@@ -23,7 +24,7 @@ def start(
 ) -> subprocess.Popen[str]:
     save_llama(place / "model")
     save_tokens(place / "data")
-    return subprocess.Popen(
+    return processes.start(
         command(
             "train", "--model", str(place / "model"),
             "--data-path", str(place / "data"), "--output", str(output), "--device", "cpu",
@@ -31,19 +32,18 @@ def start(
             "--total-steps", str(steps), "--param-dtype", "float32", "--threads", "1",
             "--distro", "--replicas", "3", "--compression-chunk", "16",
             "--local-ranks", "2", "--port", str(port), *flags,
-        ),
-        stderr=subprocess.PIPE, text=True,
+        )
     )  # fmt: skip
 
 
 def launch(port: int, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return processes.start(
         command(
             "sidecar", "--main-host", "127.0.0.1",
             "--port", str(port), "--world-size", "3", "--start-rank", "2",
             "--backend", "gloo",
         ),
-        stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        env={**os.environ, **environment},
     )  # fmt: skip
 
 
@@ -68,13 +68,9 @@ def test_a_launcher_alone_says_what_it_waits_for() -> None:
     port = free_port()
     alone = launch(port)
     assert alone.stderr is not None
-    try:
-        said = alone.stderr.readline()  # blocks until it speaks; the test's time limit is the limit
-        assert said.startswith("psyche-fast: waiting for the core: nobody listens at 127.0.0.1:")
-        assert f"{port} yet (Connection refused); is psyche-fast train running there" in said
-    finally:
-        alone.kill()
-        alone.wait()
+    said = alone.stderr.readline()  # blocks until it speaks; the test's time limit is the limit
+    assert said.startswith("psyche-fast: waiting for the core: nobody listens at 127.0.0.1:")
+    assert f"{port} yet (Connection refused); is psyche-fast train running there" in said
 
 
 def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 
+from tests import processes
 from tests.groups import Finished, run_command
 from tests.processes import command, is_there, seconds_until_gone, wait_until
 from tests.tiny import VOCABULARY, save_llama, save_tokens
@@ -249,13 +250,13 @@ def size(path: Path) -> int:
 
 
 def start_long_run(place: Path, output: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
-    core = subprocess.Popen(
+    core = processes.start(
         command(
             "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
             "--output", str(output), *COMMON, *DISTRO, "--replicas", "2",
             "--total-steps", "100000",
         ),
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        stdout=subprocess.DEVNULL,
     )  # fmt: skip
     metrics = output / "metrics.jsonl"
     wait_until(lambda: core.poll() is not None or size(metrics) > 2000)

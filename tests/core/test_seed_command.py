@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import command, wait_until
+from tests.processes import command, start, wait_until
 from tests.tiny import save_llama
 
 SEED = """
@@ -29,9 +29,9 @@ def test_the_seeds_command_line_runs(tmp_path: Path) -> None:
     data = tmp_path / "data" / "fineweb-10bt"
     data.mkdir(parents=True)
     np.random.default_rng(0).integers(0, 96, 9 * 2048, dtype=np.uint16).tofile(data / "0.ds")
-    run = subprocess.Popen(
+    run = start(
         command("train", *shlex.split(SEED)),
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE,
     )  # fmt: skip
 
     def has_trained() -> bool:

@@ -17,7 +17,7 @@ import transformers
 
 from tests.foreign_core import ForeignCore
 from tests.groups import in_process
-from tests.processes import seconds_until_gone, wait_until
+from tests.processes import seconds_until_gone, start, wait_until
 from tests.tiny import batch_loss, random_tokens, save_llama
 
 pytestmark = pytest.mark.processes
@@ -247,9 +247,9 @@ sys.stdin.read()
 @pytest.mark.parametrize("program", [FOREIGN, OWN], ids=["foreign", "own"])
 def test_sidecar_dies_with_its_parent(tmp_path: Path, program: str) -> None:
     """With a foreign core once both have met; with our own at any moment, here during imports."""
-    parent = subprocess.Popen(
+    parent = start(
         [sys.executable, "-c", program, str(tmp_path / "log")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None,
     )  # fmt: skip
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))

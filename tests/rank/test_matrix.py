@@ -6,6 +6,8 @@ that are handed one another's results as Psyche's rank 0 would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
     "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 2), (2, 4, 1), (4, 2, 1)]
+# More than two replicas; tensor parallelism alone; both kinds of shards; shards of four.
+LAYOUTS = [(4, 1, 1), (2, 1, 2), (2, 2, 2), (2, 4, 1)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -127,16 +130,26 @@ def in_processes(
     return found if rank == 0 else {}
 
 
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> Callable[[str, int], tuple[list[float], dict[str, Tensor]]]:
+    """`in_one_process` of a model by name and a number of replicas."""
+    return cache(lambda name, replicas: in_one_process(folders[name], replicas))
+
+
 @pytest.mark.parametrize(("replicas", "dp", "tp"), LAYOUTS)
 def test_losses_and_parameters_are_those_of_one_process(
-    folders: dict[str, Path], replicas: int, dp: int, tp: int
+    folders: dict[str, Path],
+    alone: Callable[[str, int], tuple[list[float], dict[str, Tensor]]],
+    replicas: int,
+    dp: int,
+    tp: int,
 ) -> None:
     before = {n: dict(load(f, Topology()).full_state_dict_iter()) for n, f in folders.items()}
     # In one layout torch compares what the ranks call; elsewhere collectives are as users run them.
     check = (replicas, dp, tp) == (2, 4, 1)
     found = run_ranks(in_processes, replicas * dp * tp, folders, dp, tp, check_collectives=check)[0]
-    for name, folder in folders.items():
-        losses, parameters = in_one_process(folder, replicas)
+    for name in folders:
+        losses, parameters = alone(name, replicas)
         assert found[name][0] == pytest.approx(losses, abs=1e-4)
         trained = found[name][1]
         assert trained.keys() == parameters.keys()
