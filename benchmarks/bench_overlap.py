@@ -133,6 +133,7 @@ def _measure(rank: int, folder: str, arguments: dict[str, Any]) -> None:
                 if step > 2:
                     steps.append(1e3 * (time.perf_counter() - began))
                     exposed.append(1e3 * link.waited)
+            trainer.plain()  # nothing is under way when the group ends
         found[mode] = {
             "step_ms": percentiles(steps),
             "exposed_ms": percentiles(exposed),

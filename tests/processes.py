@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+if TYPE_CHECKING:  # the suite for a GPU runs tests where it need not be
+    import psutil
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # opened here: not between fork and exec
@@ -69,6 +70,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def is_there(process: psutil.Process) -> bool:
     """Whether a process runs; one that only nobody has waited for yet does not."""
+    import psutil
+
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

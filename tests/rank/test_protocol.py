@@ -160,6 +160,7 @@ def _handed_on(rank: int, port: int) -> tuple[list[bytes], int]:
     return [msgspec.msgpack.encode(operation) for operation in said], len(read)
 
 
+@pytest.mark.processes
 def test_a_batch_is_read_once_per_replica_and_handed_on_there() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

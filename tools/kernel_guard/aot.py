@@ -260,7 +260,12 @@ def attribute(case: Case, target: Target) -> list[SourceLine]:
         raise ValueError(
             f"instructions are attributed for NVIDIA's targets only, not {target.name}"
         )
-    compiled = compile_case(case, target)
+    from triton import knobs
+
+    with knobs.compilation.scope():
+        # What Triton's cache holds names the file where it was compiled first, maybe another one.
+        knobs.compilation.always_compile = True
+        compiled = compile_case(case, target)
     lines = sass.source_lines(_disassemble(compiled, "nvdisasm", "-g", "-c"))
     program = sass.Program(_disassemble(compiled, "cuobjdump", "-sass"))
     times = _warp_instructions(case, program, compiled)
