@@ -53,8 +53,15 @@ class Model(Section, frozen=True, kw_only=True):
     )
     python_arch: Annotated[str, _help("HfAuto, a registered name, or module:function")] = "HfAuto"
     param_dtype: Annotated[
-        Literal["bfloat16", "float32"], _help("the parameters' type")
+        Literal["bfloat16", "float32"], _help("the parameters' type in forward and backward")
     ] = "bfloat16"  # fmt: skip
+    master_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _help("what the optimizer adds to; bfloat16 loses small updates"),
+    ] = "float32"  # fmt: skip
+    save_dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, _help("the parameters' type in checkpoints")
+    ] = None  # fmt: skip
     attn_implementation: Annotated[
         Literal["auto", "eager", "sdpa", "flash_attention_2"], _help("the same one on every rank")
     ] = "auto"
@@ -64,6 +71,13 @@ class Model(Section, frozen=True, kw_only=True):
     activation_checkpointing: Annotated[bool, _help("recompute activations to save memory")] = False
     compile: Annotated[bool, _help("compile the model's blocks with torch.compile")] = False
     liger: Annotated[bool, _help("Liger kernels in the model (CUDA, extra 'liger')")] = False
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.param_dtype == "float32" and self.master_dtype == "bfloat16":
+            raise ValueError(
+                "--master-dtype bfloat16 is narrower than --param-dtype float32; leave it out"
+            )
 
 
 class Data(Section, frozen=True, kw_only=True):

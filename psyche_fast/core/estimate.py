@@ -59,7 +59,7 @@ class Estimate:
         total_parameters: of the model, tied ones once.
         parameters: this rank's part.
         gradients: kept from micro-batch to micro-batch.
-        optimizer: DisTrO's momentum and copy of the parameters, or AdamW's moments.
+        optimizer: DisTrO's momentum and copy of the parameters, or AdamW's moments and copy.
         activations: what forward and backward of one micro-batch hold beside the above at most.
         workspace: of DisTrO's kernels on a CPU, which they keep; on a GPU they have none.
         unsharded: FSDP2's whole blocks, and the whole gradient of one.
@@ -186,6 +186,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         named = {n: p for n, p in sorted(module.named_parameters()) if p.requires_grad}
         own = sum(map(_bytes, named.values()))
         elements = own // dtype.itemsize
+        master = max(_DTYPES[run.model.master_dtype].itemsize, dtype.itemsize)
         sent = optimizer = workspace = 0
         if run.optimizer.distro:
             wholes = [_layout(n, p, run, device) for n, p in named.items()]
@@ -196,18 +197,19 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
             ).size
             sent = size if run.parallelism.replicas > 1 else 0
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
-            optimizer = chunks * (dtype.itemsize + _DTYPES[run.optimizer.delta_dtype].itemsize)
+            optimizer = chunks * (master + _DTYPES[run.optimizer.delta_dtype].itemsize)
             if device_type == "cpu":
                 workspace = max(map(_workspace, layout.plans))
             if run.optimizer.offload_delta:
-                optimizer = chunks * dtype.itemsize
+                optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
             for at in (at for members in shared.values() for at in members):
                 part = layouts[at].chunks * layouts[at].totalk
                 held = local_tensor(list(named.values())[at].detach()).numel()
                 optimizer += 8 * (part + held) + part * dtype.itemsize
         else:
-            optimizer = 2 * own
+            copies = master * elements if master > dtype.itemsize else 0
+            optimizer = copies + 2 * master * elements
     sharded = run.parallelism.data_parallelism > 1
     # The block at work and the next one, and embedding and head beside them; gradients of a block
     # whole, and in fp32 on their way to the ranks.

@@ -129,8 +129,28 @@ def _summary(
         f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
         + (", gloo between replicas" if parallelism.device_backend == "split" else "")
         + (f", {threads} threads each" if threads else ""),
-        f"training {method}, {config.model.param_dtype}, {resolved.model.attn_implementation} "
-        f"attention, {math.ceil(rows / parallelism.replicas)} sequences per replica and step",
+        f"training {method}, {config.model.param_dtype}{_masters(config)}, "
+        f"{resolved.model.attn_implementation} attention, "
+        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step",
+        *_lost_updates(config),
+    )
+
+
+def _masters(config: RunConfig) -> str:
+    wide = config.model.param_dtype == "float32" or config.model.master_dtype == "bfloat16"
+    return "" if wide else " with fp32 masters"
+
+
+def _lost_updates(config: RunConfig) -> tuple[str, ...]:
+    """What bf16 parameters without masters lose, both methods' steps being of about the rate."""
+    if config.model.master_dtype == "float32":
+        return ()
+    rate = config.schedule.learning_rate
+    # Neighbours of numbers in [2^e, 2^(e+1)) are 2^(e-7) apart, and half of that is rounded away.
+    power = math.ceil(math.log2(rate)) + 8 if rate > 0 else -math.inf
+    return (
+        f"warning  --master-dtype bfloat16: at --learning-rate {rate:g} weights of "
+        f"{2.0**power:.2g} and more (of norms, usually all) never change; float32 masters learn",
     )
 
 

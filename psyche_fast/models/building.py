@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from psyche_fast.sharding import local_tensor, placed_like
 
 
 @contextmanager
@@ -50,6 +53,17 @@ def tie(module: nn.Module, aliases: dict[str, str]) -> None:
     for alias, name in aliases.items():
         owner, _, leaf = alias.rpartition(".")
         setattr(module.get_submodule(owner), leaf, module.get_parameter(name))
+
+
+def master_copies(module: nn.Module) -> dict[str, Tensor]:
+    """Memory for fp32 copies of the trained parameters of narrower types, placed as they are."""
+    copies: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            local = torch.empty_like(local_tensor(parameter.detach()), dtype=torch.float32)
+            whole: Tensor = parameter  # which FSDP2 makes a DTensor, whatever its class says
+            copies[name] = placed_like(local, whole) if isinstance(whole, DTensor) else local
+    return copies
 
 
 def materialise(module: nn.Module, device: torch.device, aliases: dict[str, str]) -> None:

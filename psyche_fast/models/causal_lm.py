@@ -36,12 +36,15 @@ class CausalLM:
         device: where it is.
         shard_mesh: the ranks of FSDP2, or None.
         tensor_mesh: the ranks of tensor parallelism, or None.
+        masters: fp32 copies of the trained parameters of narrower types by name, placed as these
+            are; empty where there are none. The optimiser works on them.
 
     Args:
-        module, config, device, attn_implementation, shard_mesh, tensor_mesh: see above.
+        module, config, device, attn_implementation, shard_mesh, tensor_mesh, masters: see above.
         class_name: the module's class, whose name FSDP2 has changed.
         group: all ranks that hold parts of the model; None for one.
         fused_loss: whether the module computes the loss without logits (Liger).
+        saved_as: a type, and the one that parameters of that type have in checkpoints.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class CausalLM:
         tensor_mesh: DeviceMesh | None = None,
         group: dist.ProcessGroup | None = None,
         fused_loss: bool = False,
+        masters: Mapping[str, Tensor] | None = None,
+        saved_as: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.module = module
         self.config = config
@@ -63,6 +68,8 @@ class CausalLM:
         self.attn_implementation = attn_implementation
         self.shard_mesh = shard_mesh
         self.tensor_mesh = tensor_mesh
+        self.masters = dict(masters or {})
+        self._saved_as = saved_as
         self._group = group
         self._class_name = class_name
         self._fused_loss = fused_loss
@@ -271,6 +278,8 @@ class CausalLM:
             if id(tensor) not in known:
                 known.add(id(tensor))
                 names.append(name)
+        if self._saved_as is not None and self._saved_as[1] == torch.float32:
+            tensors.update(self.masters)
         groups = list(self._groups(names))
         whole = gather_whole([tensors[name] for group in groups for name in group], self._group)
         for group in groups:
@@ -280,7 +289,7 @@ class CausalLM:
         self, group: list[str], whole: Iterator[Tensor]
     ) -> Iterator[tuple[str, Tensor | None]]:
         # A generator of its own: what it holds is gone when the next group's bucket arrives.
-        full = {name: next(whole) for name in group}
+        full = {name: self._as_saved(name, next(whole)) for name in group}
         if isinstance(self.module, PreTrainedModel):
             pairs = huggingface.revert(self.module, full)
             del full
@@ -288,6 +297,13 @@ class CausalLM:
             pairs = iter(full.items())
         for name, tensor in pairs:
             yield name, tensor if self.is_root else None
+
+    def _as_saved(self, name: str, tensor: Tensor) -> Tensor:
+        # Buffers, and parameters that the architecture keeps in another type, stay what they are.
+        if self._saved_as is None or name not in self.named_parameters():
+            return tensor
+        of, to = self._saved_as
+        return tensor.to(to) if tensor.dtype == of else tensor
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         """What has to be converted together: the tensors of a block, where anything has."""
@@ -305,7 +321,8 @@ class CausalLM:
     def save_config(self, folder: Path) -> None:
         """Writes `config.json` into `folder`."""
         if isinstance(self.module, PreTrainedModel):
-            huggingface.save_config(self.module, self._class_name, folder)
+            dtype = None if self._saved_as is None else self._saved_as[1]
+            huggingface.save_config(self.module, self._class_name, dtype, folder)
         else:
             (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 

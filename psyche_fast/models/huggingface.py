@@ -179,15 +179,19 @@ def revert(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[tuple
         yield name, tensor if whole else tensor.clone()
 
 
-def save_config(model: PreTrainedModel, class_name: str, folder: Path) -> None:
+def save_config(
+    model: PreTrainedModel, class_name: str, dtype: torch.dtype | None, folder: Path
+) -> None:
     """Writes `config.json`.
 
     Args:
         model: the model.
         class_name: its class, whose name FSDP2 has changed.
+        dtype: of the parameters beside it; None for the model's.
         folder: where to.
     """
     config = copy.deepcopy(model.config)
+    config.dtype = dtype or config.dtype
     config.architectures = [class_name]
     config.save_pretrained(folder)
 

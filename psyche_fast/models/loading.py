@@ -33,6 +33,8 @@ def load_model(
     architecture: str = "HfAuto",
     device: torch.device,
     param_dtype: torch.dtype = torch.bfloat16,
+    master_dtype: torch.dtype = torch.bfloat16,
+    save_dtype: torch.dtype | None = None,
     shard_mesh: DeviceMesh | None = None,
     tensor_mesh: DeviceMesh | None = None,
     group: dist.ProcessGroup | None = None,
@@ -51,7 +53,10 @@ def load_model(
         source: files, or tensors from rank 0.
         architecture: see `registry.resolve`.
         device: where the parameters go.
-        param_dtype: the parameters' type.
+        param_dtype: the parameters' type in forward and backward.
+        master_dtype: torch.float32 for fp32 copies of parameters of a narrower type besides, from
+            the checkpoint's unrounded values; torch.bfloat16 for none.
+        save_dtype: the type that parameters of `param_dtype` have in checkpoints; None for theirs.
         shard_mesh: ranks to shard over with FSDP2; None for one.
         tensor_mesh: ranks to split each layer over; None for one. Where both are given they are
             slices of one mesh.
@@ -99,7 +104,8 @@ def load_model(
         if shard_mesh is not None:
             parallel.shard(module, shard_mesh)
         building.materialise(module, device, aliases)
-        weights.load_weights(module, reader, plan, aliases)
+        masters = building.master_copies(module) if master_dtype == torch.float32 else {}
+        weights.load_weights(module, reader, plan, aliases, masters)
     log.info("%s with %s attention on %s", class_name, attn_implementation, device)
     return CausalLM(
         module,
@@ -111,6 +117,8 @@ def load_model(
         tensor_mesh=tensor_mesh,
         group=group,
         fused_loss=liger,
+        masters=masters,
+        saved_as=(param_dtype, save_dtype or param_dtype),
     )
 
 
@@ -133,6 +141,8 @@ def load_configured(
         architecture=options.python_arch,
         device=device,
         param_dtype=_DTYPES[options.param_dtype],
+        master_dtype=_DTYPES[options.master_dtype],
+        save_dtype=_DTYPES[options.save_dtype or options.param_dtype],
         attn_implementation=choose_attention(
             options.attn_implementation, device.type, read_config(source).get("model_type")
         ),

@@ -22,7 +22,7 @@ from psyche_fast.models.source import (
     tensor_shapes,
     weight_files,
 )
-from psyche_fast.sharding import Ranges, part_of
+from psyche_fast.sharding import Ranges, local_tensor, part_of
 
 
 class Reader(Protocol):
@@ -122,15 +122,21 @@ def plan_by_name(module: nn.Module, names: Iterable[str]) -> LoadPlan:
 
 @torch.no_grad()
 def load_weights(
-    module: nn.Module, reader: Reader, plan: LoadPlan, aliases: dict[str, str]
+    module: nn.Module,
+    reader: Reader,
+    plan: LoadPlan,
+    aliases: dict[str, str],
+    masters: Mapping[str, Tensor],
 ) -> None:
-    """Fills a materialised module.
+    """Fills a materialised module, and the master copies of its parameters.
 
     Args:
         module: with plain or distributed parameters, on its device.
         reader: the checkpoint.
         plan: which tensor goes where.
         aliases: for each tied name the one that stands for it.
+        masters: by parameter name, with the parameter's placement and a wider type: they get the
+            checkpoint's values unrounded.
 
     Raises:
         ValueError: tensors missing, unexpected or of another shape, or two tensors of different
@@ -140,6 +146,13 @@ def load_weights(
         raise ValueError(f"--model: the model has no place for {_some(plan.unexpected)}")
     targets = module.state_dict(keep_vars=True)
     loaded: set[str] = set()
+
+    def fill(name: str, values: Tensor) -> None:
+        name, target = aliases.get(name, name), targets[name]
+        for tensor in (target, masters[name]) if name in masters else (target,):
+            local_tensor(tensor).copy_(values)
+        loaded.add(name)
+
     for name, source in plan.direct.items():
         shape = tuple(targets[name].shape)
         if reader.shapes[source] != shape:
@@ -152,23 +165,17 @@ def load_weights(
         target = targets[name]
         if aliases.get(name) in plan.direct:
             continue
-        if isinstance(target, DTensor):
-            part = part_of(target)
-            if target.to_local().numel():
-                target.to_local().copy_(reader.read(source, part))
-        else:
-            target.copy_(reader.read(source))
-        loaded.add(aliases.get(name, name))
+        local = local_tensor(target)
+        part = part_of(target) if isinstance(target, DTensor) else None
+        # Nothing is read where this rank has no part.
+        fill(name, reader.read(source, part) if local.numel() else local)
     for conversion in plan.conversions:
         for name, tensor, first in _converted(conversion, reader, targets):
             target = targets[name]
             if isinstance(target, DTensor):
                 rows, *rest = part_of(target)
-                rows = slice(rows.start - first, rows.stop - first)
-                target.to_local().copy_(tensor[(rows, *rest)])
-            else:
-                target.copy_(tensor)
-            loaded.add(aliases.get(name, name))
+                tensor = tensor[(slice(rows.start - first, rows.stop - first), *rest)]
+            fill(name, tensor)
     missing = [n for n in targets if aliases.get(n, n) not in loaded and n not in plan.optional]
     if missing:
         raise ValueError(f"--model: the checkpoint lacks {_some(missing)}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import gradients, scale_
+from psyche_fast.sharding import local_tensor
+
+_STEPPED_ELEMENTS = 1 << 25
+"""Elements whose gradients are widened at once for masters (128 MiB), or those of one parameter."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -72,51 +77,111 @@ class Optimizer:
 
 
 class AdamWOptimizer(Optimizer):
-    """`torch.optim.AdamW`, fused."""
+    """`torch.optim.AdamW`, fused, on the master copies where there are any.
 
-    def __init__(self, parameters: Mapping[str, Tensor], options: config.Optimizer) -> None:
-        """Take the parameters by name."""
-        # One group per mesh: torch's fused and foreach paths refuse a mixture of plain tensors
-        # and DTensors, or of DTensors of two meshes, inside one group.
-        groups: dict[object, list[Tensor]] = {}
-        for parameter in parameters.values():
-            key = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault(key, []).append(parameter)
-        self._adamw = torch.optim.AdamW(
-            [{"params": group} for group in groups.values()],
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        self._names = {id(p): name for name, p in parameters.items()}
-        self._parameters = list(parameters.values())
+    Moments have the type of what the step is added to: with masters a bf16 parameter takes 16
+    bytes, of them 2 the gradient, which is widened for `_STEPPED_ELEMENTS` at a time.
+
+    Args:
+        parameters: by name.
+        options: the run's.
+        masters: fp32 copies of parameters of narrower types by name, placed as these are.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        options: config.Optimizer,
+        masters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        masters = masters or {}
+        self._names = list(parameters)
+        self._parts: list[_Part] = []
+        for names in _parts(parameters, masters):
+            pairs = [(parameters[n], masters.get(n, parameters[n])) for n in names]
+            adamw = torch.optim.AdamW(
+                [stepped for _, stepped in pairs],
+                betas=(options.beta1, options.beta2),
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+                fused=True,
+            )
+            self._parts.append(_Part(names, pairs, adamw))
+        self._factor: Tensor | None = None
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
-        """Clip; what is to be refused `step` refuses, on the device."""
+        """Keep the factor for `step`."""
+        self._factor = factor
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Clip and take AdamW's step; what is to be refused changes nothing, by the device."""
+        assert self._factor is not None, "`after_backward` comes first"
         # What mixed precision's loss scaler says of gradients that overflowed: the fused kernel
         # then changes neither parameters nor moments.
-        self._adamw.found_inf = (~factor.isfinite()).float()  # type: ignore[attr-defined]
-        scale_(gradients(self._parameters), factor)
-        for parameter in self._parameters:
-            # fused AdamW takes gradients of the parameters' own type only
-            if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
-                parameter.grad = parameter.grad.to(parameter.dtype)
-
-    def step(self, lr: float) -> None:
-        """Take AdamW's step."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        refused = (~self._factor.isfinite()).float()
+        for part in self._parts:
+            part.adamw.found_inf = refused  # type: ignore[attr-defined]
+            part.adamw.param_groups[0]["lr"] = lr
+            for parameter, stepped in part.pairs:
+                if parameter.grad is not None and stepped is not parameter:
+                    stepped.grad = parameter.grad.to(stepped.dtype)
+                    parameter.grad = None
+            scale_(gradients(stepped for _, stepped in part.pairs), self._factor)
+            for _, stepped in part.pairs:
+                # fused AdamW takes gradients of the parameters' own type only
+                if stepped.grad is not None and stepped.grad.dtype != stepped.dtype:
+                    stepped.grad = stepped.grad.to(stepped.dtype)
+            part.adamw.step()
+            part.adamw.zero_grad(set_to_none=True)
+            copies = [(p, stepped) for p, stepped in part.pairs if stepped is not p]
+            if copies:
+                torch._foreach_copy_(
+                    [local_tensor(p.detach()) for p, _ in copies],
+                    [local_tensor(stepped) for _, stepped in copies],
+                )
 
     def zero_momentum(self) -> None:
         """Forget both moments and the step count."""
-        self._adamw.state.clear()
+        for part in self._parts:
+            part.adamw.state.clear()
 
     def momentum(self) -> Mapping[str, Tensor]:
         """AdamW's first moment."""
-        return {self._names[id(p)]: s["exp_avg"] for p, s in self._adamw.state.items()}
+        moments = {
+            name: part.adamw.state[stepped]["exp_avg"]
+            for part in self._parts
+            for name, (_, stepped) in zip(part.names, part.pairs, strict=True)
+            if stepped in part.adamw.state
+        }
+        return {name: moments[name] for name in self._names if name in moments}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters that AdamW steps at once: themselves and what is stepped in their stead."""
+
+    names: list[str]
+    pairs: list[tuple[Tensor, Tensor]]
+    adamw: torch.optim.AdamW
+
+
+def _parts(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of parameters that are stepped at once."""
+    parts: list[list[str]] = []
+    # By mesh: torch's fused and foreach paths refuse a mixture of plain tensors and DTensors, or
+    # of DTensors of two meshes.
+    filling: dict[object, tuple[list[str], int]] = {}
+    for name, parameter in parameters.items():
+        key = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        size = local_tensor(parameter.detach()).numel() if name in masters else 0
+        names, held = filling.get(key, ([], 0))
+        if not names or held + size > _STEPPED_ELEMENTS:
+            names, held = [], 0
+            parts.append(names)
+        names.append(name)
+        filling[key] = names, held + size
+    return parts
 
 
 class DistroOptimizer(DistroStep, Optimizer):
@@ -200,6 +265,7 @@ def make_optimizer(
     options: config.Optimizer,
     parameters: Mapping[str, Tensor],
     peers: dist.ProcessGroup | None,
+    masters: Mapping[str, Tensor] | None = None,
 ) -> Optimizer:
     """The optimiser that the options name; a collective of all ranks where there are peers.
 
@@ -207,7 +273,8 @@ def make_optimizer(
         options: the run's.
         parameters: by name.
         peers: this rank's counterparts in the other replicas; None for one replica.
+        masters: fp32 copies of parameters of narrower types by name, to which steps are added.
     """
     if options.distro:
         return DistroOptimizer(parameters, options, peers)
-    return AdamWOptimizer(parameters, options)
+    return AdamWOptimizer(parameters, options, masters)

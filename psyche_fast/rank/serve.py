@@ -49,7 +49,7 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
         model,
         topology,
         config.schedule.learning_rates(),
-        make_optimizer(config.optimizer, trainable(model), topology.peers),
+        make_optimizer(config.optimizer, trainable(model), topology.peers, model.masters),
         config.training,
         config.optimizer.max_grad_norm,
     )
