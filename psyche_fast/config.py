@@ -71,6 +71,10 @@ class Model(Section, frozen=True, kw_only=True):
     activation_checkpointing: Annotated[bool, _help("recompute activations to save memory")] = False
     compile: Annotated[bool, _help("compile the model's blocks with torch.compile")] = False
     liger: Annotated[bool, _help("Liger kernels in the model (CUDA, extra 'liger')")] = False
+    loss: Annotated[
+        Literal["auto", "plain", "chunked"],
+        _help("chunked: never hold all logits; auto: where they would be large"),
+    ] = "auto"  # fmt: skip
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -78,6 +82,8 @@ class Model(Section, frozen=True, kw_only=True):
             raise ValueError(
                 "--master-dtype bfloat16 is narrower than --param-dtype float32; leave it out"
             )
+        if self.liger and self.loss != "auto":
+            raise ValueError(f"--loss {self.loss} with --liger: its kernels compute the loss")
 
 
 class Data(Section, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from transformers import PreTrainedModel
 
 from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.models import document_attention as documents
-from psyche_fast.models import huggingface, packing
+from psyche_fast.models import head_loss, huggingface, packing
 from psyche_fast.models.gathering import gather_whole
 from psyche_fast.models.parallel import blocks
 from psyche_fast.models.source import vocabulary_size
+
+log = logging.getLogger(__name__)
 
 
 class CausalLM:
@@ -45,6 +48,8 @@ class CausalLM:
         group: all ranks that hold parts of the model; None for one.
         fused_loss: whether the module computes the loss without logits (Liger).
         saved_as: a type, and the one that parameters of that type have in checkpoints.
+        loss: `plain`, `chunked` (`head_loss`), or `auto`: chunked where whole logits would be large
+            and the model does nothing to them.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class CausalLM:
         fused_loss: bool = False,
         masters: Mapping[str, Tensor] | None = None,
         saved_as: tuple[torch.dtype, torch.dtype] | None = None,
+        loss: str = "plain",
     ) -> None:
         self.module = module
         self.config = config
@@ -70,6 +76,8 @@ class CausalLM:
         self.tensor_mesh = tensor_mesh
         self.masters = dict(masters or {})
         self._saved_as = saved_as
+        self._loss_kind = loss
+        self._why_plain: str | None = None
         self._group = group
         self._class_name = class_name
         self._fused_loss = fused_loss
@@ -133,7 +141,13 @@ class CausalLM:
             count = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
             output = self._call(batch, labels=labels, num_items_in_batch=count)
             return output.loss.float()
-        return self._loss(self._call(batch, labels=labels), labels, sum(batch.real_tokens()) > 0)
+        counts = sum(batch.real_tokens()) > 0
+        if self._goes_without_logits(batch):
+            targets = _targets(labels)
+            with head_loss.instead_of_logits(self._head(), targets):
+                output = self._call(batch, logits=False)
+            return self._mean(_field(output, "logits").sum(), targets, output)
+        return self._loss(self._call(batch, labels=labels), labels, counts)
 
     def forward(
         self,
@@ -168,7 +182,49 @@ class CausalLM:
             loss = loss / loss_scale
         return logits, loss
 
-    def _call(self, batch: Batch, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def _goes_without_logits(self, batch: Batch) -> bool:
+        """Whether the loss is computed in the head, chunk by chunk; all ranks decide alike."""
+        if self._loss_kind == "plain" or not self.module.training:
+            return False
+        if self._loss_kind == "auto":
+            logits = 4 * batch.input_ids.numel() * (vocabulary_size(self.config) or 0)
+            if logits <= head_loss.PLAIN_BYTES:
+                return False
+        if self._why_plain is None:
+            self._why_plain = self._find_why_plain()
+            if self._why_plain and self._loss_kind == "auto":
+                log.warning("all logits are held at once, at a price: %s", self._why_plain)
+        if self._why_plain and self._loss_kind == "chunked":
+            raise ValueError(f"--loss chunked: {self._why_plain}; use --loss plain")
+        return not self._why_plain
+
+    def _head(self) -> nn.Linear:
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @torch.no_grad()
+    def _find_why_plain(self) -> str:
+        """Why this model's loss needs its logits; empty where it does not."""
+        module, name = self.module, self._class_name
+        if not isinstance(module, PreTrainedModel):
+            return f"{name} computes its loss itself"
+        if self.tensor_mesh is not None:
+            return "with --tensor-parallelism the head is split by vocabulary"
+        if type(module.get_output_embeddings()).forward is not nn.Linear.forward:
+            return f"the head of {name} is no plain linear layer"
+        ids = torch.arange(1, 5, device=self.device)[None] % (vocabulary_size(self.config) or 5)
+        module.eval()  # nothing random
+        with head_loss.marked_logits(self._head()) as given:
+            logits = _field(self._call(Batch(ids)), "logits")
+        module.train()
+        if len(given) != 1 or not torch.equal(logits.float(), given[0].float()):
+            return f"{name} changes its logits behind the head"
+        return ""
+
+    def _call(
+        self, batch: Batch, labels: Tensor | None = None, *, logits: bool = True, **kwargs: Any
+    ) -> Any:
         inputs, positions = batch.input_ids, batch.position_ids
         if not isinstance(self.module, PreTrainedModel):
             return self.module(inputs, labels=labels, position_ids=positions)
@@ -196,7 +252,7 @@ class CausalLM:
             **boundaries,
             **kwargs,
         )
-        if output.logits is not None:
+        if logits and output.logits is not None:
             output.logits = output.logits.reshape(*inputs.shape, -1)
         return output
 
@@ -208,17 +264,20 @@ class CausalLM:
                 return _field(output, "loss").float()
             # Its mean over nothing may be NaN, yet backward has to run wherever it is collective.
             return logits.float().sum() * 0.0
-        # Ours rather than the model's own, whose mean over no token at all is NaN. The labels are
-        # shifted rather than the logits, which would be copied.
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        # Ours rather than the model's own, whose mean over no token at all is NaN.
+        targets = _targets(labels)
         total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum"
         )
+        return self._mean(total, targets, output)
+
+    def _mean(self, total: Tensor, targets: Tensor, output: Any) -> Tensor:
         count = (targets != IGNORE).sum()
         loss = total / count.clamp(min=1)
+        module: Any = self.module
         balance = getattr(output, "aux_loss", None)
         if balance is not None:  # asked for by output_router_logits
-            loss = loss + self.module.config.router_aux_loss_coef * balance * (count > 0)
+            loss = loss + module.config.router_aux_loss_coef * balance * (count > 0)
         return loss
 
     def _go_by_documents(self) -> bool:
@@ -325,6 +384,11 @@ class CausalLM:
             huggingface.save_config(self.module, self._class_name, dtype, folder)
         else:
             (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """What each position predicts, `[B * L]`: labels are shifted, since logits would be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
 
 
 def _field(output: Any, name: str) -> Tensor:

@@ -42,6 +42,7 @@ def load_model(
     sequence_length: int | None = None,
     activation_checkpointing: bool = False,
     liger: bool = False,
+    loss: str = "plain",
     compile_blocks: bool = False,
 ) -> CausalLM:
     """Loads this rank's part of a model; with meshes, all their ranks have to call it.
@@ -65,6 +66,7 @@ def load_model(
         sequence_length: tokens per row, which the model's positions have to cover.
         activation_checkpointing: recompute activations in backward.
         liger: use Liger-Kernel's kernels.
+        loss: see `CausalLM`; without meaning where Liger's kernels compute it.
         compile_blocks: compile each of the transformer's blocks with `torch.compile`.
 
     Raises:
@@ -119,6 +121,7 @@ def load_model(
         fused_loss=liger,
         masters=masters,
         saved_as=(param_dtype, save_dtype or param_dtype),
+        loss=loss,
     )
 
 
@@ -149,6 +152,7 @@ def load_configured(
         sequence_length=options.sequence_length,
         activation_checkpointing=options.activation_checkpointing,
         liger=options.liger,
+        loss=options.loss,
         compile_blocks=options.compile,
         **meshes,
     )

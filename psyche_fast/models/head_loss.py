@@ -1,0 +1,139 @@
+"""Cross-entropy without the logits: the head's product and its loss, some rows at a time.
+
+The logits of 16k tokens and a vocabulary of 128k are 8.4 GB in fp32, and their gradient as much
+again. Here the gradients of hidden states and head are computed beside the loss, for one chunk of
+rows after the other, so that nothing of a chunk outlives it and nothing is computed twice
+(Liger-Kernel, arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psyche_fast.batch import IGNORE
+
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""fp32 logits of a chunk: large enough for the matrix units (on a GPU 1,024 rows of 128k)."""
+
+PLAIN_BYTES = 256 << 20
+"""fp32 logits of a micro-batch up to which `auto` computes them whole: they are small then beside
+what a step holds anyway."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        wants = ctx.needs_input_grad[:3]
+        rows, device = hidden.shape[0], hidden.device
+        size = max(_CHUNK_BYTES.get(device.type, 32 << 20) // (4 * weight.shape[0]), 64)
+        total = torch.zeros((), device=device)
+        # fp32: the incoming gradient scales them before they are rounded, once.
+        grads = [
+            torch.zeros(t.shape, device=device) if want and t is not None else None
+            for t, want in zip((hidden, weight, bias), wants, strict=True)
+        ]
+        for start in range(0, rows, size):
+            h, target = hidden[start : start + size], targets[start : start + size]
+            logits = F.linear(h, weight, bias).float()
+            counts = (target != IGNORE).unsqueeze(1)
+            index = target.clamp(min=0).unsqueeze(1)
+            normaliser = logits.logsumexp(1, keepdim=True)
+            total += ((normaliser - logits.gather(1, index)) * counts).sum()
+            if not any(wants):
+                continue
+            gradient = logits.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, index, torch.full_like(normaliser, -1.0)).mul_(counts)
+            if grads[2] is not None:
+                grads[2] += gradient.sum(0)
+            gradient = gradient.to(h.dtype)  # as autograd hands it to the product
+            if grads[0] is not None:
+                grads[0][start : start + size] = gradient @ weight
+            if grads[1] is not None:
+                _add_product(grads[1], gradient, h)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if g is None else (g * incoming).to(dtype) for g, dtype in grads), None)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """`total += gradient^T hidden`, in fp32 whatever the factors' type."""
+    if gradient.dtype == torch.float32:
+        total.addmm_(gradient.t(), hidden)
+    elif gradient.device.type == "cuda":
+        total += torch.mm(gradient.t(), hidden, out_dtype=torch.float32)
+    else:
+        total.addmm_(gradient.t().float(), hidden.float())
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    """Sum of the cross-entropies of `softmax(hidden weight^T + bias)`, without whole logits.
+
+    Args:
+        hidden: `[N, H]`.
+        weight: `[V, H]`, of the same dtype.
+        bias: `[V]`, or None.
+        targets: int64 `[N]`; rows of -100 do not count.
+
+    Returns:
+        fp32, 0-d. Gradients of the first order only.
+    """
+    result: Tensor = _HeadLoss.apply(hidden, weight, bias, targets)
+    return result
+
+
+@contextmanager
+def instead_of_logits(head: nn.Linear, targets: Tensor) -> Iterator[None]:
+    """Within, the head gives the sum of the losses as logits `[1, 1, 1]`.
+
+    In the head's forward, where FSDP2 has its weight whole.
+
+    Args:
+        head: the model's.
+        targets: int64, one for each of the rows that the head is given.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return chunked_cross_entropy(rows, head.weight, head.bias, targets).view(1, 1, 1)
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+@contextmanager
+def marked_logits(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within, the head gives logits that anything done to them changes; yields what it gave."""
+    given: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        shape = (*hidden.shape[:-1], head.weight.shape[0])
+        marks = torch.arange(math.prod(shape), device=hidden.device)
+        # Of both signs, 2^-10 to 2^10 in size: capping, scaling, shifting and masking all show.
+        logits = torch.where(marks % 2 == 0, 1.0, -1.0) * 2.0 ** (marks % 21 - 10)
+        given.append(logits.to(hidden.dtype).view(shape))
+        return given[-1].clone()
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield given
+    finally:
+        del head.forward
