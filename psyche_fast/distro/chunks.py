@@ -126,7 +126,7 @@ class Layout:
 
     Attributes:
         parameters: one `ParameterLayout` per parameter, in the optimiser's order.
-        plans: one `ChunkPlan` per chunk shape, dtype and device.
+        plans: one `ChunkPlan` per chunk shape, number of coefficients kept, dtype and device.
         state_dtypes: dtype of `delta`, one per plan.
 
     Args:
@@ -143,9 +143,9 @@ class Layout:
         max_elements: int | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
-        classes: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+        classes: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
         for position, p in enumerate(self.parameters):
-            classes.setdefault((p.h, p.w, p.dtype, p.device), []).append(position)
+            classes.setdefault((p.h, p.w, p.k, p.dtype, p.device), []).append(position)
         self.plans = tuple(
             self._plan(run)
             for positions in classes.values()
@@ -255,8 +255,8 @@ def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) 
         raise ValueError(f"compression_topk must be positive, got {topk}")
     if chunk <= 0:
         raise ValueError(f"compression_chunk must be positive, got {chunk}")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a number and not negative, got {weight_decay}")
 
 
 def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:

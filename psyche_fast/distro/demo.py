@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from psyche_fast.distro.chunks import (
     check_delta_shape,
     warn_of_tiny_chunks,
 )
+from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
@@ -44,7 +46,9 @@ class DeMo(torch.optim.Optimizer):
     The peers are the ranks of `process_group`; one all-gather per step carries everything.
     Gradients must not be averaged between them by other means (run DDP under `no_sync`), and
     `.grad` is left as it is. A parameter without gradient takes part with a gradient of zero, so
-    that all ranks stay in step.
+    that all ranks stay in step. Gradients of which an element is NaN or infinite are left out, all
+    of the step's: delta would never be rid of it. Parameters that are frozen are left alone, and
+    those that are unfrozen later join in, with what delta they had; all peers have to do it alike.
 
     `state[p]["delta"]` is float32 (float64 for float64 parameters), in the encoded shape `[...,
     R/h, C/w, h, w]` (`[N/w, w]` for a vector). The next step takes out of it what the last one has
@@ -52,14 +56,16 @@ class DeMo(torch.optim.Optimizer):
     pickles have it done; they round-trip, and change nothing of the run, to the bit.
 
     A learning rate may be a 0-d float32 tensor on the parameters' device, which is not waited for.
+    There is neither `momentum` nor `betas` to schedule: OneCycleLR and CyclicLR want
+    `cycle_momentum=False`.
 
     All steps belong on one CUDA stream: the kernels share the optimiser's scratch memory, which two
     streams would write at once. Steps may move to another stream once the former one has done its
     work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError.
 
     Args:
-        params: tensors, parameter groups (each may have its own `lr` and `weight_decay`) or (name,
-            tensor) pairs.
+        params: tensors, parameter groups (each may have its own `lr`, `weight_decay`,
+            `compression_topk` and `compression_chunk`) or (name, tensor) pairs.
         lr: learning rate.
         compression_decay: decay of delta per step, `0 <= beta < 1`.
         compression_topk: coefficients sent per chunk.
@@ -73,10 +79,12 @@ class DeMo(torch.optim.Optimizer):
     Attributes:
         data_transmit: bytes of the message with this rank's results in the last step.
         data_receive: bytes of results that it received, its own included.
+        refused: 0-d int64 on the parameters' device, in how many steps this rank's gradients were
+            left out because they, or `grad_scale`, were not finite.
 
     Raises:
-        ValueError: an argument out of range, a backend that cannot run, or a sharded parameter
-            (`Distro` takes those).
+        ValueError: an argument out of range, a setting that a group cannot have, a backend that
+            cannot run, or a sharded parameter (`Distro` takes those).
     """
 
     def __init__(
@@ -92,8 +100,6 @@ class DeMo(torch.optim.Optimizer):
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
-        if lr < 0:
-            raise ValueError(f"lr must not be negative, got {lr}")
         self.backend = backend
         self.compression_decay = compression_decay
         self.compression_topk = compression_topk
@@ -102,9 +108,26 @@ class DeMo(torch.optim.Optimizer):
         self.data_transmit = 0
         self.data_receive = 0
         self._plan: _Plan | None = None
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "compression_topk": compression_topk,
+                "compression_chunk": compression_chunk,
+            },
+        )
+        self._guard = self._new_guard()
         self._plan = _Plan(self)
         warn_of_tiny_chunks(self._plan.layout.parameters, compression_chunk)
+
+    @property
+    def refused(self) -> Tensor:
+        """See the class."""
+        return self._guard.refused
+
+    def _new_guard(self) -> GradientGuard:
+        return GradientGuard([p for group in self.param_groups for p in group["params"]], "DeMo")
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -123,13 +146,23 @@ class DeMo(torch.optim.Optimizer):
 
         Returns:
             What the closure returned, None without one.
+
+        Raises:
+            TypeError: a gradient is sparse; the parameter is named.
+            ValueError: a group's learning rate or weight decay is no number, or negative.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None:
+        for group in self.param_groups:
+            _check_rates(group)
+        if self._plan is None or self._plan.settings != _settings(self):
+            self.flush()
             self._plan = _Plan(self)
+        for name, p in self._plan.named:
+            check_dense(name, p.grad)
+        factor = self._guard.scale([p.grad for _, p in self._plan.named], grad_scale)
         for c in self._plan.classes:
             c.own = kernels.encode(
                 c.plan,
@@ -137,7 +170,7 @@ class DeMo(torch.optim.Optimizer):
                 [p.grad for p in c.parameters],
                 c.per_member(self.param_groups, _learning_rate),
                 decay=self.compression_decay,
-                gradient_scale=grad_scale,
+                gradient_scale=factor.to(c.plan.device, non_blocking=True),
                 previous=c.own,
                 backend=c.backend,
             )
@@ -168,8 +201,25 @@ class DeMo(torch.optim.Optimizer):
                 c.own = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their delta starts at zero."""
+        """Add parameters; their delta starts at zero.
+
+        Raises:
+            ValueError: a setting out of range, or one that only the optimiser as a whole has.
+        """
+        for name in ("compression_decay", "process_group", "backend"):
+            if name in param_group:
+                raise ValueError(f"{name} is the optimiser's; a group cannot have its own")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_rates(group)
+            check_compression(
+                self.compression_decay, group["compression_topk"], group["compression_chunk"],
+                group["weight_decay"],
+            )  # fmt: skip
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self.flush()
         self._plan = None
 
@@ -187,6 +237,9 @@ class DeMo(torch.optim.Optimizer):
         """
         saved = self._saved_deltas(state_dict)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # which states of before these were a group's do not have
+            group.setdefault("compression_topk", self.compression_topk)
+            group.setdefault("compression_chunk", self.compression_chunk)
         # torch has converted the state to each parameter's dtype, which would round delta: put the
         # saved one in.
         for p, delta in saved.items():
@@ -204,6 +257,7 @@ class DeMo(torch.optim.Optimizer):
         """Restore a copy; it exchanges with the default process group."""
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self._guard = self._new_guard()
         self._plan = None
 
     def _gather(self) -> list[Entries] | None:
@@ -213,6 +267,8 @@ class DeMo(torch.optim.Optimizer):
         out by all, with a warning that names the sender; None where nothing remains.
         """
         assert self._plan is not None
+        if self._plan.format is None:
+            return None
         own = [c.own for c in self._plan.classes if c.own is not None]
         alone = not (dist.is_available() and dist.is_initialized())
         peers = 1 if alone else dist.get_world_size(self.process_group)
@@ -239,10 +295,10 @@ class DeMo(torch.optim.Optimizer):
             if len(group["params"]) != len(saved_group["params"]):
                 return saved
             for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
-                if not p.requires_grad:
-                    continue
-                layout = _layout_of(self, p, _name(group, i, key))
-                entry = state_dict["state"].get(key, {})
+                entry = state_dict["state"].get(key)
+                if entry is None:
+                    continue  # frozen when it was saved: it starts at zero
+                layout = _layout_of(self, p, _name(group, i, key), group)
                 if "delta" not in entry:
                     raise ValueError(
                         f"delta of parameter {layout.name} is missing from the saved state"
@@ -291,9 +347,18 @@ class _Class:
 
 
 class _Plan:
-    """What `step` needs, worked out once; makes each `state[p]["delta"]` a view of its buffers."""
+    """What `step` needs, worked out once; makes each `state[p]["delta"]` a view of its buffers.
+
+    Attributes:
+        settings: what it was worked out from.
+        layout: how the parameters that are trained are cut.
+        named: these with their names.
+        classes: the chunk classes that they form.
+        format: of the message; None where nothing is trained.
+    """
 
     def __init__(self, optimizer: DeMo) -> None:
+        self.settings = _settings(optimizer)
         layouts = []
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -301,17 +366,20 @@ class _Plan:
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
                     name = _name(group, i, len(parameters))
-                    layouts.append(_layout_of(optimizer, p, name))
+                    layouts.append(_layout_of(optimizer, p, name, group))
                     parameters.append(p)
                     groups.append(number)
         self.layout = Layout(layouts)
+        self.named = [(p.name, q) for p, q in zip(layouts, parameters, strict=True)]
         deltas = self.layout.zeros()
-        for p, delta in zip(parameters, self.layout.views(deltas), strict=True):
+        views = self.layout.views(deltas)
+        for p, layout, delta in zip(parameters, layouts, views, strict=True):
             if "delta" in optimizer.state[p]:
+                check_delta_shape(layout, optimizer.state[p]["delta"])
                 delta.copy_(optimizer.state[p]["delta"])
             optimizer.state[p]["delta"] = delta
         backends = [backend_of(plan, optimizer.backend)[0] for plan in self.layout.plans]
-        self.format = MessageFormat(self.layout, backends, signs=False)
+        self.format = MessageFormat(self.layout, backends, signs=False) if layouts else None
         self.classes = [
             _Class(
                 plan,
@@ -337,16 +405,42 @@ def _name(group: dict[str, Any], i: int, position: int) -> str:
     return str(names[i]) if names else f"number {position}"
 
 
-def _layout_of(optimizer: DeMo, parameter: Tensor, name: str) -> ParameterLayout:
+def _settings(optimizer: DeMo) -> list[object]:
+    """What decides which parameters are trained, and how they are cut."""
+    return [
+        ([p.requires_grad for p in group["params"]], *_cut(optimizer, group))
+        for group in optimizer.param_groups
+    ]
+
+
+def _cut(optimizer: DeMo, group: dict[str, Any]) -> tuple[int, int]:
+    return (
+        group.get("compression_chunk", optimizer.compression_chunk),
+        group.get("compression_topk", optimizer.compression_topk),
+    )
+
+
+def _check_rates(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        known = not isinstance(value, Tensor) or value.device.type == "cpu"
+        if known and not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} must be a number and not negative, got {value}")
+
+
+def _layout_of(
+    optimizer: DeMo, parameter: Tensor, name: str, group: dict[str, Any]
+) -> ParameterLayout:
     if isinstance(parameter, DTensor):
         raise ValueError(
             f"parameter {name} is sharded (a DTensor), which DeMo does not take; use Distro"
         )
+    chunk, topk = _cut(optimizer, group)
     return ParameterLayout.of(
         name,
         parameter.shape,
         parameter.dtype,
         parameter.device,
-        compression_chunk=optimizer.compression_chunk,
-        compression_topk=optimizer.compression_topk,
+        compression_chunk=chunk,
+        compression_topk=topk,
     )

@@ -50,7 +50,7 @@ class Distro(DistroStep):
         prev_lr: float | Tensor,
         lr: float | Tensor,
         *,
-        grad_scale: float | Tensor = 1.0,
+        grad_scale: float | Tensor | None = None,
     ) -> list[DistroResult]:
         """Undo the look-ahead, decay the weights, take up the gradients and compress.
 
@@ -68,7 +68,7 @@ class Distro(DistroStep):
 
         Raises:
             ValueError: `prev_self_results` are quantised, do not fit the parameters or are not
-                finite. Nothing has been changed then.
+                finite. Nothing has been changed then. Others as `compress`.
         """
         previous = collect_own(prev_self_results, self.layout)
         entries = self.compress(previous, lr, grad_scale=grad_scale)

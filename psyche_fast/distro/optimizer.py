@@ -17,6 +17,7 @@ from psyche_fast.distro.chunks import (
     check_delta_shape,
     warn_of_tiny_chunks,
 )
+from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
@@ -74,8 +75,8 @@ class DistroStep:
     Attributes:
         names: the parameters' names, in order.
         backends: the backend of every chunk class.
-        refused: 0-d int64, how many gradients were left out because `grad_scale` was a tensor that
-            was not finite; on the device.
+        refused: 0-d int64, in how many steps the gradients were left out because they, or a
+            `grad_scale` that is a tensor, were not finite; on the device.
         layout: how this rank's part of them is cut; what `validate_results` wants.
         parts: this rank's part of each parameter.
 
@@ -129,7 +130,12 @@ class DistroStep:
         self._looking_ahead = False
         self._ahead_rate: float | Tensor | None = None  # None: delta has changed since
         self._shrink: float | Tensor | None = None  # weight decay that is still to be done
-        self.refused = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
+        self._guard = GradientGuard(self._parameters, type(self).__name__)
+
+    @property
+    def refused(self) -> Tensor:
+        """See the class."""
+        return self._guard.refused
 
     @property
     def looking_ahead(self) -> bool:
@@ -176,7 +182,7 @@ class DistroStep:
         previous: Sequence[Entries] | None,
         lr: float | Tensor,
         *,
-        grad_scale: float | Tensor = 1.0,
+        grad_scale: float | Tensor | None = None,
     ) -> list[Entries]:
         """Take up the gradients and compress: `delta = decay * (delta - sent) + lr * gradient`.
 
@@ -186,15 +192,30 @@ class DistroStep:
             previous: what the last call returned, which is subtracted from delta; None for the
                 first.
             lr: learning rate of this step.
-            grad_scale: factor on the gradients (clipping), a number or a 0-d float32 tensor on the
-                parameters' device, which is not waited for. Where it is not finite the gradients
-                are left out whole and `refused` counts it. A gradient of None is zero.
+            grad_scale: factor on the gradients (clipping). A 0-d float32 tensor on the parameters'
+                device is not waited for, and is not finite where the caller has found gradients
+                that are not; without one they are looked through here, one pass more (and a
+                collective, where parameters are distributed). What is not finite is left out
+                whole and `refused` counts it. A gradient of None is zero.
 
         Returns:
             One `Entries` per plan of `layout`, the indices ascending.
+
+        Raises:
+            TypeError: a gradient is sparse.
+            ValueError: a parameter has been frozen since.
         """
+        for name, parameter in zip(self.names, self._parameters, strict=True):
+            check_dense(name, parameter.grad)
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"parameter {name} has been frozen since the optimiser was made, which all "
+                    "peers would have to know; make a new one"
+                )
         if isinstance(grad_scale, Tensor):
-            self.refused += ~grad_scale.isfinite()
+            self._guard.count(grad_scale)
+        else:
+            grad_scale = self._guard.scale((p.grad for p in self._parameters), grad_scale)
         self._finish_decay()
         self._shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
         gradients = self.parts.gradients()

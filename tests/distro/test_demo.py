@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
+import math
 
 import pytest
 import torch
@@ -174,8 +176,11 @@ def test_parameters_can_be_added():
         ({"compression_chunk": -1}, "compression_chunk must be positive, got -1"),
         ({"compression_decay": 1.0}, "compression_decay must be .* got 1.0"),
         ({"compression_decay": -0.1}, "compression_decay must be .* got -0.1"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
-        ({"lr": -1.0}, "lr must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number and not negative"),
+        ({"lr": -1.0}, "lr must be a number and not negative, got -1.0"),
+        ({"lr": math.nan}, "lr must be a number and not negative, got nan"),
+        ({"lr": torch.tensor(math.inf)}, "lr must be a number and not negative, got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be a number and not negative, got nan"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, interpret; got 'cuda'"),
     ],
 )
@@ -213,3 +218,138 @@ def test_two_processes_follow_the_oracle_and_stay_identical():
     # 8 bytes of value each, indices in less than a byte, a header.
     assert 8 * entries < transmitted < 9 * entries
     assert received == 2 * transmitted
+
+
+def _steps(gradients, steps=4, *, make=None):
+    """Parameters and delta after steps with these gradients, one list per parameter."""
+    parameters = [torch.ones(16, 16, requires_grad=True), torch.ones(16, requires_grad=True)]
+    optimizer = (make or (lambda ps: DeMo(ps, 0.1, **SETTINGS)))(parameters)
+    for step in range(steps):
+        for p, own in zip(parameters, gradients, strict=True):
+            p.grad = own[step]
+        optimizer.step()
+    optimizer.flush()
+    return parameters, [optimizer.state[p]["delta"].clone() for p in parameters], optimizer
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_is_left_out_whole(bad, dtype, caplog):
+    """The step is that of no gradient at all, and the later ones those of a run without it."""
+    torch.manual_seed(0)
+    good = [[torch.randn(shape) for _ in range(4)] for shape in ((16, 16), (16,))]
+    without = [[g if i != 1 else None for i, g in enumerate(own)] for own in good]
+    spoilt = [[g.clone() for g in own] for own in good]
+    spoilt[1][1][3] = bad
+    with caplog.at_level(logging.WARNING):
+        parameters, deltas, optimizer = _steps(spoilt)
+    expected, expected_deltas, _ = _steps(without)
+    for one, other in zip([*parameters, *deltas], [*expected, *expected_deltas], strict=True):
+        assert torch.equal(one, other)
+    assert int(optimizer.refused) == 1
+    assert caplog.text.count("was not finite") == 1
+
+
+def test_large_finite_gradients_are_used():
+    parameters, deltas, optimizer = _steps([[torch.full((16, 16), 1e30)] * 4, [None] * 4])
+    assert int(optimizer.refused) == 0
+    assert deltas[0].isfinite().all()
+    assert (parameters[0] < 1).all()
+
+
+def test_parameters_unfrozen_and_frozen_later():
+    first, second = (torch.ones(8, 8) for _ in range(2))
+    first.requires_grad_()
+    optimizer = DeMo([first, second], 0.1, **SETTINGS)
+    for _ in range(2):
+        first.grad = torch.randn(8, 8)
+        optimizer.step()
+    assert torch.equal(second, torch.ones(8, 8))
+    saved = copy.deepcopy(optimizer.state_dict())
+    second.requires_grad_()
+    second.grad = torch.randn(8, 8)
+    optimizer.step()
+    assert not torch.equal(second, torch.ones(8, 8))
+    optimizer.flush()
+    kept = optimizer.state[first]["delta"].clone()
+    before = first.detach().clone()
+    first.requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(first, before)
+    assert torch.equal(optimizer.state[first]["delta"], kept)
+    optimizer.load_state_dict(saved)  # of when the second one was frozen
+    first.requires_grad_()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_all_frozen_changes_nothing_and_loads():
+    p = torch.ones(8, 8)
+    optimizer = DeMo([p], 0.1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(p, torch.ones(8, 8))
+    p.requires_grad_()
+    p.grad = torch.ones(8, 8)
+    optimizer.step()
+    assert (p < 1).all()
+
+
+def test_groups_have_their_own_compression():
+    """Each group is what an optimiser of its own would make of it."""
+    torch.manual_seed(0)
+    gradient = torch.randn(32, 32)
+    settings = [
+        {"compression_topk": 1, "compression_chunk": 8},
+        {"compression_topk": 5, "compression_chunk": 8},
+        {"compression_topk": 5, "compression_chunk": 32},
+    ]
+    alone, together = [], []
+    for own in settings:
+        p = torch.zeros(32, 32, requires_grad=True)
+        p.grad = gradient.clone()
+        DeMo([p], 0.1, compression_decay=0.9, **own).step()
+        alone.append(p)
+        q = torch.zeros(32, 32, requires_grad=True)
+        q.grad = gradient.clone()
+        together.append(q)
+    groups = [{"params": [q], **own} for q, own in zip(together, settings, strict=True)]
+    DeMo(groups, 0.1, compression_decay=0.9).step()
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"compression_topk": 0}, "compression_topk must be positive, got 0"),
+        ({"compression_chunk": 0}, "compression_chunk must be positive, got 0"),
+        ({"compression_decay": 0.5}, "compression_decay is the optimiser's"),
+        ({"lr": math.nan}, "lr must be a number"),
+        ({"weight_decay": -1.0}, "weight_decay must"),
+    ],
+)
+def test_wrong_settings_of_groups_are_named(wrong, message):
+    p, q = (torch.zeros(4, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        DeMo([{"params": [p], **wrong}], 0.1)
+    optimizer = DeMo([p], 0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [q], **wrong})
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_sparse_gradients_and_rates_that_become_nan_are_refused():
+    embedding = torch.nn.Embedding(8, 4, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer = DeMo(embedding.named_parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"parameter weight has a sparse gradient.*sparse=False"):
+        optimizer.step()
+    embedding.weight.grad = None
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be a number"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(DeMo([embedding.weight], 0.1), 0.1, total_steps=4)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from psyche_fast.distro import Distro, DistroResult, DistroStep, quantize_1bit
 from tests import oracles
@@ -22,6 +24,7 @@ from tests.distro.support import (
     set_gradients,
     to_parameters,
 )
+from tests.groups import run_ranks
 
 SETTINGS = {"compression_decay": 0.9, "compression_topk": 3, "compression_chunk": 8}
 
@@ -268,17 +271,55 @@ def test_bf16_delta_sends_what_it_keeps():
     )
 
 
-def test_non_finite_gradients_do_not_crash():
-    parameters = to_parameters(random_arrays(12), torch.float32)
-    set_gradients(parameters, {n: np.full_like(a, np.nan) for n, a in random_arrays(13).items()})
-    distro = make(parameters)
-    results = distro.generate(None, 0.1, 0.1)
-    assert results[distro.names.index("square")].sparse_val.isnan().all()
-    with pytest.raises(ValueError, match=r"peer 0, parameter .*not finite"):
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_left_out_whole(bad):
+    spoilt = random_arrays(13)
+    spoilt["square"].flat[5] = bad
+    runs = []
+    for gradients in (spoilt, None):
+        parameters = to_parameters(random_arrays(12), torch.float32)
+        distro = make(parameters)
+        if gradients is not None:
+            set_gradients(parameters, gradients)
+        results = distro.generate(None, 0.1, 0.1)
         distro.apply([results], 0.1)
-    distro.zero_optim()
-    for name, delta in distro.state_dict()["delta"].items():
-        assert torch.equal(delta, torch.zeros_like(delta)), name
+        set_gradients(parameters, random_arrays(14))
+        distro.apply([distro.generate(results, 0.1, 0.1)], 0.1)
+        runs.append((parameters, distro.state_dict()["delta"], int(distro.refused)))
+    (one, one_delta, refused), (other, other_delta, _) = runs
+    assert refused == 1
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(one_delta[name], other_delta[name]) for name in one)
+
+
+def test_a_parameter_frozen_later_and_sparse_gradients_are_refused():
+    parameters = to_parameters(random_arrays(12), torch.float32)
+    distro = make(parameters)
+    parameters["square"].requires_grad_(False)
+    with pytest.raises(ValueError, match="parameter square has been frozen"):
+        distro.generate(None, 0.1, 0.1)
+    parameters["square"].requires_grad_()
+    parameters["square"].grad = torch.zeros_like(parameters["square"]).to_sparse()
+    with pytest.raises(TypeError, match="parameter square has a sparse gradient"):
+        distro.generate(None, 0.1, 0.1)
+
+
+def _one_bad_shard(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.nn.Parameter(distribute_tensor(torch.ones(16, 8), mesh, [Shard(0)]))
+    distro = make({"p": whole, "q": torch.nn.Parameter(torch.ones(8))})
+    gradient = torch.ones(16, 8)
+    gradient[12, 3] = np.nan  # the second rank's
+    whole.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+    distro.generate(None, 0.1, 0.1)
+    return int(distro.refused), distro.state_dict()["delta"]["p"]
+
+
+@pytest.mark.processes
+def test_all_shards_leave_out_what_is_not_finite_on_one():
+    for refused, delta in run_ranks(_one_bad_shard, 2):
+        assert refused == 1
+        assert torch.equal(delta, torch.zeros_like(delta))
 
 
 @pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
