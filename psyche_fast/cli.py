@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -79,17 +80,17 @@ def train(
 ) -> None:
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
-    place = launched()
-    if place is not None:
-        resolved = _launched(resolved, place)
-        if place.rank > 0:
+    launch = launched()
+    if launch is not None:
+        resolved = _launched(resolved, launch)
+        if launch.rank > 0:
             if not dry_run:
-                _serve(resolved, place)
+                _serve(resolved, launch)
             return
     from psyche_fast.core.plan import make_plan
 
     plan = make_plan(
-        resolved, ranks_on_this_machine=None if place is None else place.local_world_size
+        resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
     )
     for line in plan.summary:
         click.echo(line, err=True)
@@ -98,7 +99,7 @@ def train(
         return
     from psyche_fast.core.run import run
 
-    result = run(plan, place)
+    result = run(plan, launch)
     with suppress(OSError):  # a terminal that has been closed
         click.echo(f"run         {result.output}")
         click.echo(f"checkpoint  {result.checkpoint}")
@@ -106,40 +107,40 @@ def train(
         sys.exit(128 + result.signal)
 
 
-def _launched(config: RunConfig, place: Launched) -> RunConfig:
+def _launched(config: RunConfig, launch: Launched) -> RunConfig:
     """The run where each rank was started by torchrun or Slurm: the core starts none."""
     parallelism, machines = config.parallelism, config.machines
-    if place.world_size != parallelism.world_size:
+    if launch.world_size != parallelism.world_size:
         raise ValueError(
-            f"{place.world_size} ranks were started, but --replicas {parallelism.replicas} x "
+            f"{launch.world_size} ranks were started, but --replicas {parallelism.replicas} x "
             f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
             f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
     changes: dict[str, Any] = {"local_ranks": 1}
-    if place.host is not None and machines.host == Machines().host:
-        changes["host"] = place.host
-    if place.port is not None and machines.port == 0:
-        changes["port"] = place.port
+    if launch.host is not None and machines.host == Machines().host:
+        changes["host"] = launch.host
+    if launch.port is not None and machines.port == 0:
+        changes["port"] = launch.port
     return config.replace(**changes)
 
 
-def _serve(config: RunConfig, place: Launched) -> None:
-    """A rank after the first, in the place of a sidecar that the core spawns."""
+def _serve(config: RunConfig, launch: Launched) -> None:
+    """A rank after the first: a sidecar that the core need not spawn."""
     quiet_terminal()
     signals.leave_to_core()
     from psyche_fast import sidecar
     from psyche_fast.start.devices import device_of_launched
 
     machines = config.machines
-    device, backend = device_of_launched(machines.device, place)
-    host, port = meet(dataclasses.replace(place, port=machines.port or None), machines.timeout)
+    device, backend = device_of_launched(machines.device, launch)
+    host, port = meet(dataclasses.replace(launch, port=machines.port or None), machines.timeout)
     os.environ.setdefault(TIMEOUT, str(machines.timeout))
-    arguments = ["--backend", backend, "--world-size", str(place.world_size)]
-    arguments += ["--init-method", tcp_url(host, port)]
-    arguments += ["--rank", str(place.rank)]
-    if device.index is not None:
-        arguments += ["--device", str(device.index)]
-    sidecar.run(sidecar.parse(arguments))
+    sidecar.run(
+        Namespace(
+            parent_pid=None, backend=backend, init_method=tcp_url(host, port),
+            world_size=launch.world_size, rank=launch.rank, device=device.index,
+        )
+    )  # fmt: skip
 
 
 @cli.command()

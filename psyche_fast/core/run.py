@@ -36,9 +36,8 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
-from psyche_fast.start.ending import also_at_exit_now
 from psyche_fast.start.logs import rank_log
-from psyche_fast.start.signals import StopRequest
+from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
 
 log = logging.getLogger("psyche_fast.core")
@@ -84,12 +83,12 @@ class Core:
     timer: PhaseTimer
 
 
-def run(plan: Plan, place: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
-        place: where the other ranks were started with this one (torchrun, Slurm).
+        launch: where the other ranks were started with this one (torchrun, Slurm).
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -103,7 +102,7 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with console, started(plan, output, place, console) as ranks:
+        with console, started(plan, output, launch, console) as ranks:
             result = _train(plan, output, ranks, console)
         try:
             plot_run(output)
@@ -117,7 +116,7 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     config, device = plan.resolved, plan.devices.devices[0]
     run, stop = config.run, ranks.stop
     sender = Sender(ranks.store, config.parallelism.replicas)
-    sender.publish_run(config, plan.source, Path.home())
+    sender.publish_run(config.replace(output=str(output)), plan.source, Path.home())
     timeout = timedelta(seconds=config.machines.timeout)
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.

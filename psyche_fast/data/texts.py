@@ -136,7 +136,7 @@ def _pieces(text: str, read_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_position(text: str, start: int) -> int | None:
-    """Where to cut `text` after `start`: a safe position, at last any, None if there is none yet."""
+    """Where to cut `text` after `start`: a safe position, at last any, None if not yet."""
     safe = _SAFE_CUT.search(text, start + PIECE_CHARACTERS // 2)
     if safe is not None and safe.end() - start <= _HARD_LIMIT * PIECE_CHARACTERS:
         return safe.end()
