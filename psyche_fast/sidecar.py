@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if SPAWNED in os.environ:
         signals.leave_to_core()
     elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing here is to save.
+        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing is to be saved.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if args.parent_pid is not None:
         die_with_parent(args.parent_pid)
@@ -114,7 +114,7 @@ def choose_device(backend: str, index: int | None, rank: int) -> torch.device:
     """The device of a sidecar.
 
     Raises:
-        ValueError: nccl without a GPU, or a GPU that is not there.
+        ValueError: nccl without a GPU, or a GPU that does not exist.
     """
     import torch
 

@@ -33,7 +33,7 @@ class Ranks:
 
     Attributes:
         store: where they hear of the run.
-        sidecars: those that were started here.
+        sidecars: those that were started on this machine.
         stop: whether the user wants the run to end.
     """
 

@@ -176,7 +176,7 @@ def steps(
         report: takes the steps' lines of `metrics.jsonl` in turn.
 
     Yields:
-        each step when it is done, and its checkpoint if there is one.
+        each step when it is done, and its checkpoint, if any.
 
     Raises:
         ValueError: a batch cannot be read or has a token that the model does not know.
@@ -216,8 +216,9 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
-        fields = {
+        fields: dict[str, Any] = {
             "step": step,
+            "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,
             "tokens_per_second": sent.tokens / seconds,
@@ -225,8 +226,9 @@ def steps(
             "dense_bytes": dense if replicas > 1 else 0,
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
+            **({"optim_stats": trainer.stats} if trainer.stats else {}),
         }
-        lines.hold(totals, output.grad_norm, trainer.stats, fields)
+        lines.hold(totals, fields)
         checkpoint = None
         if saves:
             checkpoint = _checkpoint(core, step, must=last)
@@ -241,7 +243,7 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
 
     Raises:
         OSError: it cannot be written, and `must` be; the ranks are in step all the same.
-        ReplicasDiffer: there is nothing worth writing.
+        ReplicasDiffer: no replica is worth writing.
     """
     path = core.output / "checkpoints" / f"step-{step:06d}"
     trainer = core.trainer

@@ -1,7 +1,7 @@
 """Logs of a rank: its own lines, and those of the C++ libraries below it (c10d, NCCL, CUDA).
 
 The libraries write to the process's standard streams, traces of many lines among it. A terminal is
-kept free of them, a log file gets all. Nothing here imports torch.
+kept free of them, a log file gets all. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def let_libraries_speak(environment: MutableMapping[str, str]) -> None:
 def rank_log(path: Path, rank: int) -> Iterator[None]:
     """Writes this process's log to a file too, appended to that of an earlier part of the run.
 
-    What libraries write to the standard streams goes there as well; `sys.stdout` and `sys.stderr`
-    stay what they are. An error that passes through leaves its trace there.
+    What libraries write to the standard streams goes to the file alone; `sys.stdout` and
+    `sys.stderr` stay what they are. An error that passes through leaves its trace in the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)

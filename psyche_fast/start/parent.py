@@ -1,4 +1,4 @@
-"""A sidecar ends with its core. Nothing here imports torch.
+"""A sidecar ends with its core. This module imports no torch.
 
 A sidecar must never outlive its core. The kernel's death signal acts at once, where our own core is
 the parent; the poll of `--parent-pid` takes up to 0.2 s and serves any parent. The death signal

@@ -200,9 +200,9 @@ def launch_host(
         main_host: the core's address.
         port: the core's port.
         world_size: all ranks of the run.
-        start_rank: the first rank here.
-        start_device: CUDA index of the first rank here (nccl).
-        num_local_ranks: how many ranks here.
+        start_rank: the first rank on this machine.
+        start_device: CUDA index of that rank (nccl).
+        num_local_ranks: how many ranks run on this machine.
         backend: `nccl` or `gloo`.
 
     Raises:

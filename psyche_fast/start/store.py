@@ -83,10 +83,10 @@ class StoreClient:
     """
 
     def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
-        """Connects to the store, which has to be there within `timeout`.
+        """Connects to the store, which has to answer within `timeout`.
 
         Raises:
-            ValueError: nobody is there.
+            ValueError: no store answers.
         """
         try:
             self.store = dist.TCPStore(
@@ -126,7 +126,7 @@ class StoreClient:
             self._asked_at = None
 
     def first_of(self, keys: Sequence[str]) -> str:
-        """Waits until one of several keys is there, and says which."""
+        """Waits until one of several keys is set, and says which."""
         pause, most = _LOOKS
         try:
             while True:
