@@ -93,29 +93,24 @@ class LocalDataset:
             raise ValueError(f"no token files ({wanted}) in {self.path} (--data-path)")
         sequence_bytes = self.sequence_length * self.token_size
         files: list[_TokenFile] = []
-        skipped: list[Path] = []
         longest = 0
         for path in paths:
             offset, size = self._token_span(path)
             longest = max(longest, size // self.token_size)
-            sequences = len(range(0, size - sequence_bytes, sequence_bytes))
-            if sequences == 0:
-                skipped.append(path)
-                continue
-            self._check_token_size(path, offset, size)
-            files.append(_TokenFile(path, offset, sequences))
+            if sequences := len(range(0, size - sequence_bytes, sequence_bytes)):
+                self._check_token_size(path, offset, size)
+                files.append(_TokenFile(path, offset, sequences))
         if not files:
             raise ValueError(
                 f"no file in {self.path} fills a sequence of {self.sequence_length} tokens: it "
                 f"takes more than that and the longest has {longest} "
                 "(--sequence-length, --data-path)"
             )
-        for path in skipped:
+        for path in sorted({*paths} - {file.path for file in files}):
             logger.warning(
                 "%s is skipped: it has no more than %d tokens (--sequence-length)",
-                path,
-                self.sequence_length,
-            )
+                path, self.sequence_length,
+            )  # fmt: skip
         return files
 
     def _token_span(self, path: Path) -> tuple[int, int]:

@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 
 def die_with_parent(parent_pid: int) -> None:
     """Ends this process, whatever it is doing, soon after the process `parent_pid` is gone."""
-    if SPAWNED in os.environ and sys.platform == "linux":
+    if os.environ.pop(SPAWNED, None) and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if not _alive(parent_pid):
         os._exit(1)
