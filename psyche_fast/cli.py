@@ -1,7 +1,7 @@
 """The `psyche-fast` command: parses, then one call.
 
 Nothing heavy is imported before a command runs, so that `--help` is instant. The flags of
-`train` are made from the fields of its configuration.
+`train` come from the fields of its configuration.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -71,7 +72,7 @@ def _resolve(context: click.Context, config: str | None, flags: dict[str, Any]) 
 @cli.command()
 @click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
-@click.option("--python", is_flag=True, help="accepted for Psyche's command line: always on here")
+@click.option("--python", is_flag=True, help="accepted for Psyche's command line: always on")
 @config_options
 @click.pass_context
 def train(
@@ -79,17 +80,17 @@ def train(
 ) -> None:
     """Train a model, as Psyche's train example does."""
     resolved = _resolve(context, config, flags)
-    place = launched()
-    if place is not None:
-        resolved = _launched(resolved, place)
-        if place.rank > 0:
+    launch = launched()
+    if launch is not None:
+        resolved = _launched(resolved, launch)
+        if launch.rank > 0:
             if not dry_run:
-                _serve(resolved, place)
+                _serve(resolved, launch)
             return
     from psyche_fast.core.plan import make_plan
 
     plan = make_plan(
-        resolved, ranks_on_this_machine=None if place is None else place.local_world_size
+        resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
     )
     for line in plan.summary:
         click.echo(line, err=True)
@@ -98,7 +99,7 @@ def train(
         return
     from psyche_fast.core.run import run
 
-    result = run(plan, place)
+    result = run(plan, launch)
     with suppress(OSError):  # a terminal that has been closed
         click.echo(f"run         {result.output}")
         click.echo(f"checkpoint  {result.checkpoint}")
@@ -106,40 +107,40 @@ def train(
         sys.exit(128 + result.signal)
 
 
-def _launched(config: RunConfig, place: Launched) -> RunConfig:
+def _launched(config: RunConfig, launch: Launched) -> RunConfig:
     """The run where each rank was started by torchrun or Slurm: the core starts none."""
     parallelism, machines = config.parallelism, config.machines
-    if place.world_size != parallelism.world_size:
+    if launch.world_size != parallelism.world_size:
         raise ValueError(
-            f"{place.world_size} ranks were started, but --replicas {parallelism.replicas} x "
+            f"{launch.world_size} ranks were started, but --replicas {parallelism.replicas} x "
             f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
             f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
     changes: dict[str, Any] = {"local_ranks": 1}
-    if place.host is not None and machines.host == Machines().host:
-        changes["host"] = place.host
-    if place.port is not None and machines.port == 0:
-        changes["port"] = place.port
+    if launch.host is not None and machines.host == Machines().host:
+        changes["host"] = launch.host
+    if launch.port is not None and machines.port == 0:
+        changes["port"] = launch.port
     return config.replace(**changes)
 
 
-def _serve(config: RunConfig, place: Launched) -> None:
-    """A rank after the first, in the place of a sidecar that the core spawns."""
+def _serve(config: RunConfig, launch: Launched) -> None:
+    """A rank after the first: a sidecar that the core need not spawn."""
     quiet_terminal()
     signals.leave_to_core()
     from psyche_fast import sidecar
     from psyche_fast.start.devices import device_of_launched
 
     machines = config.machines
-    device, backend = device_of_launched(machines.device, place)
-    host, port = meet(dataclasses.replace(place, port=machines.port or None), machines.timeout)
+    device, backend = device_of_launched(machines.device, launch)
+    host, port = meet(dataclasses.replace(launch, port=machines.port or None), machines.timeout)
     os.environ.setdefault(TIMEOUT, str(machines.timeout))
-    arguments = ["--backend", backend, "--world-size", str(place.world_size)]
-    arguments += ["--init-method", tcp_url(host, port)]
-    arguments += ["--rank", str(place.rank)]
-    if device.index is not None:
-        arguments += ["--device", str(device.index)]
-    sidecar.run(sidecar.parse(arguments))
+    sidecar.run(
+        Namespace(
+            parent_pid=None, backend=backend, init_method=tcp_url(host, port),
+            world_size=launch.world_size, rank=launch.rank, device=device.index,
+        )
+    )  # fmt: skip
 
 
 @cli.command()
@@ -150,19 +151,11 @@ def _serve(config: RunConfig, place: Launched) -> None:
 @click.option("--data-parallelism", type=click.IntRange(min=1), default=1, show_default=True,
               help="ranks that share each replica's model (FSDP2)")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="as of train")
-def demo(
-    max_steps: int | None, output: Path | None, replicas: int, data_parallelism: int, device: str
-) -> None:
+def demo(**options: Any) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
     from psyche_fast.core.showcase import run_demo
 
-    run_demo(
-        max_steps=max_steps,
-        output=output,
-        replicas=replicas,
-        data_parallelism=data_parallelism,
-        device=device,
-    )
+    run_demo(**options)
 
 
 _ESTIMATED = (
@@ -197,25 +190,23 @@ def estimate(
     from psyche_fast.core import estimate as estimates
 
     rate = estimates.parse_bandwidth(bandwidth)
-    found = estimates.estimate(estimates.read_model(run.model.model), run, device_type)
+    need = estimates.estimate(estimates.read_model(run.model.model), run, device_type)
     ranks = ranks_per_host or min(run.parallelism.ranks_per_replica, 8)
-    seconds = estimates.exchange_seconds(found, ranks, rate, latency_ms / 1e3)
+    seconds = estimates.exchange_seconds(need, ranks, rate, latency_ms / 1e3)
     if as_json:
-        fields = {**dataclasses.asdict(found), "memory": found.memory, "exchange_seconds": seconds}
+        fields = {**dataclasses.asdict(need), "memory": need.memory, "exchange_seconds": seconds}
         click.echo(json.dumps(fields))
         return
     from psyche_fast.metrics.formatting import format_bytes, format_count
 
-    click.echo(f"model       {format_count(found.total_parameters)} parameters")
+    click.echo(f"model       {format_count(need.total_parameters)} parameters")
     for name in ("parameters", "gradients", "optimizer", "activations", "workspace", "unsharded"):
-        click.echo(f"{name:<11} {format_bytes(getattr(found, name)):>8} per rank")
-    click.echo(f"memory      {format_bytes(found.memory):>8} per rank, at most at one time")
-    if found.sent:
-        less = f"{found.dense / found.sent:.0f} times less than a dense exchange"
-        click.echo(f"sent        {format_bytes(found.sent):>8} per rank and step, {less}")
-        click.echo(
-            f"batch       {format_bytes(found.batch):>8} per replica and step, from the core"
-        )
+        click.echo(f"{name:<11} {format_bytes(getattr(need, name)):>8} per rank")
+    click.echo(f"memory      {format_bytes(need.memory):>8} per rank, at most at one time")
+    if need.sent:
+        less = f"{need.dense / need.sent:.0f} times less than a dense exchange"
+        click.echo(f"sent        {format_bytes(need.sent):>8} per rank and step, {less}")
+        click.echo(f"batch       {format_bytes(need.batch):>8} per replica and step, from the core")
         click.echo(
             f"exchange    {seconds:.3g} s at {bandwidth} and {latency_ms:g} ms for {ranks} ranks "
             "of a host; it hides behind the next step where that takes longer"
@@ -279,7 +270,7 @@ def tokenize(
 @click.option("--start-rank", type=int, envvar="PSYCHE_START_RANK", required=True,
               show_envvar=True, help="first rank on this machine")  # fmt: skip
 @click.option("--start-device", default=0, show_default=True, help="CUDA index of the first rank")
-@click.option("--num-local-ranks", type=int, help="ranks here (default: one per GPU, 1 on CPU)")
+@click.option("--num-local-ranks", type=int, help="ranks to run (default: one per GPU, 1 on CPU)")
 @click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
 def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **options: Any) -> None:
     """Run this machine's ranks of a run whose core is on another machine."""
@@ -304,7 +295,7 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
               show_default=True, help="with --autotune: file that takes them")  # fmt: skip
 @click.option("--device", default="cuda", show_default=True, help="with --autotune: which GPU")
 def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) -> None:
-    """Say which kernels run here and why, or tune them for this machine's GPU."""
+    """Say which kernels run on this machine and why, or tune them for this machine's GPU."""
     if not autotune:
         from psyche_fast.kernels.here import describe, what_runs_here
 
@@ -327,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_command(command: click.Command, name: str, argv: list[str] | None) -> None:
-    """Run a command of this project; an error of the run or of the user's is said in one line."""
+    """Runs a command of this project; an error of the run or of the user's is said in one line."""
     try:
         command.main(args=argv, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

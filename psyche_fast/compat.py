@@ -1,10 +1,10 @@
 """Every name of torch, Transformers and Liger-Kernel that is private or moves between versions.
 
-What is used of them beyond their documented interface is here and nowhere else, so that a new
-version is tried by reading one file; `pyproject.toml` has the versions below which all of it is
-known to work. Names that are imported are in a table and are looked up when they are first asked
-for: nothing here imports torch or Transformers by itself. `torch._foreach_*` is documented, and
-used where it is needed.
+What is used of them beyond their documented interface is in this file alone, so that a new version
+is tried by reading one file; `pyproject.toml` has the versions below which all of it is known to
+work. Names that are imported are in a table and are looked up when they are first asked for: this
+module imports neither torch nor Transformers by itself. `torch._foreach_*` is documented, and used
+where it is needed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def all_gather_single() -> Any:
 
 
 def set_default_timeout(timeout: timedelta) -> None:
-    """Of the default process group and of all that are made from now on (2.11 .. 2.13).
+    """Of the default process group and of all that are created from now on (2.11 .. 2.13).
 
     Groups of a device mesh and of `new_group` ignore `init_process_group`'s own: the module's
     default is what counts.

@@ -2,7 +2,7 @@
 
 `RunConfig` has Psyche's train example's names and defaults. A field is declared once, with its
 range and its help: the command line's flags, the keys of `--config`, the checks and what travels
-to the other ranks are all made from it. The resolved configuration is written to the run
+to the other ranks all come from it. The resolved configuration is written to the run
 directory.
 """
 
@@ -12,7 +12,7 @@ import difflib
 import math
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,12 @@ from msgspec import Meta
 from psyche_fast import strict
 from psyche_fast.schedules import Cosine
 
-_PORTS, _SEEDS = 1 << 16, 1 << 32
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
+Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Amount = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
 def _help(text: str) -> Meta:
@@ -93,25 +98,22 @@ class Data(Section, frozen=True, kw_only=True):
         "data"
     )
     token_size: Annotated[Literal[2, 4], _help("bytes per token in token files: 2 or 4")] = 2
-    seed: Annotated[
-        Annotated[int, Meta(ge=0, lt=_SEEDS)] | None,
-        _help("shuffle the data with this seed; no seed, no shuffle"),
-    ] = None
+    seed: Annotated[Seed | None, _help("shuffle the data with this seed; no seed, no shuffle")] = (
+        None
+    )
 
 
 class Training(Section, frozen=True, kw_only=True):
     """How a rank goes through its batch, for `rank.trainer`."""
 
-    micro_batch: Annotated[
-        int, Meta(ge=1), _help("sequences per forward on one data-parallel rank")
-    ] = 8
+    micro_batch: Annotated[Positive, _help("sequences per forward on one data-parallel rank")] = 8
     grad_accum_in_fp32: Annotated[bool, _help("add up micro-batches' gradients in fp32")] = False
     defer_grad_sync: Annotated[
         bool, _help("FSDP2: reduce gradients once per step; see README")
     ] = False  # fmt: skip
     optim_stats: Annotated[bool, _help("log norms of gradient and momentum per parameter")] = False
     check_every: Annotated[
-        int, Meta(ge=0), _help("steps between checks that replicas are bit-identical; 0 = off")
+        Count, _help("steps between checks that replicas are bit-identical; 0 = off")
     ] = 10
 
 
@@ -119,18 +121,14 @@ class Optimizer(Section, frozen=True, kw_only=True):
     """DisTrO or AdamW, for `rank.optimizers`."""
 
     distro: Annotated[bool, _help("train with DisTrO instead of AdamW")] = False
-    max_grad_norm: Annotated[
-        float, Meta(ge=0), _help("clip the gradient's global norm; 0 = off")
-    ] = 1.0
-    weight_decay: Annotated[float, Meta(ge=0), _help("AdamW and DisTrO")] = 0.1
-    beta1: Annotated[float, Meta(ge=0, lt=1), _help("AdamW")] = 0.9
-    beta2: Annotated[float, Meta(ge=0, lt=1), _help("AdamW")] = 0.95
-    eps: Annotated[float, Meta(ge=0), _help("AdamW")] = 1e-8
-    compression_chunk: Annotated[int, Meta(ge=1), _help("DisTrO: side of a DCT chunk")] = 64
-    compression_topk: Annotated[int, Meta(ge=1), _help("DisTrO: coefficients sent per chunk")] = 4
-    compression_decay: Annotated[
-        float, Meta(ge=0, lt=1), _help("DisTrO: decay of the momentum")
-    ] = 0.999
+    max_grad_norm: Annotated[Amount, _help("clip the gradient's global norm; 0 = off")] = 1.0
+    weight_decay: Annotated[Amount, _help("AdamW and DisTrO")] = 0.1
+    beta1: Annotated[Share, _help("AdamW")] = 0.9
+    beta2: Annotated[Share, _help("AdamW")] = 0.95
+    eps: Annotated[Amount, _help("AdamW")] = 1e-8
+    compression_chunk: Annotated[Positive, _help("DisTrO: side of a DCT chunk")] = 64
+    compression_topk: Annotated[Positive, _help("DisTrO: coefficients sent per chunk")] = 4
+    compression_decay: Annotated[Share, _help("DisTrO: decay of the momentum")] = 0.999
     distro_quantization: Annotated[bool, _help("DisTrO: send signs only (1 bit)")] = False
     delta_dtype: Annotated[
         Literal["float32", "bfloat16"], _help("DisTrO: the momentum's type")
@@ -147,16 +145,12 @@ class Optimizer(Section, frozen=True, kw_only=True):
 class Schedule(Section, frozen=True, kw_only=True):
     """Which steps there are and their learning rates."""
 
-    learning_rate: Annotated[
-        float, Meta(ge=0), _help("peak; a cosine falls from it to a tenth")
-    ] = 4e-4
-    warmup_steps: Annotated[int, Meta(ge=0), _help("linear rise from 0 to --learning-rate")] = 500
-    total_steps: Annotated[
-        int, Meta(ge=1), _help("steps until the end of the schedule and the run")
-    ] = 25000
-    start_step: Annotated[
-        int, Meta(ge=1), _help("first step: where the schedule and the data begin")
-    ] = 1
+    learning_rate: Annotated[Amount, _help("peak; a cosine falls from it to a tenth")] = 4e-4
+    warmup_steps: Annotated[Count, _help("linear rise from 0 to --learning-rate")] = 500
+    total_steps: Annotated[Positive, _help("steps until the end of the schedule and the run")] = (
+        25000
+    )
+    start_step: Annotated[Positive, _help("first step: where the schedule and the data begin")] = 1
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -180,14 +174,10 @@ class Parallelism(Section, frozen=True, kw_only=True):
     """How many ranks do what, for `rank.topology`."""
 
     replicas: Annotated[
-        int, Meta(ge=1), _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
+        Positive, _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
     ] = 1
-    data_parallelism: Annotated[
-        int, Meta(ge=1), _help("ranks that shard one replica with FSDP2")
-    ] = 1
-    tensor_parallelism: Annotated[
-        int, Meta(ge=1), _help("ranks that share each layer of one replica")
-    ] = 1
+    data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
+    tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
     device_backend: Annotated[
         Literal["auto", "nccl", "split"],
         _help(
@@ -213,32 +203,26 @@ class Machines(Section, frozen=True, kw_only=True):
     """Where the ranks run, for `start`."""
 
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
-    threads: Annotated[
-        int, Meta(ge=0), _help("CPU threads per rank; 0 = the cores shared evenly")
-    ] = 0
+    threads: Annotated[Count, _help("CPU threads per rank; 0 = the cores shared evenly")] = 0
     host: Annotated[str, _help("address on which the core listens; another one is opt-in")] = (
         "127.0.0.1"
     )
-    port: Annotated[
-        int, Meta(ge=0, lt=_PORTS), _help("port of the core's store; 0 = a free one")
-    ] = 0
+    port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
-        int, Meta(ge=0), _help("ranks on this machine, the rest by `sidecar`; 0 = all")
+        Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
     ] = 0
     timeout: Annotated[
-        int, Meta(ge=1), _help("seconds until a collective that a rank misses is an error")
+        Positive, _help("seconds until a collective that a rank misses is an error")
     ] = 600
 
 
 class Run(Section, frozen=True, kw_only=True):
     """What the core does, for `core`."""
 
-    total_batch: Annotated[int, Meta(ge=1), _help("sequences per step, over all replicas")] = 256
+    total_batch: Annotated[Positive, _help("sequences per step, over all replicas")] = 256
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
-    checkpoint_every: Annotated[
-        int, Meta(ge=0), _help("steps between checkpoints; 0 = only at the end")
-    ] = 0
+    checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     tracker: Annotated[
         Literal["none", "wandb", "trackio", "tensorboard"],
         _help("where metrics go besides metrics.jsonl"),
@@ -330,44 +314,31 @@ class Flag:
 
 
 def _flags() -> dict[str, Flag]:
-    found: dict[str, Flag] = {}
+    flags: dict[str, Flag] = {}
     for section, kind in get_type_hints(RunConfig).items():
         default, bare = kind(), get_type_hints(kind)
         for name, hint in get_type_hints(kind, include_extras=True).items():
-            assert name not in found, f"{name} is in two sections"
-            help = next(meta.description for meta in _metas(hint) if meta.description)
-            value = getattr(default, name)
-            found[name] = Flag(section, _without_none(bare[name]), value, help)
-    return found
+            assert name not in flags, f"{name} is in two sections"
+            help = next(meta.description for meta in hint.__metadata__ if meta.description)
+            flags[name] = Flag(section, _without_none(bare[name]), getattr(default, name), help)
+    return flags
 
 
 def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(part for part in get_args(hint) if part is not type(None))
-    return hint
-
-
-def _metas(hint: Any) -> Iterator[Meta]:
-    """What is declared of a field, inside a union with None too."""
-    if get_origin(hint) is Annotated:
-        yield from hint.__metadata__
-        yield from _metas(hint.__origin__)
-    elif get_origin(hint) in (Union, types.UnionType):
-        for part in get_args(hint):
-            yield from _metas(part)
+    return get_args(hint)[0] if get_origin(hint) in (Union, types.UnionType) else hint
 
 
 def _fault(value: Any, hint: Any) -> str | None:
     """What a value should have been, if it is not what its field declares."""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
-    bare = hint.__origin__
+    bare = _without_none(hint.__origin__)
     if get_origin(bare) is Literal:
         return None if value in get_args(bare) else " or ".join(map(str, get_args(bare)))
-    if value is None:
-        return None
-    for meta in _metas(hint):
-        if (meta.ge is not None and value < meta.ge) or (meta.lt is not None and value >= meta.lt):
+    for meta in (*hint.__metadata__, *getattr(bare, "__metadata__", ())):
+        if meta.ge is None or value is None:
+            continue
+        if value < meta.ge or (meta.lt is not None and value >= meta.lt):
             return f"at least {meta.ge}" if meta.lt is None else f"in [{meta.ge}, {meta.lt})"
     return None
 
@@ -397,12 +368,12 @@ def read_toml(path: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if not isinstance(value, dict):
-            _take(values, key, value, what)
+            _add(values, key, value, what)
         elif key not in RunConfig.__struct_fields__:
             raise ValueError(f"{what}: there is no table [{key}]{_near(key, sections=True)}")
         else:
             for inner, content in value.items():
-                name = _take(values, inner, content, f"{what}: [{key}]")
+                name = _add(values, inner, content, f"{what}: [{key}]")
                 if FLAGS[name].section != key:
                     raise ValueError(
                         f"{what}: {inner!r} is in [{key}], not [{FLAGS[name].section}]"
@@ -410,7 +381,7 @@ def read_toml(path: str) -> dict[str, Any]:
     return values
 
 
-def _take(values: dict[str, Any], key: str, value: Any, what: str) -> str:
+def _add(values: dict[str, Any], key: str, value: Any, what: str) -> str:
     name = key.replace("-", "_")
     if name not in FLAGS:
         raise ValueError(f"{what}: there is no key {key!r}{_near(name)}")

@@ -47,28 +47,21 @@ class LearningRateSchedule(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
             ValueError: not exactly one known form, an unknown or missing field, a wrong type, or
                 a negative value.
         """
-        if not isinstance(obj, dict) or len(obj) != 1:
-            raise ValueError(
-                f"lr_scheduler: wanted an object with one of {', '.join(FORMS)}, got {obj!r}"
-            )
-        ((name, fields),) = obj.items()
-        if name not in FORMS:
-            raise ValueError(f"lr_scheduler: unknown form {name!r}, known: {', '.join(FORMS)}")
-        return strict.convert(fields, FORMS[name], f"lr_scheduler.{name}")
+        return strict.tagged(obj, FORMS, "lr_scheduler")
 
     def to_json(self) -> dict[str, Any]:
         """The object that `from_json` takes."""
         return {type(self).__name__: msgspec.to_builtins(self)}
 
 
-class Constant(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
+class Constant(LearningRateSchedule, frozen=True):
     """Linear warm-up, then `base_lr`."""
 
     def _after_warmup(self, step: int) -> float:
         return self.base_lr
 
 
-class _Decay(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
+class _Decay(LearningRateSchedule, frozen=True):
     final_lr: float
     total_steps: int
 
@@ -84,14 +77,14 @@ class _Decay(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
     def _decay(self, done: float) -> float: ...
 
 
-class Linear(_Decay, frozen=True, forbid_unknown_fields=True):
+class Linear(_Decay, frozen=True):
     """Linear warm-up, then a line to `final_lr` at `total_steps`, which then stays."""
 
     def _decay(self, done: float) -> float:
         return self.base_lr + (self.final_lr - self.base_lr) * done
 
 
-class Cosine(_Decay, frozen=True, forbid_unknown_fields=True):
+class Cosine(_Decay, frozen=True):
     """Linear warm-up, then half a cosine to `final_lr` at `total_steps`, which then stays."""
 
     def _decay(self, done: float) -> float:
@@ -100,7 +93,7 @@ class Cosine(_Decay, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class WarmupStableDecay(LearningRateSchedule, frozen=True, forbid_unknown_fields=True):
+class WarmupStableDecay(LearningRateSchedule, frozen=True):
     """Linear warm-up, a stable phase, a cosine phase, a linear phase, then constant.
 
     A phase of zero steps is skipped.
@@ -123,7 +116,7 @@ class WarmupStableDecay(LearningRateSchedule, frozen=True, forbid_unknown_fields
             )
         step -= self.cosine_decay_steps
         if step < self.linear_decay_steps:
-            # From here even where there was no cosine phase: Psyche's rule, and rank 0's.
+            # Even where no cosine phase came before: Psyche's rule, and rank 0's.
             start = self.cosine_decay_final_lr
             return start + (self.linear_decay_final_lr - start) * step / self.linear_decay_steps
         return self.linear_decay_final_lr

@@ -1,6 +1,7 @@
 """Distributed tensors (DTensor, as FSDP2 and tensor parallelism make them): which part is whose.
 
-All that the project knows about placements is here; nothing here knows what the tensors are for.
+All that the project knows about placements is in this module, which does not know what the tensors
+are for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def placed_like(local: Tensor, like: DTensor, shape: Sequence[int] | None = None
 
 
 def cuts(tensor: DTensor) -> list[tuple[int, int]]:
-    """The cuts that make a tensor's shards, in the order in which they are made.
+    """The cuts that make a tensor's shards, in their order.
 
     Returns:
         for each cut the tensor's dimension and the mesh's.
@@ -53,7 +54,7 @@ def cuts(tensor: DTensor) -> list[tuple[int, int]]:
     Raises:
         ValueError: a placement that is neither a shard nor a replica.
     """
-    found = []
+    ordered = []
     for axis, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
@@ -61,10 +62,10 @@ def cuts(tensor: DTensor) -> list[tuple[int, int]]:
         if dim is None:
             raise ValueError(f"wanted a tensor of shards or replicas, got one placed {placement}")
         # FSDP2 cuts what tensor parallelism has left, although its mesh dimension stands first: it
-        # marks that with a strided placement, which therefore comes last here.
+        # marks that with a strided placement, which therefore comes last.
         strided = getattr(placement, "split_factor", 1) > 1
-        found.append((strided, dim % tensor.dim(), axis))
-    return [(dim, axis) for _, dim, axis in sorted(found, key=lambda cut: cut[0])]
+        ordered.append((strided, dim % tensor.dim(), axis))
+    return [(dim, axis) for _, dim, axis in sorted(ordered, key=lambda cut: cut[0])]
 
 
 def part_of(tensor: DTensor, coordinate: Sequence[int] | None = None) -> Ranges:
@@ -92,7 +93,7 @@ def part_of(tensor: DTensor, coordinate: Sequence[int] | None = None) -> Ranges:
 
 
 def sharing_group(tensor: DTensor) -> dist.ProcessGroup:
-    """The ranks that hold different parts of a tensor; a collective where it has to be made."""
+    """The ranks that hold different parts of a tensor; a collective where it does not exist yet."""
     mesh = tensor.device_mesh
     axes = [i for i, p in enumerate(tensor.placements) if not p.is_replicate()]
     if len(axes) == 1:

@@ -20,7 +20,7 @@ from psyche_fast.errors import explain
 from psyche_fast.start import signals
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.parent import PARENT_PIPE, TIMEOUT, die_with_parent
+from psyche_fast.start.parent import SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """`main` for arguments that are parsed."""
     quiet_terminal()
-    if PARENT_PIPE in os.environ:
+    if SPAWNED in os.environ:
         signals.leave_to_core()
     elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing here is to save.
+        # Ctrl-C acts at once, as SIGTERM does, inside a collective too: nothing is to be saved.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if args.parent_pid is not None:
         die_with_parent(args.parent_pid)
@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         serve(args)
     except Exception as error:  # the last resort: nobody else would say it
-        if not (isinstance(error, ValueError) and sys.stderr.isatty()):
-            log.info("where it happened:", exc_info=True)
+        if isinstance(error, ValueError) and sys.stderr.isatty():
+            logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the trace is for a log file
+        log.info("where it happened:", exc_info=True)
         log.error("%s", explain(error))
         sys.stderr.flush()
         # No clean-up of the process group: it would wait for ranks that are gone.
@@ -113,7 +114,7 @@ def choose_device(backend: str, index: int | None, rank: int) -> torch.device:
     """The device of a sidecar.
 
     Raises:
-        ValueError: nccl without a GPU, or a GPU that is not there.
+        ValueError: nccl without a GPU, or a GPU that does not exist.
     """
     import torch
 

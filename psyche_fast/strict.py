@@ -1,13 +1,14 @@
 """Strict decoding of what users and peers send: JSON text and plain objects into typed values.
 
 `json.loads` alone takes NaN, Infinity and duplicate keys, and building a dataclass from a dict
-takes wrong types. Here each of these is one clear ValueError that names the place.
+takes wrong types. Each of these is one clear ValueError that names the field.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,15 +51,37 @@ def convert(obj: Any, kind: type[T], what: str) -> T:
     Raises:
         ValueError: an unknown or missing field, or a value of the wrong type, named with its path.
     """
-    _refuse_non_finite(obj, what)
+    _refuse_non_finite(obj, what)  # 1e999 parses to inf without passing by `parse_constant`
     try:
         return msgspec.convert(obj, kind, strict=True)
     except msgspec.ValidationError as error:
         raise ValueError(f"{what}: {error}") from error
 
 
+def read(text: str | bytes, kind: type[T], what: str) -> T:
+    """`convert` of `loads`.
+
+    Raises:
+        ValueError: theirs.
+    """
+    return convert(loads(text, what), kind, what)
+
+
+def tagged(obj: Any, forms: Mapping[str, type[T]], what: str) -> T:
+    """Converts an externally tagged object, as serde writes them: `{"FORM": {fields}}`.
+
+    Raises:
+        ValueError: not exactly one of `forms`, or fields that `convert` refuses.
+    """
+    if not isinstance(obj, dict) or len(obj) != 1:
+        raise ValueError(f"{what}: wanted an object with one of {', '.join(forms)}, got {obj!r}")
+    ((name, fields),) = obj.items()
+    if name not in forms:
+        raise ValueError(f"{what}: unknown form {name!r}, known: {', '.join(forms)}")
+    return convert(fields, forms[name], f"{what}.{name}")
+
+
 def _refuse_non_finite(obj: Any, what: str) -> None:
-    # 1e999 parses to inf without passing by `parse_constant`
     if isinstance(obj, float) and not math.isfinite(obj):
         raise ValueError(f"{what}: {obj} is not a finite number")
     if isinstance(obj, dict):

@@ -1,7 +1,7 @@
 """What a run would need: memory of a rank, bytes of a step, time of an exchange. Nothing is loaded.
 
-The model is built and split by the code that trains it, as rank 0 of a process group that is not
-there, and goes through one forward and backward with tensors that have shapes but no content;
+The model is built and split by the code that trains it, as rank 0 of a process group without other
+ranks, and goes through one forward and backward with tensors that have shapes but no content;
 what these hold at most is added up. Any architecture of Transformers' can be estimated.
 """
 
@@ -48,8 +48,6 @@ from psyche_fast.models.tensor_parallel import tensor_parallel
 from psyche_fast.rank.topology import Topology
 from psyche_fast.sharding import local_tensor
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -89,7 +87,7 @@ class Estimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up what tensors made inside hold.
+    """Adds up what the tensors that are created inside hold.
 
     Attributes:
         live: bytes now.
@@ -99,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self.live = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._created: dict[int, tuple[StorageWeakRef, int]] = {}
         self._given: set[int] = set()
 
     def __torch_dispatch__(
@@ -107,29 +105,31 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Runs an operator and looks at the storages that it takes and gives."""
         if DTensor in types:
-            return NotImplemented  # what it does inside comes back here
+            return NotImplemented  # what it does inside passes this method again
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and (key := storage_key(t)) not in self._made:
+            if isinstance(t, Tensor) and (key := storage_key(t)) not in self._created:
                 self._given.add(key)
         new = False
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and (key := storage_key(t)) not in self._given:
-                known = self._made.get(key)
+                known = self._created.get(key)
                 if known is None or known[0].expired():
                     storage = t.untyped_storage()
-                    self._made[key] = StorageWeakRef(storage), storage.nbytes()
+                    self._created[key] = StorageWeakRef(storage), storage.nbytes()
                     new = True
         if new:
-            self._made = {k: made for k, made in self._made.items() if not made[0].expired()}
-            self.live = sum(size for _, size in self._made.values())
+            self._created = {
+                k: entry for k, entry in self._created.items() if not entry[0].expired()
+            }
+            self.live = sum(size for _, size in self._created.values())
             self.peak = max(self.peak, self.live)
         return result
 
 
 @contextmanager
 def _nobody(world: int) -> Iterator[None]:
-    """A process group whose other ranks are not there; collectives do nothing."""
+    """A process group without other ranks; its collectives do nothing."""
     if dist.is_initialized():
         raise ValueError("estimate: this process already has a process group")
     level = dist.get_debug_level()
@@ -155,7 +155,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
     Raises:
         ValueError: the model cannot be built or split so.
     """
-    dtype = _DTYPES[run.model.param_dtype]
+    dtype: torch.dtype = getattr(torch, run.model.param_dtype)
     attention = choose_attention(
         run.model.attn_implementation, device_type, model.get("model_type")
     )
@@ -168,7 +168,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         )
 
         def build() -> tuple[nn.Module, dict[str, str]]:
-            with torch.device("meta"):  # buffers too: what is in them does not matter here
+            with torch.device("meta"):  # buffers too: what is in them does not matter
                 module = huggingface.build(model, dtype, attention, run.model.sequence_length)
             aliases = building.tied_names(module)
             if run.model.activation_checkpointing:
@@ -186,7 +186,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         named = {n: p for n, p in sorted(module.named_parameters()) if p.requires_grad}
         own = sum(map(_bytes, named.values()))
         elements = own // dtype.itemsize
-        master = max(_DTYPES[run.model.master_dtype].itemsize, dtype.itemsize)
+        master = max(getattr(torch, run.model.master_dtype).itemsize, dtype.itemsize)
         sent = optimizer = workspace = 0
         if run.optimizer.distro:
             wholes = [_layout(n, p, run, device) for n, p in named.items()]
@@ -197,7 +197,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
             ).size
             sent = size if run.parallelism.replicas > 1 else 0
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
-            optimizer = chunks * (master + _DTYPES[run.optimizer.delta_dtype].itemsize)
+            optimizer = chunks * (master + getattr(torch, run.optimizer.delta_dtype).itemsize)
             if device_type == "cpu":
                 workspace = max(map(_workspace, layout.plans))
             if run.optimizer.offload_delta:
@@ -270,7 +270,7 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
             class_name=type(module).__name__,
         )  # fmt: skip
         for parameter in module.parameters():
-            # Counted apart; here each lives as long as it takes to be added.
+            # Counted apart; in this pass each lives as long as it takes to be added.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         model.train()
         tokens = torch.zeros(run.training.micro_batch, run.model.sequence_length, dtype=torch.int64)
@@ -310,25 +310,22 @@ def parse_bandwidth(text: str) -> float:
     Raises:
         ValueError: another form.
     """
-    match = re.fullmatch(r"([\d.]+) ?([kmg]?bit)(?:/s)?", text.lower())
-    try:
-        value = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    except ValueError:
-        value = 0.0
+    match = re.fullmatch(r"(\d*\.?\d+) ?([kmg]?bit)(?:/s)?", text.lower())
+    value = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not value > 0:
         raise ValueError(f"--bandwidth: wanted a rate such as 100Mbit or 1Gbit, got {text!r}")
     return value
 
 
-def exchange_seconds(found: Estimate, ranks: int, bandwidth: float, latency: float) -> float:
+def exchange_seconds(need: Estimate, ranks: int, bandwidth: float, latency: float) -> float:
     """How long one exchange takes where `ranks` ranks of a host share its link.
 
     Args:
-        found: the estimate.
+        need: what a rank sends and receives.
         ranks: ranks on a host.
         bandwidth: bits per second of the host's link.
         latency: seconds.
     """
-    if not found.sent:
+    if not need.sent:
         return 0.0
-    return latency + 8 * ranks * max(found.sent, found.received) / bandwidth
+    return latency + 8 * ranks * max(need.sent, need.received) / bandwidth

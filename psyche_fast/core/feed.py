@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Sent:
     bytes: int
 
 
+@dataclass
 class Feed:
     """Sends each of the steps' batches.
 
@@ -42,34 +43,26 @@ class Feed:
         timer: reading is its phase `data`, sending `send`.
     """
 
-    def __init__(
-        self,
-        batches: Iterator[tuple[int, Batch]],
-        sender: Sender,
-        replicas: int,
-        vocabulary: int | None,
-        timer: PhaseTimer,
-    ) -> None:
-        self._batches = batches
-        self._sender = sender
-        self._replicas = replicas
-        self._vocabulary = vocabulary
-        self._timer = timer
-        self._next: Sent | ValueError | OSError | None = None
+    batches: Iterator[tuple[int, Batch]]
+    sender: Sender
+    replicas: int
+    vocabulary: int | None
+    timer: PhaseTimer
+    _next: Sent | ValueError | OSError | None = field(default=None, init=False)
 
     def send(self, step: int) -> None:
         """Leaves a step for the other replicas; `take` raises what is wrong with it."""
         try:
-            with self._timer.phase("data"):
-                _, batch = next(self._batches)
-                check(step, batch, self._vocabulary)
+            with self.timer.phase("data"):
+                _, batch = next(self.batches)
+                check(step, batch, self.vocabulary)
         except (ValueError, OSError) as error:
             self._next = error
             return
-        with self._timer.phase("send"):
-            share = lambda replica: Train.of(step, batch.share(replica, self._replicas))  # noqa: E731
-            number, size = self._sender.publish_parts(
-                {replica: share(replica) for replica in range(1, self._replicas)}
+        with self.timer.phase("send"):
+            share = lambda replica: Train.of(step, batch.share(replica, self.replicas))  # noqa: E731
+            number, size = self.sender.publish_parts(
+                {replica: share(replica) for replica in range(1, self.replicas)}
             )
             self._next = Sent(number, share(0), batch.input_ids.numel(), size)
 
@@ -81,7 +74,7 @@ class Feed:
             OSError: the batch cannot be read.
         """
         sent, self._next = self._next, None
-        assert sent is not None, "sent before it is taken"
+        assert sent is not None, "`send` comes before `take`"
         if not isinstance(sent, Sent):
             raise sent
         return sent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,15 +12,7 @@ from psyche_fast.metrics import PhaseTimer
 from psyche_fast.rank.counts import Totals
 
 
-@dataclass(frozen=True)
-class _Line:
-    totals: Totals
-    grad_norm: Tensor
-    stats: Mapping[str, Tensor]
-    fields: Mapping[str, Any]
-    seconds: Mapping[str, float]
-
-
+@dataclass
 class Lines:
     """Holds a step's line back until the other ranks' part of it has come.
 
@@ -29,21 +21,19 @@ class Lines:
         timer: the step's; waiting is its phase `counts`.
     """
 
-    def __init__(self, report: Callable[[dict[str, Any]], None], timer: PhaseTimer) -> None:
-        self._report = report
-        self._timer = timer
-        self._held: _Line | None = None
+    report: Callable[[dict[str, Any]], None]
+    timer: PhaseTimer
+    _held: tuple[Totals, dict[str, Any]] | None = field(default=None, init=False)
 
-    def hold(
-        self,
-        totals: Totals,
-        grad_norm: Tensor,
-        stats: Mapping[str, Tensor],
-        fields: Mapping[str, Any],
-    ) -> None:
-        """Keeps the line of a step that has been trained, and the seconds of its phases."""
+    def hold(self, totals: Totals, fields: Mapping[str, Any]) -> None:
+        """Keeps the line of a step that has been trained, and the seconds of its phases.
+
+        Args:
+            totals: the step's counts.
+            fields: further fields; 0-d tensors are read when the line is written.
+        """
         assert self._held is None, "one line at a time"
-        self._held = _Line(totals, grad_norm, stats, fields, self._timer.take())
+        self._held = totals, {**fields, "seconds": self.timer.take()}
 
     def write(self, *, checkpoint: bool = False) -> None:
         """Writes the line that is held, if one is; waits for the ranks and the device.
@@ -51,26 +41,20 @@ class Lines:
         Args:
             checkpoint: the step's own checkpoint has followed it: its time is the step's.
         """
-        line, self._held = self._held, None
-        if line is None:
+        if self._held is None:
             return
-        with self._timer.phase("counts"):
-            counts = line.totals.wait()
-        seconds = dict(line.seconds)
+        (totals, fields), self._held = self._held, None
+        with self.timer.phase("counts"):
+            counts = totals.wait()
         if checkpoint:
-            for phase, more in self._timer.take().items():
+            seconds = fields["seconds"]
+            for phase, more in self.timer.take().items():
                 seconds[phase] = seconds.get(phase, 0.0) + more
-        stats = {name: float(value) for name, value in line.stats.items()}
-        self._report(
-            {
-                "step": line.fields["step"],
-                "loss": counts.loss,
-                "grad_norm": float(line.grad_norm),
-                **line.fields,
-                "seconds": seconds,
-                "bytes_sent": counts.bytes_sent,
-                "nonfinite_losses": counts.nonfinite_losses,
-                "refused_gradients": counts.refused_gradients,
-                **({"optim_stats": stats} if stats else {}),
-            }
-        )
+        self.report(_plain({"step": fields["step"], **asdict(counts), **fields}))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers instead of tensors."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return float(value) if isinstance(value, Tensor) else value

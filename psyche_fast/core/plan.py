@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run, found before anything is spawned or written."""
+"""Checks of everything that can be wrong with a run, before anything is spawned or written."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _splits(parallelism: Parallelism, on_cpu: bool, ranks_here: int) -> bool:
 
 def _check_output(output: Path, start_step: int) -> None:
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is there and is not a folder")
+        raise ValueError(f"--output {output} exists and is not a folder")
     if start_step == 1 and (output / "metrics.jsonl").exists():
         raise ValueError(
             f"--output {output} already holds a run; name another folder, or --start-step to go on"

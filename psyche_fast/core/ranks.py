@@ -19,7 +19,7 @@ from psyche_fast.start.cluster import Launched, announce
 from psyche_fast.start.network import listen, tcp_url, use_interface
 from psyche_fast.start.parent import TIMEOUT
 from psyche_fast.start.signals import StopRequest, stop_on_signal
-from psyche_fast.start.spawn import Sidecars, local_ranks
+from psyche_fast.start.spawn import Sidecars
 from psyche_fast.start.store import host_store
 
 _DEATH_SECONDS = 2.5
@@ -33,7 +33,7 @@ class Ranks:
 
     Attributes:
         store: where they hear of the run.
-        sidecars: those that were started here.
+        sidecars: those that were started on this machine.
         stop: whether the user wants the run to end.
     """
 
@@ -43,13 +43,13 @@ class Ranks:
 
 
 @contextmanager
-def started(plan: Plan, output: Path, place: Launched | None, console: Console) -> Iterator[Ranks]:
+def started(plan: Plan, output: Path, launch: Launched | None, console: Console) -> Iterator[Ranks]:
     """Starts the ranks of this machine; when the block ends, so have they.
 
     Args:
         plan: the run.
         output: the run directory.
-        place: where the other ranks were started with this one (torchrun, Slurm).
+        launch: where the other ranks were started with this one (torchrun, Slurm).
         console: for what the user has to do.
 
     Raises:
@@ -69,13 +69,13 @@ def started(plan: Plan, output: Path, place: Launched | None, console: Console) 
         Sidecars(devices.backend, address, world_size, environment) as sidecars,
         stop_on_signal(console.message, sidecars.kill) as stop,
     ):
-        for rank in local_ranks(world_size, config.ranks_here):
+        for rank in range(1, config.ranks_here):
             log_file = output / "logs" / f"rank-{rank}.log"
             sidecars.spawn(rank, devices.devices[rank].index, log_file)
         sidecars.watch(grace=_DEATH_SECONDS + 1)
         missing = world_size - config.ranks_here
-        if place is not None:
-            announce(place, host, port)
+        if launch is not None:
+            announce(launch, host, port)
         elif missing:
             console.message(
                 f"waiting for {missing} ranks from other machines: psyche-fast sidecar "

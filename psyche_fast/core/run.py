@@ -36,9 +36,8 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
-from psyche_fast.start.ending import also_at_exit_now
 from psyche_fast.start.logs import rank_log
-from psyche_fast.start.signals import StopRequest
+from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
 
 log = logging.getLogger("psyche_fast.core")
@@ -84,12 +83,12 @@ class Core:
     timer: PhaseTimer
 
 
-def run(plan: Plan, place: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
-        place: where the other ranks were started with this one (torchrun, Slurm).
+        launch: where the other ranks were started with this one (torchrun, Slurm).
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -103,7 +102,7 @@ def run(plan: Plan, place: Launched | None = None) -> RunResult:
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with console, started(plan, output, place, console) as ranks:
+        with console, started(plan, output, launch, console) as ranks:
             result = _train(plan, output, ranks, console)
         try:
             plot_run(output)
@@ -117,7 +116,7 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     config, device = plan.resolved, plan.devices.devices[0]
     run, stop = config.run, ranks.stop
     sender = Sender(ranks.store, config.parallelism.replicas)
-    sender.publish_run(config, plan.source, Path.home())
+    sender.publish_run(config.replace(output=str(output)), plan.source, Path.home())
     timeout = timedelta(seconds=config.machines.timeout)
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.
@@ -177,7 +176,7 @@ def steps(
         report: takes the steps' lines of `metrics.jsonl` in turn.
 
     Yields:
-        each step when it is done, and its checkpoint if there is one.
+        each step when it is done, and its checkpoint, if any.
 
     Raises:
         ValueError: a batch cannot be read or has a token that the model does not know.
@@ -217,8 +216,9 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
-        fields = {
+        fields: dict[str, Any] = {
             "step": step,
+            "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,
             "tokens_per_second": sent.tokens / seconds,
@@ -226,8 +226,9 @@ def steps(
             "dense_bytes": dense if replicas > 1 else 0,
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
+            **({"optim_stats": trainer.stats} if trainer.stats else {}),
         }
-        lines.hold(totals, output.grad_norm, trainer.stats, fields)
+        lines.hold(totals, fields)
         checkpoint = None
         if saves:
             checkpoint = _checkpoint(core, step, must=last)
@@ -242,7 +243,7 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
 
     Raises:
         OSError: it cannot be written, and `must` be; the ranks are in step all the same.
-        ReplicasDiffer: there is nothing worth writing.
+        ReplicasDiffer: no replica is worth writing.
     """
     path = core.output / "checkpoints" / f"step-{step:06d}"
     trainer = core.trainer

@@ -1,7 +1,7 @@
 """The main job on an embedded default: a small Llama learns Python from its standard library.
 
 Nothing is downloaded: the text is on every machine that runs Python, the tokenizer is trained on
-the spot, the model is initialised here.
+the spot, the model is a fresh one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run_demo(
     max_steps: int | None,
     output: Path | None,
     replicas: int,
-    data_parallelism: int = 1,
+    data_parallelism: int,
     device: str,
 ) -> None:
     """Tokenises, trains, samples and plots; prints what it did.
@@ -88,7 +88,7 @@ def run_demo(
         output: run directory.
         replicas: DisTrO peers.
         data_parallelism: ranks that share a replica's model.
-        device: as of `train`; `auto` takes the CPU where there are fewer GPUs than ranks.
+        device: as of `train`; `auto` uses the CPU where there are fewer GPUs than ranks.
 
     Raises:
         ValueError: the output folder is in use.

@@ -21,7 +21,7 @@ def open_dataset(
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: if there is neither, or the data set refuses what it finds.
+        ValueError: if there is neither, or the data set refuses its files.
     """
     if token_files(path):
         return LocalDataset(path, token_size, sequence_length, seed)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -95,40 +93,32 @@ class LocalDataset:
             raise ValueError(f"no token files ({wanted}) in {self.path} (--data-path)")
         sequence_bytes = self.sequence_length * self.token_size
         files: list[_TokenFile] = []
-        skipped: list[Path] = []
         longest = 0
         for path in paths:
             offset, size = self._token_span(path)
             longest = max(longest, size // self.token_size)
-            sequences = len(range(0, size - sequence_bytes, sequence_bytes))
-            if sequences == 0:
-                skipped.append(path)
-                continue
-            self._check_token_size(path, offset, size)
-            files.append(_TokenFile(path, offset, sequences))
+            if sequences := len(range(0, size - sequence_bytes, sequence_bytes)):
+                self._check_token_size(path, offset, size)
+                files.append(_TokenFile(path, offset, sequences))
         if not files:
             raise ValueError(
                 f"no file in {self.path} fills a sequence of {self.sequence_length} tokens: it "
                 f"takes more than that and the longest has {longest} "
                 "(--sequence-length, --data-path)"
             )
-        for path in skipped:
+        for path in sorted({*paths} - {file.path for file in files}):
             logger.warning(
                 "%s is skipped: it has no more than %d tokens (--sequence-length)",
-                path,
-                self.sequence_length,
-            )
+                path, self.sequence_length,
+            )  # fmt: skip
         return files
 
     def _token_span(self, path: Path) -> tuple[int, int]:
         """Byte offset of the first token and number of bytes from there on."""
-        size = path.stat().st_size
-        offset = 0
         with path.open("rb") as file:
-            if path.suffix == ".npy" and file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
-                file.seek(0)
-                offset = self._read_npy_header(path, file)
-        size -= offset
+            has_header = path.suffix == ".npy" and file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
+        offset = self._npy_offset(path) if has_header else 0
+        size = path.stat().st_size - offset
         if size % self.token_size:
             raise ValueError(
                 f"{path} holds {size} bytes of tokens, not a multiple of {self.token_size} "
@@ -136,33 +126,20 @@ class LocalDataset:
             )
         return offset, size
 
-    def _read_npy_header(self, path: Path, file: BinaryIO) -> int:
+    def _npy_offset(self, path: Path) -> int:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
-            if read_header is None:
-                raise ValueError(f"format version {version} is not one of integers")
-            shape, fortran_order, dtype = read_header(file)
+            array = np.load(path, mmap_mode="r")
         except ValueError as error:
-            raise ValueError(f"{path}: bad .npy header: {error}") from None
-        if dtype != self._dtype:
+            raise ValueError(f"{path} is damaged, or no .npy file of integers: {error}") from None
+        if array.dtype != self._dtype:
             raise ValueError(
-                f"{path} holds {dtype.name} ({dtype.str}), expected {self._dtype.name} "
-                f"({self._dtype.str}) for {self.token_size}-byte tokens (--token-size)"
+                f"{path} holds {array.dtype.name} ({array.dtype.str}), expected "
+                f"{self._dtype.name} ({self._dtype.str}) for {self.token_size}-byte tokens "
+                "(--token-size)"
             )
-        if fortran_order and len(shape) > 1:
+        if not array.flags.c_contiguous:
             raise ValueError(f"{path} is in Fortran order: save it in C order")
-        offset = file.tell()
-        wanted = math.prod(shape) * self.token_size
-        if path.stat().st_size - offset != wanted:
-            raise ValueError(
-                f"{path} is damaged: its header promises {wanted} bytes of tokens and "
-                f"{path.stat().st_size - offset} follow"
-            )
-        return offset
+        return int(array.offset)
 
     def _check_token_size(self, path: Path, offset: int, size: int) -> None:
         """Refuse files whose first tokens only make sense at the other token size."""

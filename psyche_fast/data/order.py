@@ -2,8 +2,8 @@
 
 Psyche shuffles its sequences with `rand_chacha::ChaCha8Rng` and the slice shuffle of rand 0.9. A
 run that is to see the same sequences at the same step needs the same permutation, so both are
-restated here: the ChaCha block function (RFC 8439, section 2.3, with 8 rounds and a 64-bit counter)
-on NumPy arrays of blocks, and rand's draws, where one 32-bit word gives the targets of several
+restated below: the ChaCha block function (RFC 8439, 2.3, with 8 rounds and a 64-bit counter) on
+NumPy arrays of blocks, and rand's draws, where one 32-bit word gives the targets of several
 consecutive swaps for as long as the product of their ranges fits in 32 bits.
 """
 
@@ -139,7 +139,7 @@ def shuffled_order(n: int, seed: int) -> np.ndarray:
     assert order.itemsize == 4
 
     def swap_all(first: int, targets: list[int]) -> None:
-        # `order` starts as the identity, so the element that swap i moves away from place i is i.
+        # `order` starts as the identity, so what swap i moves away from position i is i.
         for i, j in enumerate(targets, first):
             order[i] = order[j]
             order[j] = i

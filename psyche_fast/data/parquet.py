@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -29,19 +30,9 @@ class _RowGroup:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    """The columns of one row group."""
-
-    fixed: dict[str, np.ndarray]
-    """Column name -> integers `[rows, L]`."""
-    lengths: tuple[np.ndarray, np.ndarray] | None
-    """`sequence_lengths`: all values, and per row the offsets `[rows + 1]` into them."""
-
-    @property
-    def nbytes(self) -> int:
-        arrays = [*self.fixed.values(), *(self.lengths or ())]
-        return sum(a.nbytes for a in arrays)
+_Decoded = dict[str, np.ndarray]
+"""The columns of one row group: integers `[rows, L]`, but of `sequence_lengths` all values; per row
+their `offsets` `[rows + 1]`."""
 
 
 def train_files(path: str | Path) -> list[Path]:
@@ -59,13 +50,13 @@ def train_files(path: str | Path) -> list[Path]:
         raise FileNotFoundError(f"no such file or directory: {path} (--data-path)")
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    found = sorted(p for p in path.rglob("*.parquet") if p.is_file())
+    files = sorted(p for p in path.rglob("*.parquet") if p.is_file())
 
     def is_train(name: str) -> bool:
         return name == "train" or name.startswith("train-")
 
-    in_folder = [p for p in found if is_train(p.absolute().parent.name)]
-    return in_folder or [p for p in found if p.name.startswith("train")]
+    in_folder = [p for p in files if is_train(p.absolute().parent.name)]
+    return in_folder or [p for p in files if p.name.startswith("train")]
 
 
 class ParquetDataset:
@@ -100,10 +91,6 @@ class ParquetDataset:
         *,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        if sequence_length < 1:
-            raise ValueError(
-                f"the sequence length (--sequence-length) must be at least 1, got {sequence_length}"
-            )
         self.path = Path(path)
         self.sequence_length = sequence_length
         self._cache_bytes = cache_bytes
@@ -129,10 +116,10 @@ class ParquetDataset:
                 schema = metadata.schema.to_arrow_schema()
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
-            found = self._check_schema(path, schema)
-            if columns is not None and found != columns:
-                raise ValueError(f"{path} has columns {found}, {paths[0]} has {columns}")
-            columns = found
+            names = self._check_schema(path, schema)
+            if columns is not None and names != columns:
+                raise ValueError(f"{path} has columns {names}, {paths[0]} has {columns}")
+            columns = names
             row = 0
             for index in range(metadata.num_row_groups):
                 rows = metadata.row_group(index).num_rows
@@ -185,13 +172,14 @@ class ParquetDataset:
         decoded = self._decode(which)
         at = row - (self._ends[which - 1] if which else 0)
         tensors = {
-            name: torch.from_numpy(values[at].astype(np.int64))
-            for name, values in decoded.fixed.items()
+            name: torch.from_numpy(decoded[name][at].astype(np.int64))
+            for name in _FIXED_COLUMNS
+            if name in decoded
         }
         lengths = None
-        if decoded.lengths is not None:
-            values, offsets = decoded.lengths
-            lengths = tuple(values[offsets[at] : offsets[at + 1]].tolist())
+        if "sequence_lengths" in decoded:
+            start, stop = decoded["offsets"][at : at + 2]
+            lengths = tuple(decoded["sequence_lengths"][start:stop].tolist())
         input_ids = tensors["inputs"]
         labels = tensors.get("labels", input_ids)
         return Sample(input_ids, labels, tensors.get("position_ids"), lengths)
@@ -206,26 +194,24 @@ class ParquetDataset:
                 table = file.read_row_group(group.index, columns=self._columns)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"cannot read {group.path}: {error}") from None
-        fixed = {
-            name: self._fixed_column(group, name, table.column(name))
-            for name in self._columns
-            if name in _FIXED_COLUMNS
-        }
-        lengths = None
-        if "sequence_lengths" in self._columns:
-            values, counts = _flatten(group, "sequence_lengths", table.column("sequence_lengths"))
-            lengths = (values, np.concatenate(([0], np.cumsum(counts))))
-        decoded = _Decoded(fixed, lengths)
+        decoded: _Decoded = {}
+        for name in self._columns:
+            values, counts = _flatten(group, name, table.column(name))
+            if name in _FIXED_COLUMNS:
+                self._check_counts(group, name, counts)
+                values = values.reshape(group.rows, self.sequence_length)
+            else:
+                decoded["offsets"] = np.concatenate(([0], np.cumsum(counts)))
+            decoded[name] = values
         self._cache[which] = decoded
         while len(self._cache) > 1 and self._cached_bytes() > self._cache_bytes:
             self._cache.popitem(last=False)
         return decoded
 
     def _cached_bytes(self) -> int:
-        return sum(decoded.nbytes for decoded in self._cache.values())
+        return sum(array.nbytes for decoded in self._cache.values() for array in decoded.values())
 
-    def _fixed_column(self, group: _RowGroup, name: str, column: pa.ChunkedArray) -> np.ndarray:
-        values, counts = _flatten(group, name, column)
+    def _check_counts(self, group: _RowGroup, name: str, counts: np.ndarray) -> None:
         wrong = np.flatnonzero(counts != self.sequence_length)
         if wrong.size:
             at = int(wrong[0])
@@ -233,7 +219,6 @@ class ParquetDataset:
                 f"{group.path}, row {group.first_row + at}, column '{name}': {counts[at]} "
                 f"integers, expected {self.sequence_length} (--sequence-length)"
             )
-        return values.reshape(group.rows, self.sequence_length)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Look at the inputs of the first row group.
@@ -241,29 +226,18 @@ class ParquetDataset:
         Raises:
             ValueError: if a token id is not below `vocab_size`.
         """
-        inputs = self._decode(0).fixed["inputs"]
+        inputs = self._decode(0)["inputs"]
         check_token_ids(inputs, vocab_size, str(self._groups[0].path))
 
 
 def _flatten(group: _RowGroup, name: str, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """All integers of a list column, and per row how many of them are its own."""
-    values, counts = [], []
-    row = group.first_row
-    for chunk in column.chunks:
-        missing = chunk.is_null().to_numpy(zero_copy_only=False)
-        if missing.any():
-            raise ValueError(
-                f"{group.path}, row {row + int(missing.argmax())}, column '{name}': no value"
-            )
-        flat = chunk.flatten()
-        lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
-        if flat.null_count:
-            at = int(flat.is_null().to_numpy(zero_copy_only=False).argmax())
-            holder = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
-            raise ValueError(
-                f"{group.path}, row {row + holder}, column '{name}': a missing integer"
-            )
-        values.append(flat.to_numpy(zero_copy_only=False))
-        counts.append(lengths)
-        row += len(chunk)
-    return np.concatenate(values), np.concatenate(counts)
+    at = pc.index(column.is_null(), True).as_py()
+    if at >= 0:
+        raise ValueError(f"{group.path}, row {group.first_row + at}, column '{name}': no value")
+    values = pc.list_flatten(column)
+    at = pc.index(values.is_null(), True).as_py()
+    if at >= 0:
+        row = group.first_row + pc.list_parent_indices(column)[at].as_py()
+        raise ValueError(f"{group.path}, row {row}, column '{name}': a missing integer")
+    return values.to_numpy(), pc.list_value_length(column).to_numpy()

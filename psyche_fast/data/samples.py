@@ -49,39 +49,19 @@ class Dataset(Protocol):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one data set.
-
-    Args:
-        samples: at least one; all of one length, and each optional field present in all or in none.
-
-    Raises:
-        ValueError: if there are no samples, their lengths differ, or an optional field is present
-            in some only: what an absent field means is the trainer's to decide, none is made up.
-    """
-    if not samples:
-        raise ValueError("a batch needs at least one sample")
-    lengths = {len(sample.input_ids) for sample in samples}
-    if len(lengths) > 1:
-        raise ValueError(f"samples of one batch must have one length, got {sorted(lengths)}")
-
-    def all_or_none(name: str, present: list[bool]) -> bool:
-        if any(present) and not all(present):
-            raise ValueError(
-                f"only {sum(present)} of {len(present)} samples of a batch have {name}"
-            )
-        return present[0]
-
-    labels = position_ids = sequence_lengths = None
-    if all_or_none("labels", [sample.labels is not sample.input_ids for sample in samples]):
-        labels = torch.stack([sample.labels for sample in samples])
-    positions = [sample.position_ids for sample in samples if sample.position_ids is not None]
-    if all_or_none("position_ids", [sample.position_ids is not None for sample in samples]):
-        position_ids = torch.stack(positions)
-    packed = [list(s.sequence_lengths) for s in samples if s.sequence_lengths is not None]
-    if all_or_none("sequence_lengths", [s.sequence_lengths is not None for s in samples]):
-        sequence_lengths = packed
-    input_ids = torch.stack([sample.input_ids for sample in samples])
-    return Batch(input_ids, labels, position_ids, sequence_lengths)
+    """Stacks samples of one data set: at least one, all of one length and with the same fields."""
+    labels = [s.labels for s in samples if s.labels is not s.input_ids]
+    position_ids = [s.position_ids for s in samples if s.position_ids is not None]
+    lengths = [list(s.sequence_lengths) for s in samples if s.sequence_lengths is not None]
+    # What an absent field means is the trainer's to decide: none is filled in.
+    for field in (labels, position_ids, lengths):
+        assert len(field) in (0, len(samples)), "a field of some samples only"
+    return Batch(
+        torch.stack([s.input_ids for s in samples]),
+        torch.stack(labels) if labels else None,
+        torch.stack(position_ids) if position_ids else None,
+        lengths or None,
+    )
 
 
 def check_range(first: int, last: int) -> None:

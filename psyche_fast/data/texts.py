@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,7 +45,7 @@ def find_files(inputs: Sequence[str | Path], globs: Sequence[str] | None = None)
     """Input files: those named, and below folders those that match a pattern.
 
     Args:
-        inputs: files and folders. A file that is named is taken whatever it is called.
+        inputs: files and folders. A file that is named is read whatever its suffix.
         globs: patterns for the names of files in folders, all levels down; None for the usual
             suffixes of text and source code, `.jsonl`, `.ndjson` and `.parquet`. Names that begin
             with a dot are left out.
@@ -65,13 +65,13 @@ def find_files(inputs: Sequence[str | Path], globs: Sequence[str] | None = None)
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            found = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
-            found = {
-                p for p in found if not any(s.startswith(".") for s in p.relative_to(path).parts)
+            matching = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
+            matching = {
+                p for p in matching if not any(s[0] == "." for s in p.relative_to(path).parts)
             }
-            if not found:
+            if not matching:
                 raise ValueError(f"no file in {path} matches {' '.join(patterns)} (--glob)")
-            files += sorted(found)
+            files += sorted(matching)
         else:
             raise FileNotFoundError(f"no such file or directory: {path}")
     return files
@@ -95,8 +95,6 @@ def iter_pieces(
         ValueError: with the file and the line or row, for text that is not UTF-8 (`strict`), lines
             that are not JSON objects, a missing key or column, or text that is not a string.
     """
-    if errors not in ("strict", "skip"):
-        raise ValueError(f"errors (--errors) must be strict or skip, got {errors!r}")
     if path.suffix in JSON_LINES_SUFFIXES:
         return _json_lines(path, text_key, errors)
     if path.suffix == ".parquet":
@@ -138,7 +136,7 @@ def _pieces(text: str, read_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_position(text: str, start: int) -> int | None:
-    """Where to cut `text` after `start`: a safe place, at last any, None if there is none yet."""
+    """Where to cut `text` after `start`: a safe position, at last any, None if not yet."""
     safe = _SAFE_CUT.search(text, start + PIECE_CHARACTERS // 2)
     if safe is not None and safe.end() - start <= _HARD_LIMIT * PIECE_CHARACTERS:
         return safe.end()
@@ -148,38 +146,32 @@ def _cut_position(text: str, start: int) -> int | None:
 
 
 def _text_file(path: Path, errors: str) -> Iterator[Piece]:
-    if errors == "skip" and not _is_utf8(path):
-        logger.warning("%s is left out: it is not UTF-8 text", path)
-        return
     rest = ""
-    # newline="" keeps \r\n and \r as they are, so a piece has as many bytes as were read for it.
-    with path.open(encoding="utf-8", errors="strict", newline="") as file:
-        while read := _read_text(path, file):
-            *whole, rest = _cut(rest + read)
-            for text in whole:
-                yield Piece(text, ends_document=False, read_bytes=len(text.encode()))
-    if rest:
-        yield Piece(rest, ends_document=True, read_bytes=len(rest.encode()))
-
-
-def _read_text(path: Path, file: TextIO) -> str:
     try:
-        return file.read(PIECE_CHARACTERS)
+        if errors == "skip":
+            for _ in _read(path):  # the whole file, before any of it is given out
+                pass
+        for text in _read(path):
+            *whole, rest = _cut(rest + text)
+            for part in whole:
+                yield Piece(part, ends_document=False, read_bytes=len(part.encode()))
     except UnicodeDecodeError as error:
+        if errors == "skip":
+            logger.warning("%s is left out: it is not UTF-8 text", path)
+            return
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason}): convert it or leave such files out "
             "(--errors skip)"
         ) from None
+    if rest:
+        yield Piece(rest, ends_document=True, read_bytes=len(rest.encode()))
 
 
-def _is_utf8(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", errors="strict", newline="") as file:
-            while file.read(PIECE_CHARACTERS):
-                pass
-    except UnicodeDecodeError:
-        return False
-    return True
+def _read(path: Path) -> Iterator[str]:
+    # newline="" keeps \r\n and \r as they are, so a piece has as many bytes as were read for it.
+    with path.open(encoding="utf-8", newline="") as file:
+        while text := file.read(PIECE_CHARACTERS):
+            yield text
 
 
 def _json_lines(path: Path, text_key: str, errors: str) -> Iterator[Piece]:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
 import numpy as np
@@ -17,11 +16,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from psyche_fast.data.local import token_files
-from psyche_fast.data.texts import find_files, iter_pieces
+from psyche_fast.data.texts import Piece, find_files, iter_pieces
 
 TOKENIZER_FOLDER = "tokenizer"
 # A batch is encoded in parallel; some 40 bytes of memory to a character while it is.
 _BATCH_CHARACTERS = 1 << 22
+# A file is closed at the first document's end from this size on.
+_FILE_TOKENS = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,10 @@ class TokenizeSummary:
     documents: int
     tokens: int
     """Tokens written, the one at the end of each document included."""
-    bytes: int
-    """UTF-8 bytes of the documents' text."""
     files: tuple[Path, ...]
     """The token files, in order."""
     token_size: int
     """Bytes to a token, 2 or 4."""
-    vocab_size: int
-    tokenizer: Path
-    """The folder in which the tokenizer was saved."""
 
 
 def token_size_for(vocab_size: int, token_size: int | None = None) -> int:
@@ -47,13 +43,11 @@ def token_size_for(vocab_size: int, token_size: int | None = None) -> int:
 
     Args:
         vocab_size: highest token id plus one.
-        token_size: the user's choice (`--token-size`), or None.
+        token_size: the user's choice (`--token-size`, 2 or 4), or None.
 
     Raises:
-        ValueError: if the choice is not 2 or 4, or too small for the vocabulary.
+        ValueError: if the choice is too small for the vocabulary.
     """
-    if token_size not in (None, 2, 4):
-        raise ValueError(f"the token size (--token-size) must be 2 or 4, got {token_size}")
     needed = 2 if vocab_size <= 1 << 16 else 4
     if token_size is not None and token_size < needed:
         raise ValueError(
@@ -71,13 +65,12 @@ def tokenize_files(
     text_key: str = "text",
     globs: Sequence[str] | None = None,
     errors: Literal["strict", "skip"] = "strict",
-    max_file_tokens: int = 1 << 29,
     progress: bool = True,
 ) -> TokenizeSummary:
     """Write the documents of text files, JSON lines and Parquet files as token files.
 
     Every document is encoded without the tokenizer's own special tokens (text that spells one is
-    plain text here) and followed by the end-of-text token; empty documents are left out. The
+    plain text too) and followed by the end-of-text token; empty documents are left out. The
     output is `tokens-00000.bin` and so on, raw little-endian uint16 or uint32, which `LocalDataset`
     reads, and the tokenizer in the folder `tokenizer` beside them. It appears under these names
     when all is written and synced; after an error the directory is as it was.
@@ -85,13 +78,12 @@ def tokenize_files(
     Args:
         inputs: files and folders, see `find_files`.
         tokenizer: the tokenizer, with an end-of-text token.
-        output_dir: made if need be; it must not hold token files or a tokenizer already.
+        output_dir: created where missing; it must not hold token files or a tokenizer already.
         token_size: 2 or 4 bytes; None takes 2 where the vocabulary fits.
         text_key: key (JSON lines) or column (Parquet) of the text.
         globs: patterns for files in folders, see `find_files`.
         errors: `strict` raises at text that is not UTF-8, `skip` leaves the text file or JSON line
             out with a warning.
-        max_file_tokens: a file is closed at the first document's end from this size on.
         progress: show a progress bar (input bytes) on stderr.
 
     Raises:
@@ -101,14 +93,10 @@ def tokenize_files(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer (--tokenizer) has no end-of-text (eos) token")
-    if max_file_tokens < 1:
-        raise ValueError(f"max_file_tokens must be at least 1, got {max_file_tokens}")
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    token_size = token_size_for(vocab_size, token_size)
+    token_size = token_size_for(max(tokenizer.get_vocab().values()) + 1, token_size)
     paths = find_files(inputs, globs)
     output = _prepare_output(Path(output_dir))
     encoder = _plain_encoder(tokenizer)
-    documents = text_bytes = 0
 
     bar = tqdm(
         total=sum(path.stat().st_size for path in paths),
@@ -117,54 +105,41 @@ def tokenize_files(
         unit_scale=True,
         disable=not progress,
     )
-    with bar, _Writer(output, token_size, tokenizer.eos_token_id, max_file_tokens) as writer:
-        batch: list[str] = []
-        ends: list[bool] = []
-        characters = read_bytes = 0
+    with bar, _Writer(output, token_size, tokenizer.eos_token_id) as writer:
+        batch: list[Piece] = []
+        characters = 0
 
         def flush() -> None:
-            for encoding, ends_document in zip(
-                encoder.encode_batch_fast(batch, add_special_tokens=False), ends, strict=True
-            ):
-                writer.add(encoding.ids, ends_document)
-            bar.update(read_bytes)
+            pieces = [piece for piece in batch if piece.text]
+            texts = [piece.text for piece in pieces]
+            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+            for piece, encoding in zip(pieces, encodings, strict=True):
+                writer.add(encoding.ids, piece.ends_document)
+            bar.update(sum(piece.read_bytes for piece in batch))
+            batch.clear()
 
         for path in paths:
             for piece in iter_pieces(path, text_key=text_key, errors=errors):
-                read_bytes += piece.read_bytes
-                if not piece.text:
-                    continue
-                batch.append(piece.text)
-                ends.append(piece.ends_document)
-                documents += piece.ends_document
-                text_bytes += len(piece.text.encode())
+                batch.append(piece)
                 characters += len(piece.text)
                 if characters >= _BATCH_CHARACTERS:
                     flush()
-                    batch, ends, characters, read_bytes = [], [], 0, 0
+                    characters = 0
         flush()
-        if documents == 0:
+        if writer.documents == 0:
             raise ValueError(f"no text in {', '.join(map(str, inputs))}")
         tokenizer.save_pretrained(writer.folder / TOKENIZER_FOLDER)
         files = writer.publish()
-    return TokenizeSummary(
-        documents=documents,
-        tokens=writer.tokens,
-        bytes=text_bytes,
-        files=files,
-        token_size=token_size,
-        vocab_size=vocab_size,
-        tokenizer=output / TOKENIZER_FOLDER,
-    )
+    return TokenizeSummary(writer.documents, writer.tokens, files, token_size)
 
 
 def _prepare_output(output: Path) -> Path:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} (--output) is a file, expected a directory")
     output.mkdir(parents=True, exist_ok=True)
-    if taken := [*token_files(output), *output.glob(TOKENIZER_FOLDER)]:
+    if present := [*token_files(output), *output.glob(TOKENIZER_FOLDER)]:
         raise ValueError(
-            f"{output} (--output) already holds {taken[0].name}: choose a new directory"
+            f"{output} (--output) already holds {present[0].name}: choose a new directory"
         )
     return output
 
@@ -181,16 +156,15 @@ def _plain_encoder(tokenizer: transformers.PreTrainedTokenizerFast) -> Tokenizer
 class _Writer:
     """Token files in a hidden folder of the output directory, moved out of it when complete."""
 
-    def __init__(self, output: Path, token_size: int, end_of_text: int, max_tokens: int) -> None:
+    def __init__(self, output: Path, token_size: int, end_of_text: int) -> None:
         self._output = output
         self._dtype = np.dtype(f"<u{token_size}")
         self._end_of_text = end_of_text
-        self._max_tokens = max_tokens
         self._file: BinaryIO | None = None
         self._in_file = 0
         self._names: list[str] = []
         self.folder = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=output))
-        self.tokens = 0
+        self.documents = self.tokens = 0
 
     def add(self, ids: list[int], ends_document: bool) -> None:
         """Append the tokens of a piece, and the end-of-text token if it ends its document."""
@@ -202,7 +176,8 @@ class _Writer:
         self._file.write(tokens.tobytes())
         self._in_file += len(tokens)
         self.tokens += len(tokens)
-        if ends_document and self._in_file >= self._max_tokens:
+        self.documents += ends_document
+        if ends_document and self._in_file >= _FILE_TOKENS:
             self._finish_file()
 
     def _finish_file(self) -> None:
@@ -225,12 +200,7 @@ class _Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
         shutil.rmtree(self.folder)

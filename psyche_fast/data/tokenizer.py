@@ -12,28 +12,16 @@ END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
 
 
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    *,
-    end_of_text: str = END_OF_TEXT,
-    min_frequency: int = 2,
-    model_max_length: int | None = None,
-    progress: bool = False,
-) -> transformers.PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Radford et al. 2019, GPT-2).
 
     All 256 bytes are tokens of their own and nothing is normalised, so every text comes back
-    exactly from its tokens. `end_of_text` has id 0 and is the beginning, end and padding token.
+    exactly from its tokens. `END_OF_TEXT` has id 0 and is the beginning, end and padding token.
 
     Args:
         texts: text to learn from, in pieces of any size.
         vocab_size: entries to learn, with the bytes and the end-of-text token among them. Little
             text gives fewer; `len(tokenizer)` tells.
-        end_of_text: the text of the special token.
-        min_frequency: how often a pair must occur to be merged.
-        model_max_length: tokens the model takes, stored with the tokenizer; None for no limit.
-        progress: show the trainer's progress bar.
 
     Raises:
         ValueError: if `vocab_size` has no room for the bytes and the end-of-text token.
@@ -41,27 +29,25 @@ def train_tokenizer(
     if vocab_size < _BYTES + 1:
         raise ValueError(
             f"the vocabulary size (--vocab-size) must be at least {_BYTES + 1} "
-            f"({_BYTES} bytes and {end_of_text}), got {vocab_size}"
+            f"({_BYTES} bytes and {END_OF_TEXT}), got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[end_of_text],
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    limit = {} if model_max_length is None else {"model_max_length": model_max_length}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=end_of_text,
-        eos_token=end_of_text,
-        pad_token=end_of_text,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-        **limit,
     )
 
 

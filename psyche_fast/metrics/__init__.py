@@ -8,11 +8,10 @@ from psyche_fast.metrics.console import Console
 from psyche_fast.metrics.memory import memory_bytes
 from psyche_fast.metrics.plots import plot_run
 from psyche_fast.metrics.timing import PhaseTimer
-from psyche_fast.metrics.trackers import TRACKERS, Tracker, make_tracker
+from psyche_fast.metrics.trackers import Tracker, make_tracker
 from psyche_fast.metrics.writer import MetricsWriter, read_metrics
 
 __all__ = [
-    "TRACKERS",
     "Console",
     "MetricsWriter",
     "PhaseTimer",

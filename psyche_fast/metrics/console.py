@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -23,6 +22,14 @@ def _number(value: Any, form: str) -> str:
     return "nan" if value is None else format(float(value), form)
 
 
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "loss": lambda value: f"loss {_number(value, '.3f')}",
+    "grad_norm": lambda value: f"grad_norm {_number(value, '.2f')}",
+    "learning_rate": lambda value: f"lr {_number(value, '.1e')}",
+    "tokens_per_second": lambda value: f"{format_count(value or 0.0)} tok/s",
+}
+
+
 class Console:
     """Shows how far a run is, on one stream.
 
@@ -35,12 +42,7 @@ class Console:
         total_steps: Number of the last step.
         start_step: Number of the first step of this run.
         stream: Where to print; standard error if None, which leaves standard output to results.
-        every: Without a terminal, print one line in so many steps; the first and the last step of
-            the run are always printed. 0 prints none but these.
         clock: Seconds for the time left.
-
-    Raises:
-        ValueError: `every` is negative, or `start_step` is below 1.
     """
 
     def __init__(
@@ -49,17 +51,11 @@ class Console:
         start_step: int = 1,
         *,
         stream: TextIO | None = None,
-        every: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if every < 0:
-            raise ValueError(f"every: wanted 0 or more steps, got {every}")
-        if start_step < 1:
-            raise ValueError(f"start_step: wanted 1 or more, got {start_step}")
         self.total_steps = total_steps
         self.start_step = start_step
         self.stream = sys.stderr if stream is None else stream
-        self.every = every
         self._clock = clock
         self._last_time = clock()
         self._step_seconds: float | None = None
@@ -85,22 +81,16 @@ class Console:
         if self._bar is not None:
             parts = self._parts(metrics, ("loss", "tokens_per_second"))
             self._bar.set_description_str(" | ".join([*parts, f"{left} left"]), refresh=False)
-            with self._as_long_as_it_is_there():
+            with self._until_closed():
                 self._bar.update(step - self._bar.n)
             return
-        due = self.every > 0 and step % self.every == 0
-        if due or step in (self.start_step, self.total_steps):
-            width = len(str(self.total_steps))
-            parts = self._parts(
-                metrics, ("loss", "grad_norm", "learning_rate", "tokens_per_second")
-            )
-            head = f"step {step:>{width}}/{self.total_steps}"
-            with self._as_long_as_it_is_there():
-                print(" | ".join([head, *parts, f"eta {left}"]), file=self.stream, flush=True)
+        head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
+        parts = self._parts(metrics, ("loss", "grad_norm", "learning_rate", "tokens_per_second"))
+        self.message(" | ".join([head, *parts, f"eta {left}"]))
 
     def message(self, text: str) -> None:
         """Prints a line of text; a live progress line is redrawn below it."""
-        with self._as_long_as_it_is_there():
+        with self._until_closed():
             if self._bar is not None:
                 tqdm.write(text, file=self.stream)
             else:
@@ -109,11 +99,11 @@ class Console:
     def close(self) -> None:
         """Leaves the progress line as it stands and ends it; a second call does nothing."""
         if self._bar is not None:
-            with self._as_long_as_it_is_there():
+            with self._until_closed():
                 self._bar.close()
 
     @contextmanager
-    def _as_long_as_it_is_there(self) -> Iterator[None]:
+    def _until_closed(self) -> Iterator[None]:
         """A terminal that is closed, or a pipe that nobody reads, is no reason to end a run."""
         try:
             yield
@@ -124,10 +114,8 @@ class Console:
         """Smooths the wall-clock time between steps: checkpoints and loading count, as they do."""
         now = self._clock()
         seconds, self._last_time = now - self._last_time, now
-        if self._step_seconds is None:
-            self._step_seconds = seconds
-        elif step == self.start_step + 1:
-            # The first step warms up (allocations, compilation): it says nothing about the rest.
+        # The first step warms up (allocations, compilation): it says nothing about the rest.
+        if self._step_seconds is None or step == self.start_step + 1:
             self._step_seconds = seconds
         else:
             self._step_seconds += _NEWEST * (seconds - self._step_seconds)
@@ -135,21 +123,10 @@ class Console:
 
     @staticmethod
     def _parts(metrics: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-        forms: dict[str, Callable[[Any], str]] = {
-            "loss": lambda value: f"loss {_number(value, '.3f')}",
-            "grad_norm": lambda value: f"grad_norm {_number(value, '.2f')}",
-            "learning_rate": lambda value: f"lr {_number(value, '.1e')}",
-            "tokens_per_second": lambda value: f"{format_count(value or 0.0)} tok/s",
-        }
-        return [forms[name](metrics[name]) for name in names if name in metrics]
+        return [_FORMS[name](metrics[name]) for name in names if name in metrics]
 
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

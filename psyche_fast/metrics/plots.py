@@ -80,7 +80,7 @@ def _draw_loss_vs_bytes(axes: Axes, records: Records) -> None:
         ("sent", sent, _BLUE),
         ("whole gradients would have sent", dense, _ORANGE),
     ):
-        # A logarithmic axis has no place for the first step's zero bytes.
+        # A logarithmic axis has no zero: the first step sent nothing.
         points = [(x, y) for x, y in zip(total_bytes, losses, strict=True) if x > 0]
         axes.plot(
             [x for x, _ in points],
@@ -142,7 +142,7 @@ def plot_run(run_dir: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: There is no `metrics.jsonl`.
         ValueError: It is damaged.
     """
-    # Figures made without pyplot use no display and no global state.
+    # Without pyplot there is no display and no global state.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -7,12 +7,11 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from textwrap import indent
 from typing import Any, Self
-
-TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,12 +37,7 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
             return
@@ -71,12 +65,7 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class _RunTracker(Tracker):
-    """wandb and trackio: `init` returns a run.
-
-    Args:
-        run: The run.
-        failure: Arguments of its `finish` after an error.
-    """
+    """wandb and trackio: `init` returns a run, whose `finish` takes `failure` after an error."""
 
     def __init__(self, run: Any, failure: Mapping[str, Any] | None = None) -> None:
         self._run = run
@@ -102,13 +91,11 @@ class _TensorBoard(Tracker):
 
 
 def check_tracker(name: str) -> None:
-    """Looks whether a tracker's package is there, without importing it.
+    """Checks that a tracker's package is installed, without importing it.
 
     Raises:
-        ValueError: The name is unknown, or the package is not installed.
+        ValueError: The package is not installed.
     """
-    if name not in TRACKERS:
-        raise ValueError(f"--tracker: wanted one of {', '.join(TRACKERS)}, got {name!r}")
     if name != "none" and find_spec(name) is None:
         raise ValueError(f"--tracker {name} is not installed; pip install 'psyche-fast[trackers]'")
 
@@ -117,7 +104,7 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
     """Starts a tracker.
 
     Args:
-        name: One of `TRACKERS`. `none` records nothing.
+        name: `none` (records nothing), `wandb`, `trackio` or `tensorboard`.
         run_dir: The run directory: its name becomes the run's name, and wandb and tensorboard keep
             their local files in it.
         config: The resolved configuration, shown beside the run; anything JSON can hold.
@@ -126,36 +113,24 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
         The tracker, a context manager that finishes it.
 
     Raises:
-        ValueError: The name is unknown, or the tracker's package is not installed.
+        ValueError: The tracker's package cannot be imported.
     """
-    if name not in TRACKERS:
-        raise ValueError(f"tracker: wanted one of {', '.join(TRACKERS)}, got {name!r}")
     if name == "none":
         return Tracker()
     folder = Path(run_dir).resolve()
     try:
-        if name == "wandb":
-            import wandb
-
-            return _RunTracker(
-                wandb.init(
-                    project=_PROJECT, name=folder.name, dir=str(folder), config=dict(config)
-                ),
-                failure={"exit_code": 1},
-            )
-        if name == "trackio":
-            import trackio
-
-            return _RunTracker(
-                trackio.init(project=_PROJECT, name=folder.name, config=dict(config))
-            )
-        from torch.utils.tensorboard import SummaryWriter
+        module = import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise ValueError(
             f"tracker: {name} cannot be imported ({error}); pip install 'psyche-fast[trackers]'"
         ) from error
-    writer = SummaryWriter(log_dir=str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
-    text = json.dumps(dict(config), indent=2, default=str)
-    # Markdown shows text as it is when every line is indented by four spaces.
-    writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))  # type: ignore[no-untyped-call]
-    return _TensorBoard(writer)
+    if name == "tensorboard":
+        writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
+        text = json.dumps(dict(config), indent=2, default=str)
+        # Markdown shows text as it is when every line is indented by four spaces.
+        writer.add_text("config", indent(text, "    "))
+        return _TensorBoard(writer)
+    run = {"project": _PROJECT, "name": folder.name, "config": dict(config)}
+    if name == "wandb":
+        return _RunTracker(module.init(dir=str(folder), **run), failure={"exit_code": 1})
+    return _RunTracker(module.init(**run))

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
-
-def _plain(value: Any, key: str) -> Any:
-    """Turns one value into what strict JSON can hold; non-finite numbers become null.
-
-    Tensors are refused rather than read: reading one on a GPU waits for the device, and that must
-    be the step loop's decision.
-    """
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, numbers.Integral):  # numpy's integers too
-        return int(value)
-    if isinstance(value, numbers.Real):
-        number = float(value)
-        return number if math.isfinite(number) else None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item, f"{key}.{name}") for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{key}[{index}]") for index, item in enumerate(value)]
-    raise TypeError(
-        f"metric {key}: wanted a number, string, bool, None, list or mapping, "
-        f"got {type(value).__name__}"
-    )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+import msgspec
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -46,7 +17,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     not parse is left out.
 
     Args:
-        path: The file, or a run directory that holds `metrics.jsonl`.
+        path: The file.
 
     Returns:
         One dictionary per line, in the order of the file. Values that were not finite are None.
@@ -55,27 +26,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: A line other than a torn last one is not a JSON object.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "metrics.jsonl"
     # Bytes, not text: a torn line may end inside a UTF-8 character.
-    lines = file.read_bytes().split(b"\n")
-    torn = len(lines) - 1  # what follows the last newline: empty unless the line is torn
+    lines = Path(path).read_bytes().split(b"\n")
     records: list[dict[str, Any]] = []
-    for index, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if index == torn:
+            records.append(msgspec.json.decode(line, type=dict[str, Any]))
+        except ValueError as error:  # msgspec's and UnicodeDecodeError are
+            if number == len(lines):  # no newline follows it
                 break
-            raise ValueError(f"{file}, line {index + 1}: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{file}, line {index + 1}: wanted a JSON object, got {type(record).__name__}"
-            )
-        records.append(record)
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return records
 
 
@@ -90,7 +52,7 @@ class MetricsWriter:
     An existing file is continued. Its torn last line, if a killed run left one, is removed.
 
     Args:
-        path: The file; missing parent folders are made.
+        path: The file; missing parent folders are created.
         drop_from_step: Removes the lines of an earlier run with `step >= drop_from_step`, for a run
             that starts again at that step. The file is replaced in one piece, so that a kill at any
             moment leaves either the old lines or the kept ones. None keeps all.
@@ -105,7 +67,7 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._repair(drop_from_step)
-        self._file: TextIO | None = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab")
 
     def _repair(self, drop_from_step: int | None) -> None:
         records = read_metrics(self.path)
@@ -119,9 +81,8 @@ class MetricsWriter:
         if len(kept) == len(records) and (not whole or whole.endswith(b"\n")):
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            for record in kept:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+        with temporary.open("wb") as file:
+            file.writelines(map(_line, kept))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
@@ -133,31 +94,23 @@ class MetricsWriter:
             record: The fields; `step` is required. Non-finite floats are written as null.
 
         Raises:
-            TypeError: A value is no number, string, bool, None, list or mapping (a tensor, say).
-            ValueError: `step` is missing or no whole number, or the writer is closed.
+            TypeError: JSON cannot hold a value. Tensors are refused rather than read: reading one
+                on a GPU waits for the device, and that must be the step loop's decision.
+            ValueError: The writer is closed.
         """
-        if self._file is None:
-            raise ValueError(f"{self.path}: the metrics writer is closed")
-        plain = _plain(record, "record")
-        step = plain.get("step")
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise ValueError(f"metric step: wanted a whole number, got {record.get('step')!r}")
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(record) + b"\n"

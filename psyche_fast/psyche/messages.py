@@ -6,13 +6,17 @@ every rank reads the same text, so every rank refuses it.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from psyche_fast import strict
 from psyche_fast.config import Optimizer
 from psyche_fast.schedules import LearningRateSchedule
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -24,7 +28,7 @@ class AdamW(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     clip_grad_norm: float | None = None
 
     def options(self) -> Optimizer:
-        """The same as our own core would say it."""
+        """The same as our own options."""
         return Optimizer(
             max_grad_norm=self.clip_grad_norm or 0.0,
             weight_decay=self.weight_decay,
@@ -45,7 +49,7 @@ class Distro(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quantize_1bit: bool
 
     def options(self) -> Optimizer:
-        """The same as our own core would say it."""
+        """The same as our own options."""
         return Optimizer(
             distro=True,
             max_grad_norm=self.clip_grad_norm or 0.0,
@@ -65,11 +69,11 @@ def read_optimizer(obj: Any) -> AdamW | Distro | None:
     """
     if obj == "Dummy":
         return None
-    forms: dict[str, type[AdamW] | type[Distro]] = {"AdamW": AdamW, "Distro": Distro}
-    if not isinstance(obj, dict) or len(obj) != 1 or next(iter(obj)) not in forms:
+    if not isinstance(obj, dict):
         raise ValueError(f'optimizer: wanted "Dummy", {{"AdamW": ...}} or {{"Distro": ...}}: {obj}')
-    ((name, fields),) = obj.items()
-    config = strict.convert(fields, forms[name], f"optimizer.{name}")
+    forms: dict[str, type[AdamW] | type[Distro]] = {"AdamW": AdamW, "Distro": Distro}
+    config = strict.tagged(obj, forms, "optimizer")
+    name = type(config).__name__
     clip = config.clip_grad_norm
     if clip is not None and clip <= 0:
         raise ValueError(f"optimizer.{name}.clip_grad_norm must be over 0 or null, got {clip}")
@@ -109,25 +113,20 @@ class ResultsMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"results_metadata: lists of different lengths: {lengths}")
 
 
-class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="operation"):
     """Base of all operations."""
 
-    name: ClassVar[str]
 
-
-class Hyperparameters(Operation, frozen=True, kw_only=True):
+class Hyperparameters(Operation, frozen=True, kw_only=True, tag="hyperparameters"):
     """Builds the trainer. `micro_batch_size` is already times the data parallelism."""
 
-    name: ClassVar[str] = "hyperparameters"
     lr_scheduler: Any
     optimizer: Any
-    micro_batch_size: int
+    micro_batch_size: Positive
     grad_accum_in_fp32: bool
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
-        # Both are externally tagged: checked here, so that a wrong one is refused on arrival.
+        # Both are externally tagged: checked now, so that a wrong one is refused on arrival.
         self.schedule()
         read_optimizer(self.optimizer)
 
@@ -137,16 +136,12 @@ class Hyperparameters(Operation, frozen=True, kw_only=True):
 
 
 class _Step(Operation, frozen=True, kw_only=True):
-    step: int
+    step: Count
     warmup_lr_between: tuple[int, int] | None = None
-    results_len: int = 0
+    results_len: Count = 0
     results_metadata: ResultsMetadata | None = None
 
     def __post_init__(self) -> None:
-        if self.step < 0:
-            raise ValueError(f"step must not be negative, got {self.step}")
-        if self.results_len < 0:
-            raise ValueError(f"results_len must not be negative, got {self.results_len}")
         if self.results_len > 0:
             if self.results_metadata is None:
                 raise ValueError(f"results_len is {self.results_len} but results_metadata is null")
@@ -154,21 +149,18 @@ class _Step(Operation, frozen=True, kw_only=True):
 
 
 def _check_batch(batch_shape: tuple[int, int], lengths: list[list[int]] | None) -> None:
-    if min(batch_shape) < 1:
-        raise ValueError(f"batch_shape must be positive, got {list(batch_shape)}")
     if lengths is not None and len(lengths) != batch_shape[0]:
         raise ValueError(
             f"batch_sequence_lengths has {len(lengths)} rows, batch_shape {batch_shape[0]}"
         )
 
 
-class Train(_Step, frozen=True, kw_only=True):
+class Train(_Step, frozen=True, kw_only=True, tag="train"):
     """One batch: look-ahead, forward, backward; with DisTrO also this rank's next result."""
 
-    name: ClassVar[str] = "train"
     zero_optim: bool
     batch_id: tuple[int, int]
-    batch_shape: tuple[int, int]
+    batch_shape: tuple[Positive, Positive]
     batch_has_labels: bool = False
     batch_has_position_ids: bool = False
     batch_sequence_lengths: list[list[int]] | None = None
@@ -178,17 +170,14 @@ class Train(_Step, frozen=True, kw_only=True):
         _check_batch(self.batch_shape, self.batch_sequence_lengths)
 
 
-class Optimize(_Step, frozen=True, kw_only=True):
+class Optimize(_Step, frozen=True, kw_only=True, tag="optimize"):
     """The optimiser's step; with DisTrO on the results of all peers."""
 
-    name: ClassVar[str] = "optimize"
 
-
-class Forward(Operation, frozen=True, kw_only=True):
+class Forward(Operation, frozen=True, kw_only=True, tag="forward"):
     """Forward without gradient."""
 
-    name: ClassVar[str] = "forward"
-    batch_shape: tuple[int, int]
+    batch_shape: tuple[Positive, Positive]
     batch_has_labels: bool = False
     batch_has_position_ids: bool = False
     batch_sequence_lengths: list[list[int]] | None = None
@@ -199,34 +188,22 @@ class Forward(Operation, frozen=True, kw_only=True):
         _check_batch(self.batch_shape, self.batch_sequence_lengths)
 
 
-class Extract(Operation, frozen=True, kw_only=True):
+class Extract(Operation, frozen=True, tag="extract"):
     """Every rank takes part in gathering the full parameters."""
 
-    name: ClassVar[str] = "extract"
 
-
-class TruncateBf16(Operation, frozen=True, kw_only=True):
+class TruncateBf16(Operation, frozen=True, tag="truncate_bf16"):
     """Parameters rounded to bfloat16 in place."""
 
-    name: ClassVar[str] = "truncate_bf16"
 
-
-class Exit(Operation, frozen=True, kw_only=True):
+class Exit(Operation, frozen=True, tag="exit"):
     """Clean exit with status 0."""
 
-    name: ClassVar[str] = "exit"
 
-
-OPERATIONS: dict[str, type[Operation]] = {
-    kind.name: kind
+OPERATIONS: dict[Any, type[Operation]] = {
+    kind.__struct_config__.tag: kind
     for kind in (Hyperparameters, Train, Optimize, Forward, Extract, TruncateBf16, Exit)
 }
-
-
-def encode(operation: Operation) -> str:
-    """The JSON object of an operation."""
-    fields = {"operation": operation.name, **msgspec.to_builtins(operation)}
-    return msgspec.json.encode(fields).decode()
 
 
 def decode(text: str | bytes, number: int) -> Operation:
@@ -243,7 +220,7 @@ def decode(text: str | bytes, number: int) -> Operation:
     obj = strict.loads(text, what)
     if not isinstance(obj, dict) or "operation" not in obj:
         raise ValueError(f"{what}: wanted an object with the field 'operation', got {obj!r}")
-    name = obj.pop("operation")
+    name = obj["operation"]
     if not isinstance(name, str) or name not in OPERATIONS:
         raise ValueError(f"{what}: unknown operation {name!r}, known: {', '.join(OPERATIONS)}")
     return strict.convert(obj, OPERATIONS[name], f"{what} ({name})")

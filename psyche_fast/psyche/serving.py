@@ -6,14 +6,17 @@ import logging
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from psyche_fast.batch import Batch
 from psyche_fast.models import CausalLM, choose_attention, load_model
 from psyche_fast.models.source import read_config
-from psyche_fast.psyche import evaluation, messages
+from psyche_fast.psyche import messages
 from psyche_fast.psyche.store import PsycheStore
 from psyche_fast.psyche.tensors import receive_batch, receive_results
 from psyche_fast.psyche.training import PsycheTrainer, reported_loss
 from psyche_fast.rank.counts import warn_of_refusal
+from psyche_fast.rank.gradients import local_parts
 from psyche_fast.rank.topology import Topology
 from psyche_fast.start.store import StoreClient
 
@@ -24,12 +27,12 @@ def serve(client: StoreClient, device: torch.device) -> None:
     """Loads the model and carries out operations until `exit`.
 
     Args:
-        client: the connection to the store; the process group is there by now.
+        client: the connection to the store; the process group is up by now.
         device: this rank's.
 
     Raises:
-        ValueError: what rank 0 sent is not the protocol's, or it wants a trainer before there is
-            one.
+        ValueError: what rank 0 sent is not the protocol's, or it wants a trainer before
+            `hyperparameters`.
     """
     store = PsycheStore(client, device)
     architecture, source = store.receive_model()
@@ -58,30 +61,61 @@ def serve(client: StoreClient, device: torch.device) -> None:
             case messages.Hyperparameters():
                 trainer = PsycheTrainer(model, topology, operation)
             case messages.Forward():
-                _forward(operation, model, topology, device)
+                batch = receive_batch(operation, device)
+                keep, scale = operation.num_logits_to_keep, operation.loss_scale
+                forward(model, topology, batch, keep, scale)
             case messages.Extract():
                 for _ in model.full_state_dict_iter():
                     pass  # the other ranks' part of each gather
             case messages.TruncateBf16():
-                evaluation.truncate_bf16(model)
+                truncate_bf16(model)
             case messages.Train() | messages.Optimize():
                 if trainer is None:
-                    raise ValueError(f"operation {operation.name!r} came before 'hyperparameters'")
+                    name = operation.__struct_config__.tag
+                    raise ValueError(f"operation {name!r} came before 'hyperparameters'")
                 _train(operation, trainer, device)
             case _:
-                raise AssertionError(f"no handler for {operation.name}")
+                raise AssertionError(f"no handler for {operation}")
 
 
-def _forward(
-    operation: messages.Forward, model: CausalLM, topology: Topology, device: torch.device
-) -> None:
-    evaluation.forward(
-        model,
-        topology,
-        receive_batch(operation, device),
-        num_logits_to_keep=operation.num_logits_to_keep,
-        loss_scale=operation.loss_scale,
-    )
+@torch.no_grad()
+def forward(
+    model: CausalLM,
+    topology: Topology,
+    batch: Batch,
+    num_logits_to_keep: int | None,
+    loss_scale: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Forward without gradient, each dp rank on its rows.
+
+    Args:
+        model: this rank's model.
+        topology: this rank's groups.
+        batch: the whole batch, the same on every rank.
+        num_logits_to_keep: only the last so many positions' logits.
+        loss_scale: the loss is divided by it.
+
+    Returns:
+        logits of this rank's rows and, where the batch has labels, their loss.
+
+    Raises:
+        ValueError: a malformed batch.
+    """
+    mine = model.prepare(batch).pad_rows(topology.dp).share(topology.shard, topology.dp)
+    was_training = model.module.training
+    model.eval()
+    try:
+        return model.forward(mine, num_logits_to_keep=num_logits_to_keep, loss_scale=loss_scale)
+    finally:
+        if was_training:
+            model.train()
+
+
+@torch.no_grad()
+def truncate_bf16(model: CausalLM) -> None:
+    """Rounds the parameters to bfloat16 in place."""
+    for part in local_parts(model.named_parameters()).values():
+        part.copy_(part.to(torch.bfloat16))
 
 
 def _train(

@@ -35,7 +35,7 @@ class PsycheStore:
         self._number = 0
 
     def receive_model(self) -> tuple[str, ModelSource]:
-        """Reads architecture and source; the process group is there by now.
+        """Reads architecture and source; the process group is up by now.
 
         Raises:
             ValueError: an unknown source, or malformed keys.
@@ -43,9 +43,7 @@ class PsycheStore:
         architecture = self._get(FIRST_KEY)
         kind = self._get("source")
         if kind == "files":
-            files = strict.convert(
-                strict.loads(self._get("files"), "store key 'files'"), list[str], "files"
-            )
+            files = strict.read(self._get("files"), list[str], "store key 'files'")
             return architecture, FilesSource.from_strings(files)
         if kind != "config_and_tensors":
             raise ValueError(
@@ -54,11 +52,7 @@ class PsycheStore:
         meet: Callable[[], None] = lambda: barrier(self._device)  # noqa: E731 - one use, one line
         meet()
         config = self._get("config")
-        names = strict.convert(
-            strict.loads(self._get("tensor_names"), "store key 'tensor_names'"),
-            list[str],
-            "tensor_names",
-        )
+        names = strict.read(self._get("tensor_names"), list[str], "store key 'tensor_names'")
         tensors = receive_tensors(self._get, names, self._device, meet)
         return architecture, TensorsSource(config, tensors)
 

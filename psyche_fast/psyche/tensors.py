@@ -45,7 +45,7 @@ def receive_tensors(
     tensors = {}
     for name in names:
         what = f"tensor_shape_{name}"
-        shape = strict.convert(strict.loads(get(what), what), list[int], what)
+        shape = strict.read(get(what), list[int], what)
         dtype = get(f"tensor_dtype_{name}")
         if dtype not in _TENSOR_DTYPES:
             raise ValueError(
@@ -61,19 +61,15 @@ def receive_tensors(
 def receive_batch(operation: Train | Forward, device: torch.device) -> Batch:
     """Receives the batch that `operation` announces, as Psyche's core broadcasts it."""
 
-    def receive(there: bool) -> torch.Tensor | None:
-        if not there:
-            return None
+    def receive() -> torch.Tensor:
         tensor = torch.empty(operation.batch_shape, dtype=torch.int64, device=device)
         dist.broadcast(tensor, 0)
         return tensor
 
-    input_ids = receive(True)
-    assert input_ids is not None
     return Batch(
-        input_ids,
-        receive(operation.batch_has_labels),
-        receive(operation.batch_has_position_ids),
+        receive(),
+        receive() if operation.batch_has_labels else None,
+        receive() if operation.batch_has_position_ids else None,
         operation.batch_sequence_lengths,
     )
 

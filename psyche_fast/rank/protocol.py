@@ -176,7 +176,7 @@ def receive_run(client: StoreClient) -> tuple[RunConfig, FilesSource]:
         ValueError: it is another version's.
     """
     what = f"store key {FIRST_KEY!r}"
-    handshake = strict.convert(strict.loads(client.get(FIRST_KEY), what), Handshake, what)
+    handshake = strict.read(client.get(FIRST_KEY), Handshake, what)
     client.seconds = handshake.config.machines.timeout
     return handshake.config, FilesSource.from_strings(handshake.files)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
@@ -16,6 +18,7 @@ from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.optimizers import make_optimizer
 from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, trainable
+from psyche_fast.start.logs import keep_rank_log
 from psyche_fast.start.store import StoreClient, barrier
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,9 @@ def serve(client: StoreClient, device: torch.device) -> None:
         ValueError: what the core says is not understood, or the model cannot be loaded.
     """
     config, source = protocol.receive_run(client)
+    assert config.run.output is not None, "resolved by the core"
+    rank = dist.get_rank()
+    keep_rank_log(Path(config.run.output, "logs", f"rank-{rank}.log"), rank)
     trainer = build_trainer(config, source, device)
     log.info("loaded %s on %s", config.model.python_arch, device)
     inbox = protocol.Inbox(client, trainer.topology)

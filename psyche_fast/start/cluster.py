@@ -1,7 +1,7 @@
 """Ranks that were started by somebody else: torchrun, or Slurm's srun.
 
 Every process runs the same command. The one with rank 0 is the core, the others are its sidecars.
-Nothing here imports torch but `meet`.
+Only `announce` and `meet` import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launched:
-    """This process's place among those that were started together.
+    """This process among those that were started together.
 
     Attributes:
         rank: its rank.
@@ -24,8 +24,8 @@ class Launched:
         local_world_size: ranks on this machine.
         host: rank 0's machine; None where all ranks are on one.
         port: where the core's store is to listen; None where `meeting` says it.
-        meeting: host and port of torchrun's own store, which is there already, and the prefix of
-            our keys in it; None under Slurm.
+        meeting: host and port of torchrun's own store, which is up already, and the prefix of our
+            keys in it; None under Slurm.
         has_own_gpus: whether a rank that sees fewer GPUs than its machine has ranks sees those
             that are its alone.
     """
@@ -74,7 +74,7 @@ def _slurm(environ: Mapping[str, str]) -> Launched:
     several = _number(environ, "SLURM_STEP_NUM_NODES") > 1
     # Free on most machines, and the same on all ranks of one step only.
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    tasks = _tasks_here(environ, world)
+    tasks = _local_tasks(environ, world)
     return Launched(
         rank=_number(environ, "SLURM_PROCID"),
         world_size=world,
@@ -86,7 +86,7 @@ def _slurm(environ: Mapping[str, str]) -> Launched:
     )
 
 
-def _tasks_here(environ: Mapping[str, str], world: int) -> int:
+def _local_tasks(environ: Mapping[str, str], world: int) -> int:
     """This machine's part of `SLURM_STEP_TASKS_PER_NODE`, such as `4(x2),3`."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     text = environ.get(name, str(world))
@@ -135,27 +135,27 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def announce(place: Launched, host: str, port: int) -> None:
+def announce(launch: Launched, host: str, port: int) -> None:
     """Tells the other ranks where the core's store listens; by rank 0."""
-    if place.meeting is not None:
+    if launch.meeting is not None:
         if host in ("0.0.0.0", "::"):  # where it listens, and no address to be called by
-            host = place.host or "127.0.0.1"
-        _store(place.meeting, 60).set("address", f"{host} {port}")
+            host = launch.host or "127.0.0.1"
+        _store(launch.meeting, 60).set("address", f"{host} {port}")
 
 
-def meet(place: Launched, timeout: float) -> tuple[str, int]:
+def meet(launch: Launched, timeout: float) -> tuple[str, int]:
     """Where the core's store listens; by every rank but 0.
 
     Raises:
         ValueError: rank 0 has not said so in time.
     """
-    if place.meeting is None:
-        assert place.port is not None
-        return place.host or "127.0.0.1", place.port
+    if launch.meeting is None:
+        assert launch.port is not None
+        return launch.host or "127.0.0.1", launch.port
     import torch.distributed as dist
 
     try:
-        text = _store(place.meeting, timeout).get("address").decode()
+        text = _store(launch.meeting, timeout).get("address").decode()
     except dist.DistError as error:
         raise ValueError(
             f"rank 0 has not said within {timeout:g} s where it listens (--timeout)"

@@ -28,25 +28,25 @@ def choose_devices(spec: str, ranks: int) -> Devices:
 
     Args:
         spec: `auto`, `cpu`, `cuda`, `cuda:N` or `cuda:X,Y`.
-        ranks: how many ranks run here.
+        ranks: how many ranks run on this machine.
 
     Raises:
-        ValueError: another word, a GPU that is not there, or not one GPU for each rank.
+        ValueError: another word, a GPU that does not exist, or not one GPU for each rank.
     """
-    there = torch.cuda.device_count()
-    if spec == "cpu" or (spec == "auto" and there == 0):
+    count = torch.cuda.device_count()
+    if spec == "cpu" or (spec == "auto" and count == 0):
         return Devices((torch.device("cpu"),) * ranks, "gloo")
     head, _, numbers = spec.partition(":")
     if spec not in ("auto", "cuda") and not (
         head == "cuda" and all(n.isdecimal() for n in numbers.split(","))
     ):
         raise ValueError(f"--device: wanted auto, cpu, cuda, cuda:N or cuda:X,Y, got {spec!r}")
-    if there == 0:
+    if count == 0:
         raise ValueError(f"--device {spec}: this machine has no CUDA device (--device cpu runs)")
-    indices = [int(n) for n in numbers.split(",")] if numbers else list(range(there))
-    missing = [n for n in indices if n >= there]
+    indices = [int(n) for n in numbers.split(",")] if numbers else list(range(count))
+    missing = [n for n in indices if n >= count]
     if missing:
-        raise ValueError(f"--device {spec}: this machine has {there} CUDA devices, no {missing[0]}")
+        raise ValueError(f"--device {spec}: this machine has {count} CUDA devices, no {missing[0]}")
     if len(set(indices)) != len(indices):
         raise ValueError(f"--device {spec}: a device is named twice")
     if len(indices) < ranks:
@@ -57,7 +57,7 @@ def choose_devices(spec: str, ranks: int) -> Devices:
     return Devices(tuple(torch.device("cuda", n) for n in indices[:ranks]), "nccl")
 
 
-def device_of_launched(spec: str, place: Launched) -> tuple[torch.device, str]:
+def device_of_launched(spec: str, launch: Launched) -> tuple[torch.device, str]:
     """The device of a rank that torchrun or Slurm started, and the backend that fits it.
 
     Ranks that see all of their machine's GPUs take one each. Where Slurm gives every task GPUs of
@@ -65,14 +65,14 @@ def device_of_launched(spec: str, place: Launched) -> tuple[torch.device, str]:
 
     Args:
         spec: as of `choose_devices`.
-        place: this rank's.
+        launch: this rank's.
 
     Raises:
         ValueError: as of `choose_devices`.
     """
-    ranks, own = place.local_world_size, place.local_rank
+    ranks, own = launch.local_world_size, launch.local_rank
     visible = torch.cuda.device_count()
-    if 0 < visible < ranks and place.has_own_gpus:
+    if 0 < visible < ranks and launch.has_own_gpus:
         ranks, own = 1, 0
     chosen = choose_devices(spec, ranks)
     return chosen.devices[own], chosen.backend

@@ -1,11 +1,12 @@
-"""Where a rank's words go: its own, and those of the C++ libraries below it (c10d, NCCL, CUDA).
+"""Logs of a rank: its own lines, and those of the C++ libraries below it (c10d, NCCL, CUDA).
 
 The libraries write to the process's standard streams, traces of many lines among it. A terminal is
-kept free of them, a log file gets all. Nothing here imports torch.
+kept free of them, a log file gets all. This module imports no torch.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -36,11 +37,12 @@ def let_libraries_speak(environment: MutableMapping[str, str]) -> None:
 
 @contextmanager
 def rank_log(path: Path, rank: int) -> Iterator[None]:
-    """Writes this process's log to a file, appended to what an earlier part of the run has left.
+    """Writes this process's log to a file too, appended to that of an earlier part of the run.
 
-    What libraries write to the standard streams goes there as well; `sys.stdout` and `sys.stderr`
-    stay what they are. An error that passes through leaves its trace there.
+    What libraries write to the standard streams goes to the file alone; `sys.stdout` and
+    `sys.stderr` stay what they are. An error that passes through leaves its trace in the file.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -59,6 +61,20 @@ def rank_log(path: Path, rank: int) -> Iterator[None]:
         log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
+
+
+def keep_rank_log(path: Path, rank: int) -> None:
+    """`rank_log` until the process ends, unless its standard error is that file already."""
+    try:
+        if not (path.exists() and os.path.samestat(os.fstat(2), path.stat())):
+            kept = ExitStack()
+            kept.enter_context(rank_log(path, rank))
+            atexit.register(kept.close)
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.StreamHandler):  # where it is shown from now on
+                    handler.setStream(sys.stderr)
+    except OSError as error:  # the run does without; standard error has the lines as well
+        log.warning("no log file: %s", error)
 
 
 @contextmanager

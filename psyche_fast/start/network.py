@@ -40,7 +40,7 @@ def use_interface(host: str) -> None:
     networks, or none by that name, is another one. What the user has set stays.
 
     Args:
-        host: rank 0's address; one of this machine's own there. All addresses (`0.0.0.0`) say
+        host: rank 0's address; on rank 0 one of its own. All addresses (`0.0.0.0`) say
             nothing.
     """
     name = _interface(host)

@@ -1,6 +1,7 @@
-"""Signals that end a run: the first after what was sent, with a checkpoint, the second at once.
+"""Ends of a run before its time: by signals, or at once from a thread.
 
-Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and SIGUSR1, by which Slurm says that time is nearly up
+The first signal ends a run after what was sent, with a checkpoint, the second at once: Ctrl-C,
+SIGTERM, a closed terminal (SIGHUP), and SIGUSR1, by which Slurm says that time is nearly up
 (`--signal=USR1@120`). It may send them to every process of a job: only the core acts on them.
 """
 
@@ -8,14 +9,50 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from psyche_fast.start.ending import exit_now
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a run with a checkpoint; SIGINT and SIGTERM, coming second, end it at once."""
+_EXIT_SECONDS = 5.0
+"""How long `exit_now` waits for what has been registered."""
+
+_at_exit: list[Callable[[], None]] = []
+
+
+@contextmanager
+def also_at_exit_now(action: Callable[[], None]) -> Iterator[None]:
+    """Has `exit_now` call `action` while the block runs."""
+    _at_exit.append(action)
+    try:
+        yield
+    finally:
+        _at_exit.remove(action)
+
+
+def exit_now(status: int, message: str) -> NoReturn:
+    """Ends the process from a thread, where the main one may be stuck in a collective.
+
+    Args:
+        status: of the process.
+        message: one line for the user.
+    """
+
+    def finish() -> None:
+        for action in list(_at_exit):
+            with suppress(Exception):  # the process ends anyway, and has said why
+                action()
+
+    with suppress(OSError):  # a terminal that has been closed
+        sys.stderr.write(f"psyche-fast: {message}\n")
+        sys.stderr.flush()
+    thread = threading.Thread(target=finish, daemon=True, name="ending")
+    thread.start()
+    thread.join(_EXIT_SECONDS)
+    os._exit(status)
 
 
 def leave_to_core() -> None:

@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
-from psyche_fast.start.ending import exit_now
 from psyche_fast.start.logs import let_libraries_speak
 from psyche_fast.start.network import tcp_url
-from psyche_fast.start.parent import PARENT_PIPE
+from psyche_fast.start.parent import SPAWNED
+from psyche_fast.start.signals import exit_now
 
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 3.0
@@ -45,7 +45,6 @@ class Sidecars:
     world_size: int
     environment: dict[str, str] = field(default_factory=dict)
     _children: list[_Child] = field(default_factory=list)
-    _leash: tuple[int, int] = field(default_factory=os.pipe)
     _closing: threading.Event = field(default_factory=threading.Event)
     _failed: threading.Event = field(default_factory=threading.Event)
     _message: str = ""
@@ -67,27 +66,20 @@ class Sidecars:
         command += ["--rank", str(rank)]
         if device_index is not None:
             command += ["--device", str(device_index)]
-        reader = self._leash[0]
-        environment = {**os.environ, **self.environment, PARENT_PIPE: str(reader)}
-        output, log_start = None, 0
+        environment = {**os.environ, **self.environment, SPAWNED: "1"}
         if log is not None:
             let_libraries_speak(environment)
-            output = log.open("ab")
-            log_start = output.tell()
-        try:
+        with nullcontext() if log is None else log.open("ab") as output:
+            log_start = 0 if output is None else output.tell()
             process = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                pass_fds=(reader,),
+                stderr=None if output is None else subprocess.STDOUT,
                 # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
                 start_new_session=True,
             )
-        finally:
-            if output is not None:
-                output.close()
         self._children.append(_Child(rank, process, log, log_start))
 
     def watch(self, grace: float) -> None:
@@ -163,15 +155,12 @@ class Sidecars:
             child.process.wait()
 
     def __enter__(self) -> Sidecars:
-        """Nothing to do."""
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ends what still runs."""
         self._closing.set()
         self.kill()
-        for descriptor in self._leash:
-            os.close(descriptor)
 
 
 def _last_words(child: _Child) -> list[str]:
@@ -211,9 +200,9 @@ def launch_host(
         main_host: the core's address.
         port: the core's port.
         world_size: all ranks of the run.
-        start_rank: the first rank here.
-        start_device: CUDA index of the first rank here (nccl).
-        num_local_ranks: how many ranks here.
+        start_rank: the first rank on this machine.
+        start_device: CUDA index of that rank (nccl).
+        num_local_ranks: how many ranks run on this machine.
         backend: `nccl` or `gloo`.
 
     Raises:
@@ -255,8 +244,3 @@ def _say_if_alone(host: str, port: int) -> None:
             "and --port?\n"
         )
         sys.stderr.flush()
-
-
-def local_ranks(world_size: int, ranks_here: int) -> Sequence[int]:
-    """Ranks of the sidecars on the core's own machine."""
-    return range(1, min(ranks_here, world_size))

@@ -58,16 +58,12 @@ def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[P
     Raises:
         RuntimeError: some have not come in time.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
     keys = [_processor_key(rank) for rank in range(1, world_size)]
-    while keys and not store.check(keys):
-        try:
-            store.wait(keys, _SLICE)
-        except dist.DistStoreError:
-            if time.monotonic() > deadline:
-                late = [n for n, key in enumerate(keys, 1) if not store.check([key])]
-                ranks = ", ".join(map(str, late))
-                raise RuntimeError(f"timed out waiting for the start of rank {ranks}") from None
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        late = [str(rank) for rank, key in enumerate(keys, 1) if not store.check([key])]
+        raise RuntimeError(f"timed out waiting for the start of rank {', '.join(late)}") from None
     return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
 
 
@@ -87,10 +83,10 @@ class StoreClient:
     """
 
     def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
-        """Connects to the store, which has to be there within `timeout`.
+        """Connects to the store, which has to answer within `timeout`.
 
         Raises:
-            ValueError: nobody is there.
+            ValueError: no store answers.
         """
         try:
             self.store = dist.TCPStore(
@@ -130,7 +126,7 @@ class StoreClient:
             self._asked_at = None
 
     def first_of(self, keys: Sequence[str]) -> str:
-        """Waits until one of several keys is there, and says which."""
+        """Waits until one of several keys is set, and says which."""
         pause, most = _LOOKS
         try:
             while True:

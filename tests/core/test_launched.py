@@ -173,6 +173,7 @@ def test_srun_makes_one_run_and_counts_ranks(
     said = run_command(*flags(place, tmp_path / "run"), ranks=2)
     assert [rank.returncode for rank in said] == [0, 0], said
     assert losses(tmp_path / "run") == one_machine
+    assert "rank 1 INFO loaded" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     for rank in run_command(*flags(place, tmp_path / "other", replicas=3), ranks=2):
         assert rank.returncode == 2
         assert "2 ranks were started, but --replicas 3 x" in rank.stderr

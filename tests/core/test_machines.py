@@ -56,6 +56,9 @@ def test_ranks_of_another_machine(tmp_path: Path) -> None:
     assert "waiting for 1 ranks from other machines: psyche-fast sidecar --main-host" in said
     _, errors = other.communicate(timeout=30)
     assert other.returncode == 0, errors
+    for rank in (1, 2):  # spawned by the core and by the launcher
+        log = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+        assert log.count(f"rank {rank} INFO loaded") == 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
     assert json.loads(lines[-1])["bytes_sent"] > 0

@@ -160,13 +160,13 @@ def test_npy_that_is_cut_short_garbled_or_in_columns(tmp_path):
     np.save(path, np.zeros(100, dtype=np.uint16))
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match=r"a\.npy is damaged.*200 bytes.*190 follow"):
+    with pytest.raises(ValueError, match=r"a\.npy is damaged.*mmap length"):
         LocalDataset(tmp_path, 2, 4)
     path.write_bytes(whole[:50])
-    with pytest.raises(ValueError, match=r"a\.npy: bad \.npy header"):
+    with pytest.raises(ValueError, match=r"a\.npy is damaged"):
         LocalDataset(tmp_path, 2, 4)
     path.write_bytes(whole[:6] + b"\x09" + whole[7:])
-    with pytest.raises(ValueError, match=r"a\.npy: bad \.npy header.*\(9, 0\)"):
+    with pytest.raises(ValueError, match=r"a\.npy is damaged.*version"):
         LocalDataset(tmp_path, 2, 4)
     np.save(path, np.asfortranarray(np.zeros((10, 10), dtype=np.uint16)))
     with pytest.raises(ValueError, match="Fortran order"):

@@ -81,14 +81,14 @@ def test_no_steps():
         assert list(prefetcher) == []
 
 
-def test_reads_ahead_by_depth_and_no_further():
+def test_reads_a_few_batches_ahead_and_no_further():
     data = Numbers(100)
-    with BatchPrefetcher(data, 1, 1, 50, depth=3) as prefetcher:
+    with BatchPrefetcher(data, 1, 1, 50) as prefetcher:
         for step in range(1, 21):
-            wait_until(lambda step=step: len(data.asked) == step + 2)
+            wait_until(lambda step=step: len(data.asked) == step + 1)
             data.taken = step  # before it is, so that nothing counts as ahead that is not
             next(prefetcher)
-    assert data.most_ahead == 3
+    assert data.most_ahead == 2
 
 
 def test_an_error_comes_where_its_batch_would_have_and_stays():
@@ -145,15 +145,6 @@ def test_close_frees_a_consumer_that_waits():
     assert got == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "flag"),
-    [((0, 1, 5), "--total-batch"), ((4, 0, 5), "--start-step"), ((4, 1, 5, 0), "depth")],
-)
-def test_bad_arguments(arguments, flag):
-    with pytest.raises(ValueError, match=rf"{flag}.*at least 1, got 0"):
-        BatchPrefetcher(Numbers(5), *arguments)
-
-
 # --- collate ------------------------------------------------------------------------------------
 
 
@@ -185,15 +176,10 @@ def test_collate_leaves_out_labels_that_are_the_inputs():
 def test_collate_refuses_what_does_not_fit_together():
     same = ids(1, 2)
     plain = Sample(same, same)
-    for other, name in (
-        (Sample(ids(1, 2), ids(1, 2)), "labels"),
-        (Sample(same, same, ids(0, 1)), "position_ids"),
-        (Sample(same, same, None, (2,)), "sequence_lengths"),
+    for other in (
+        Sample(ids(1, 2), ids(1, 2)),
+        Sample(same, same, ids(0, 1)),
+        Sample(same, same, None, (2,)),
     ):
-        with pytest.raises(ValueError, match=f"only 1 of 2 samples of a batch have {name}"):
+        with pytest.raises(AssertionError, match="some samples only"):
             collate([plain, other])
-    long = ids(1, 2, 3)
-    with pytest.raises(ValueError, match=r"one length, got \[2, 3\]"):
-        collate([plain, Sample(long, long)])
-    with pytest.raises(ValueError, match="at least one sample"):
-        collate([])

@@ -57,15 +57,6 @@ def test_absent_metrics_are_left_out_and_non_finite_ones_read_nan():
     assert stream.getvalue() == "step 1/9 | loss nan | grad_norm 1.00 | eta 00:00:00\n"
 
 
-@pytest.mark.parametrize(
-    ("every", "shown"),
-    [(1, [3, 4, 5, 6, 7, 8, 9]), (3, [3, 6, 9]), (4, [3, 4, 8, 9]), (0, [3, 9])],
-)
-def test_every_thins_out_plain_lines_but_never_the_first_and_the_last(every, shown):
-    text = run(range(3, 10), total_steps=9, start_step=3, every=every)
-    assert [int(line.split()[1].split("/")[0]) for line in text.splitlines()] == shown
-
-
 def test_a_slow_first_step_is_forgotten_at_the_second():
     stream, clock = io.StringIO(), Clock()
     console = Console(11, stream=stream, clock=clock)
@@ -115,13 +106,6 @@ def test_a_message_does_not_break_the_live_line():
     assert before.split("\r")[-2].strip() == ""
     assert before.endswith("\r")
     assert "step 1/10" in after
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="every: wanted 0 or more steps, got -1"):
-        Console(10, every=-1)
-    with pytest.raises(ValueError, match="start_step: wanted 1 or more, got 0"):
-        Console(10, 0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from psyche_fast.config import Optimizer
@@ -44,7 +45,7 @@ HYPERPARAMETERS: dict[str, Any] = {
 )  # fmt: skip
 def test_every_operation_reads_and_writes_the_same_json(fields: dict[str, Any]) -> None:
     operation = messages.decode(json.dumps(fields), 0)
-    assert json.loads(messages.encode(operation)) == fields
+    assert json.loads(msgspec.json.encode(operation)) == fields
 
 
 @pytest.mark.parametrize(
@@ -57,16 +58,17 @@ def test_every_operation_reads_and_writes_the_same_json(fields: dict[str, Any]) 
         ({**TRAIN, "optimize": True}, "unknown field `optimize`"),  # our own core's, once
         ({**TRAIN, "step": 1.5}, r"Expected `int`.*\$.step"),
         ({**TRAIN, "step": True}, r"\$.step"),
-        ({**TRAIN, "step": -1}, "must not be negative"),
+        ({**TRAIN, "step": -1}, r"`int` >= 0 - at `\$.step`"),
         ({**TRAIN, "batch_shape": [8]}, "batch_shape"),
-        ({**TRAIN, "batch_shape": [0, 16]}, "must be positive"),
+        ({**TRAIN, "batch_shape": [0, 16]}, r"`int` >= 1 - at `\$.batch_shape"),
         ({**TRAIN, "batch_sequence_lengths": [[16]]}, "has 1 rows, batch_shape 8"),
         ({**TRAIN, "results_len": 1}, "results_metadata is null"),
         ({**TRAIN, "results_len": 1, "results_metadata": {**METADATA, "totalk": []}},
          "different lengths"),
         ({**TRAIN, "results_len": 1, "results_metadata": {**METADATA, "xshape": None}},
          "xshape must not be null"),
-        ({**HYPERPARAMETERS, "optimizer": {"Adam": {}}}, "optimizer: wanted"),
+        ({**HYPERPARAMETERS, "optimizer": {"Adam": {}}}, "unknown form 'Adam'"),
+        ({**HYPERPARAMETERS, "optimizer": "Adam"}, "optimizer: wanted"),
         ({**HYPERPARAMETERS, "optimizer": {"AdamW": {"betas": [0.9]}}}, "AdamW"),
         ({**HYPERPARAMETERS, "lr_scheduler": {"Step": {}}}, "unknown form 'Step'"),
         ({**HYPERPARAMETERS, "micro_batch_size": 0}, "micro_batch_size"),

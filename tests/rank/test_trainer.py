@@ -27,7 +27,7 @@ from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
-from psyche_fast.psyche import evaluation
+from psyche_fast.psyche import serving
 from psyche_fast.psyche.training import reported_loss
 from psyche_fast.rank.counts import Totals, warn_of_refusal
 from psyche_fast.rank.gradients import local_parts
@@ -186,7 +186,7 @@ def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
         tested.optimize(step)
         model = reference(folder)
         model.load_state_dict(dict(tested.model.full_state_dict_iter()))
-        logits, loss = evaluation.forward(
+        logits, loss = serving.forward(
             tested.model, Topology(), Batch(ids, labels=ids), num_logits_to_keep=2, loss_scale=2.0
         )
         expected = model(ids, labels=ids)
@@ -198,7 +198,7 @@ def test_forward_and_extract_see_the_plain_parameters(folder: Path) -> None:
 def test_truncate_bf16(folder: Path) -> None:
     tested = trainer(folder)
     before = {n: p.detach().clone() for n, p in tested.parameters.items()}
-    evaluation.truncate_bf16(tested.model)
+    serving.truncate_bf16(tested.model)
     for name, parameter in tested.parameters.items():
         assert torch.equal(parameter, before[name].bfloat16().float())
         assert not torch.equal(parameter, before[name]) or before[name].unique().numel() == 1

@@ -54,8 +54,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SECOND = """
 import os, signal, sys, threading, time
-from psyche_fast.start.ending import also_at_exit_now
-from psyche_fast.start.signals import stop_on_signal
+from psyche_fast.start.signals import also_at_exit_now, stop_on_signal
 
 first = threading.Event()
 with (
