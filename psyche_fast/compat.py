@@ -9,6 +9,7 @@ where it is needed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from datetime import timedelta
 from importlib import import_module
@@ -99,6 +100,13 @@ def allow_recompilations(count: int) -> None:
 
 
 # Transformers
+
+
+def decoded(config: dict[str, Any]) -> Any:
+    """A copy of `config.json` with its tagged numbers (infinity, NaN) as floats (5.17 .. 5.23)."""
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig._decode_special_floats(copy.deepcopy(config))
 
 
 def supported_attention(model: Any) -> tuple[bool, bool]:

@@ -31,9 +31,12 @@ def build(
 
     Args:
         config_dict: `config.json`.
-        param_dtype: type of the parameters; buffers such as the rotary frequencies keep fp32.
+        param_dtype: type of what checkpoints hold, but for what the architecture keeps in fp32;
+            other buffers are as `from_pretrained` has them, computed in fp32.
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
-        sequence_length: tokens per row; raises `max_position_embeddings` where that is less.
+        sequence_length: tokens per row; raises `max_position_embeddings` where that is less and a
+            buffer grows with it. Elsewhere the number says which function of the positions the
+            model has learned (dynamic rotary frequencies, longrope).
 
     Raises:
         ValueError: an unknown model, a malformed configuration, an attention implementation that
@@ -41,47 +44,62 @@ def build(
     """
     check_huggingface_config(config_dict)
     try:
-        config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(copy.deepcopy(config_dict))
+        config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(compat.decoded(config_dict))
     # Each architecture validates in its own way, and the classes of errors differ as much.
     except Exception as error:
         raise ValueError(f"--model: config.json: {' '.join(str(error).split())}") from error
     model = _construct(config, param_dtype, attn_implementation)
-    text = config.get_text_config()
+    raised = copy.deepcopy(config)
+    text = raised.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if sequence_length is None or limit is None or sequence_length <= limit:
         return model
-    shapes = {name: param.shape for name, param in model.named_parameters()}
     text.max_position_embeddings = sequence_length
-    model = _construct(config, param_dtype, attn_implementation)
-    tables = [name for name, param in model.named_parameters() if param.shape != shapes[name]]
-    if tables:
+    longer = _construct(raised, param_dtype, attn_implementation)
+    shapes = {name: tensor.shape for name, tensor in _tensors(model)}
+    tables = [name for name, tensor in _tensors(longer) if tensor.shape != shapes[name]]
+    learned = [name for name, _ in longer.named_parameters() if name in tables]
+    if learned:
         raise ValueError(
             f"--sequence-length {sequence_length} is more than the {limit} positions that "
-            f"{', '.join(tables)} has learned"
+            f"{', '.join(learned)} has learned"
         )
-    return model
+    return longer if tables else model
 
 
 def _construct(
     config: PreTrainedConfig, param_dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
-    with parameters_on_meta():
-        try:
+    def constructed(dtype: torch.dtype) -> PreTrainedModel:
+        with parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=param_dtype, attn_implementation=attn_implementation
+                config, dtype=dtype, attn_implementation=attn_implementation
             )
-        except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"--model: {config.model_type} cannot be built with --attn-implementation "
-                f"{attn_implementation}: {' '.join(str(error).split())}"
-            ) from error
+            return model
+
+    try:
+        exact = constructed(torch.float32)  # constructors compute their buffers in the type given
+        model = constructed(param_dtype)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"--model: {config.model_type} cannot be built with --attn-implementation "
+            f"{attn_implementation}: {' '.join(str(error).split())}"
+        ) from error
     model.tie_weights()
     # Some architectures want parts in fp32 whatever the rest is (as from_pretrained has it).
     kept = [re.compile(glob.replace("*", ".*")) for glob in compat.dtype_plan(model, param_dtype)]
-    for name, param in model.named_parameters():
+    for name, tensor in _tensors(model):
         if any(pattern.search(name) for pattern in kept):
-            param.data = param.data.float()
+            tensor.data = tensor.data.float()
+    values = dict(exact.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(values[name])
     return model
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def plan_load(model: PreTrainedModel, names: list[str]) -> LoadPlan:

@@ -182,6 +182,33 @@ def test_bf16_keeps_rotary_frequencies_in_fp32(save_model) -> None:
     torch.testing.assert_close(frequencies.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_bf16_keeps_in_fp32_what_the_architecture_does(save_model) -> None:
+    folder = save_model("deepseek_v3", **ARCHITECTURES["deepseek_v3"])
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = torch.tensor([0.1, 0.2, 0.3, 0.4])  # no numbers of bf16
+    model = load_model(resolve_model(str(_rewrite(folder, **{name: bias}))), device=CPU)
+    torch.testing.assert_close(dict(model.full_state_dict_iter())[name], bias, rtol=0, atol=0)
+
+
+def test_tables_of_bf16_models_are_computed_in_fp32(save_model) -> None:
+    folder = save_model("gptj", **{**ARCHITECTURES["gptj"], "rotary_dim": 8})
+    model = load_model(resolve_model(str(folder)), device=CPU, attn_implementation="eager")
+    angles = torch.arange(64)[:, None] * 10000.0 ** -torch.tensor([0.0, 0.25, 0.5, 0.75])
+    expected = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = model.module.transformer.h[0].attn.embed_positions
+    torch.testing.assert_close(table.float(), expected, rtol=0, atol=2**-9)
+
+
+def test_numbers_that_are_not_finite_are_read_and_written(save_model, tmp_path: Path) -> None:
+    folder = save_model("mamba2", num_heads=8, head_dim=8, state_size=4, n_groups=1)
+    limit = json.loads((folder / "config.json").read_text())["time_step_limit"]
+    assert limit == [0.0, {"__float__": "Infinity"}]
+    model = _load(folder, attn_implementation="eager")
+    assert model.module.config.time_step_limit[1] == float("inf")
+    model.save_config(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["time_step_limit"] == limit
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -230,13 +257,23 @@ def test_a_malformed_value_in_the_config(save_model) -> None:
 
 
 class TestSequenceLength:
-    def test_it_raises_the_limit_of_rotary_models(self, save_model, tmp_path: Path) -> None:
-        model = _load(save_model("llama"), sequence_length=200)
-        assert model.config["max_position_embeddings"] == 200
-        assert model.loss(Batch(torch.ones(1, 200, dtype=torch.int64))).isfinite()
+    @pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
+    def test_the_rotary_function_stays_the_models(self, save_model, tmp_path, kind: str) -> None:
+        rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+        if kind == "longrope":
+            rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+            rope |= {"original_max_position_embeddings": 16}
+        folder = save_model("llama", rope_parameters=rope)
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = _load(folder, sequence_length=200)
+        for length in (200, 8):
+            ids = torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                expected = reference(ids, use_cache=False).logits
+            torch.testing.assert_close(model.forward(Batch(ids))[0], expected, rtol=0, atol=0)
         model.save_config(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())
-        assert saved["max_position_embeddings"] == 200
+        assert saved["max_position_embeddings"] == 64
         assert saved["architectures"] == ["LlamaForCausalLM"]
 
     def test_a_shorter_one_leaves_the_model_as_it_is(self, save_model) -> None:
@@ -256,6 +293,7 @@ class TestSequenceLength:
         folder = save_model("gptj", **ARCHITECTURES["gptj"])
         model = _load(folder, sequence_length=100, attn_implementation="eager")
         assert model.loss(Batch(torch.ones(1, 100, dtype=torch.int64))).isfinite()
+        assert model.module.config.max_position_embeddings == 100
 
 
 def test_activation_checkpointing_changes_no_name_and_no_gradient(save_model) -> None:
