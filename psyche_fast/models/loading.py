@@ -23,7 +23,6 @@ from psyche_fast.models.tensor_parallel import tensor_parallel
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _RECOMPILE_LIMIT = 64
 
 
@@ -143,9 +142,9 @@ def load_configured(
         source,
         architecture=options.python_arch,
         device=device,
-        param_dtype=_DTYPES[options.param_dtype],
-        master_dtype=_DTYPES[options.master_dtype],
-        save_dtype=_DTYPES[options.save_dtype or options.param_dtype],
+        param_dtype=getattr(torch, options.param_dtype),
+        master_dtype=getattr(torch, options.master_dtype),
+        save_dtype=getattr(torch, options.save_dtype or options.param_dtype),
         attn_implementation=choose_attention(
             options.attn_implementation, device.type, read_config(source).get("model_type")
         ),

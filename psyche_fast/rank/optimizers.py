@@ -25,8 +25,6 @@ from psyche_fast.sharding import local_tensor
 _STEPPED_ELEMENTS = 1 << 25
 """Elements whose gradients are widened at once for masters (128 MiB), or those of one parameter."""
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 class Optimizer:
     """One rank's optimiser over named parameters. This one changes nothing."""
@@ -256,7 +254,7 @@ def distro_options(options: config.Optimizer) -> dict[str, Any]:
         "compression_chunk": options.compression_chunk,
         "compression_topk": options.compression_topk,
         "weight_decay": options.weight_decay,
-        "delta_dtype": _DTYPES[options.delta_dtype],
+        "delta_dtype": getattr(torch, options.delta_dtype),
         "offload_delta": options.offload_delta,
     }
 
