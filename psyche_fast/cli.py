@@ -21,7 +21,7 @@ import click
 
 from psyche_fast import __version__
 from psyche_fast.config import FLAGS, Machines, RunConfig, flag, read_toml
-from psyche_fast.errors import exit_status
+from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import signals
 from psyche_fast.start.cluster import Launched, launched, meet
 from psyche_fast.start.logs import quiet_terminal
@@ -320,6 +320,8 @@ def main(argv: list[str] | None = None) -> None:
 def run_command(command: click.Command, name: str, argv: list[str] | None) -> None:
     """Runs a command of this project; an error of the run or of the user's is said in one line."""
     try:
+        for argument in sys.argv[1:] if argv is None else argv:
+            check_name(argument)
         command.main(args=argv, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)

@@ -333,10 +333,12 @@ def _fault(value: Any, hint: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     bare = _without_none(hint.__origin__)
+    if value is None and bare is not hint.__origin__:
+        return None
     if get_origin(bare) is Literal:
         return None if value in get_args(bare) else " or ".join(map(str, get_args(bare)))
     for meta in (*hint.__metadata__, *getattr(bare, "__metadata__", ())):
-        if meta.ge is None or value is None:
+        if meta.ge is None:
             continue
         if value < meta.ge or (meta.lt is not None and value >= meta.lt):
             return f"at least {meta.ge}" if meta.lt is None else f"in [{meta.ge}, {meta.lt})"
@@ -360,7 +362,7 @@ def read_toml(path: str) -> dict[str, Any]:
     """
     what = f"--config {path}"
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{what}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

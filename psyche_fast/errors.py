@@ -6,6 +6,7 @@ and `OSError` are the run's (status 1); anything else is a bug of ours and shows
 
 from __future__ import annotations
 
+import os
 import signal
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
@@ -40,6 +41,16 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def check_name(name: str) -> None:
+    """Checks that a name is text, as logs, configurations and libraries take it.
+
+    Raises:
+        ValueError: the system gave bytes that are not UTF-8.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in name):
+        raise ValueError(f"{os.fsencode(name)!r} is not UTF-8: rename the file or folder")
 
 
 def exit_status(error: BaseException) -> int | None:

@@ -72,7 +72,14 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--replicas", "9", "--distro", "--total-batch", "8"], "--total-batch 8 is less than"),
         (["--distro-quantization"], "needs --distro"),
         (["--save-path", "{place}/data"], "is there already"),
-        (["--save-path", "."], "is there already"),
+        (["--save-path", "."], "are in one another"),
+        (["--save-path", "out", "--output", "out"], "are in one another"),
+        (["--save-path", "out/final", "--output", "out"], "are in one another"),
+        (["--save-path", "a", "--output", "a/b/run"], "are in one another"),
+        (["--save-path", "runs"], "are in one another"),
+        (["--output", "run-\udcff"], r"b'run-\xff' is not UTF-8: rename the file or folder"),
+        (["--master-dtype", "bfloat16", "--param-dtype", "float32"], "--master-dtype bfloat16"),
+        (["--loss", "chunked", "--liger"], "--loss chunked with --liger"),
         (["--tracker", "wandb"], "--tracker wandb is not installed"),
         pytest.param(["--liger"], "--liger needs a CUDA device", marks=pytest.mark.no_gpu),
         (["--tensor-parallelism", "3"], "does not divide the model's num_attention_heads, 4"),
@@ -239,3 +246,12 @@ def test_sidecar_launcher_refuses_ranks_that_do_not_fit(
     )  # fmt: skip
     assert status == 2
     assert "ranks 1 .. 2 do not fit --world-size 2" in err
+
+
+def test_a_config_file_with_a_byte_order_mark(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_bytes("\ufefftotal_batch = 24\n".encode())
+    status, out, _ = run(capsys, *train(place, "--config", str(tmp_path / "run.toml"), "--dry-run"))
+    assert status == 0
+    assert "total_batch = 24" in out

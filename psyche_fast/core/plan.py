@@ -66,7 +66,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     if run.output is not None:
         _check_output(Path(run.output), config.schedule.start_step)
     if run.save_path is not None:
-        _check_save_path(Path(run.save_path))
+        check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
     check_tracker(run.tracker)
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
@@ -196,9 +196,23 @@ def _check_output(output: Path, start_step: int) -> None:
         )
 
 
-def _check_save_path(path: Path) -> None:
+def check_save_path(path: Path, output: Path) -> None:
+    """Checks that the final model can be written to a folder of its own.
+
+    Args:
+        path: `--save-path`.
+        output: the run directory.
+
+    Raises:
+        ValueError: something is in the way, or one of the two is in the other.
+    """
     # Resolved: "." and links have no name of their own to put a folder under.
-    path = path.resolve()
+    path, output = path.resolve(), output.resolve()
+    if path in (output, *output.parents) or output in path.parents:
+        raise ValueError(
+            f"--save-path {path} and the run directory, --output {output}, are in one another; "
+            "name a folder apart from it"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"--save-path {path} is there already; name a new folder or an empty one")
     parent = next(p for p in path.parents if p.exists())

@@ -146,9 +146,7 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
 
         for last_step, saved in steps(core, batches, report):  # noqa: B007 - used below
             checkpoint = saved or checkpoint
-    if run.save_path is not None and checkpoint is not None:
-        with atomic_folder(Path(run.save_path).resolve()) as folder:
-            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    unsaved = _save(run.save_path, checkpoint)
     stopped = stop.signal if last_step < total else None
     stop.has_work = False
     ranks.sidecars.expect_exit()
@@ -156,7 +154,22 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     hand_on(Exit(), trainer.topology)
     barrier(device, trainer.topology.everyone)
     dist.destroy_process_group()
+    if unsaved is not None:
+        raise unsaved
     return RunResult(output, checkpoint, last_step, stopped)
+
+
+def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
+    """Copies the last checkpoint to `--save-path`; what went wrong is for later, ranks wait."""
+    if save_path is None or checkpoint is None:
+        return None
+    path = Path(save_path).resolve()
+    try:
+        with atomic_folder(path, replaces=False) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    except OSError as error:
+        return OSError(f"--save-path {path}: {error}; the model is in {checkpoint}")
+    return None
 
 
 def steps(

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 
 from psyche_fast.data.order import shuffled_order
-from psyche_fast.data.samples import Sample, check_range, check_token_ids
+from psyche_fast.data.samples import (
+    Sample,
+    check_range,
+    check_token_ids,
+    is_train,
+    visible_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +26,9 @@ _NPY_MAGIC = b"\x93NUMPY"
 # How much of a file is looked at to tell 2-byte from 4-byte tokens, and from how many tokens on.
 _PROBE_BYTES = 16384
 _PROBE_MIN_TOKENS = 128
-# No tokenizer has 2**24 entries, but two 2-byte tokens read as one reach that easily.
-_MAX_TOKEN_ID = 1 << 24
+# No tokenizer has 2**22 entries, but two 2-byte tokens read as one reach that easily: bytes of text
+# from 64 on, the letters, in their upper half suffice.
+_MAX_TOKEN_ID = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +40,22 @@ class _TokenFile:
 
 
 def token_files(path: str | Path) -> list[Path]:
-    """Token files of a directory in sorted name order, or the one token file that `path` is."""
+    """Token files of a directory in sorted name order, or the one token file that `path` is.
+
+    Of a directory without any, those of its sub-folders in the order of their paths: of the ones
+    named `train` or `train-*` if there are such. Names that begin with a dot are left out.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or directory: {path} (--data-path)")
-    candidates = sorted(path.iterdir(), key=lambda p: p.name) if path.is_dir() else [path]
-    return [p for p in candidates if p.suffix in TOKEN_FILE_SUFFIXES and p.is_file()]
+    if not path.is_dir():
+        return [path] if path.suffix in TOKEN_FILE_SUFFIXES and path.is_file() else []
+    files = [p for p in visible_files(path) if p.suffix in TOKEN_FILE_SUFFIXES]
+    own = [p for p in files if p.parent == path]
+    if own:
+        return sorted(own, key=lambda p: p.name)
+    train = [p for p in files if any(is_train(part) for part in p.relative_to(path).parts[:-1])]
+    return train or files
 
 
 class LocalDataset:
@@ -152,7 +169,9 @@ class LocalDataset:
         else:
             # The upper halves of 4-byte tokens stay small whatever the tokenizer.
             low, high = tokens[0::2], tokens[1::2]
-            wrong = int(high.max()) < _MAX_TOKEN_ID >> 16 <= int(low.max())
+            most, largest = int(high.max()), int(low.max())
+            small = most == 0 < largest  # ids of fewer than 2 bytes: every second one is 0
+            wrong = small or most < _MAX_TOKEN_ID >> 16 <= largest
         if wrong:
             raise ValueError(
                 f"{path} looks like {6 - self.token_size}-byte tokens, not "

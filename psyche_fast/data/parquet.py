@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,23 @@ import pyarrow.parquet as pq
 import torch
 
 from psyche_fast.data.order import shuffled_order
-from psyche_fast.data.samples import Sample, check_range, check_token_ids
+from psyche_fast.data.samples import (
+    Sample,
+    check_range,
+    check_token_ids,
+    is_train,
+    visible_files,
+)
 
 _FIXED_COLUMNS = ("inputs", "labels", "position_ids")
 _COLUMNS = (*_FIXED_COLUMNS, "sequence_lengths")
+_ALIASES = {"input_ids": "inputs"}
+"""Names that others than Psyche give a column."""
+
+_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list,
+    pa.types.is_list_view, pa.types.is_large_list_view,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +54,7 @@ def train_files(path: str | Path) -> list[Path]:
 
     `path` may be one Parquet file. In a directory they are the files of every folder named `train`
     or `train-*` (`path` itself included); where there is no such folder, those whose own names
-    begin with `train`.
+    begin with `train`. Names that begin with a dot are left out.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
@@ -50,11 +64,7 @@ def train_files(path: str | Path) -> list[Path]:
         raise FileNotFoundError(f"no such file or directory: {path} (--data-path)")
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    files = sorted(p for p in path.rglob("*.parquet") if p.is_file())
-
-    def is_train(name: str) -> bool:
-        return name == "train" or name.startswith("train-")
-
+    files = [p for p in visible_files(path) if p.suffix == ".parquet"]
     in_folder = [p for p in files if is_train(p.absolute().parent.name)]
     return in_folder or [p for p in files if p.name.startswith("train")]
 
@@ -62,9 +72,9 @@ def train_files(path: str | Path) -> list[Path]:
 class ParquetDataset:
     """Rows of Parquet files, one training sequence each.
 
-    Column `inputs` is required; `labels` and `position_ids` are optional and, like it, hold exactly
-    L integers a row; `sequence_lengths` (optional, any length) holds the lengths of the documents
-    packed into the row. Sample ids wrap around modulo the number of rows.
+    Column `inputs` (or `input_ids`) is required; `labels` and `position_ids` are optional and, like
+    it, hold exactly L integers a row; `sequence_lengths` (optional, any length) holds the lengths
+    of the documents packed into the row. Sample ids wrap around modulo the number of rows.
 
     Row groups are decoded when first asked for and kept, up to `cache_bytes` altogether, the least
     recently used dropped first. With a seed every batch touches many row groups, so data larger
@@ -133,17 +143,15 @@ class ParquetDataset:
 
     @staticmethod
     def _check_schema(path: Path, schema: pa.Schema) -> list[str]:
-        columns = [name for name in _COLUMNS if name in schema.names]
+        names = {_ALIASES.get(name, name) for name in schema.names}
+        columns = [name for name in _COLUMNS if name in names]
         if "inputs" not in columns:
-            raise ValueError(f"{path} has no column 'inputs', only {schema.names}")
+            raise ValueError(f"{path} has no column 'inputs' (or 'input_ids'), only {schema.names}")
         for name in columns:
-            kind = schema.field(name).type
-            is_list = (
-                pa.types.is_list(kind)
-                or pa.types.is_large_list(kind)
-                or pa.types.is_fixed_size_list(kind)
-            )
-            if not is_list or not pa.types.is_integer(kind.value_type):
+            kind = schema.field(_stored(name, schema.names)).type
+            if not any(is_kind(kind) for is_kind in _LISTS) or not pa.types.is_integer(
+                kind.value_type
+            ):
                 raise ValueError(f"{path}: column '{name}' is {kind}, expected lists of integers")
         return columns
 
@@ -191,12 +199,13 @@ class ParquetDataset:
         group = self._groups[which]
         try:
             with pq.ParquetFile(group.path) as file:
-                table = file.read_row_group(group.index, columns=self._columns)
+                names = {name: _stored(name, file.schema_arrow.names) for name in self._columns}
+                table = file.read_row_group(group.index, columns=list(names.values()))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"cannot read {group.path}: {error}") from None
         decoded: _Decoded = {}
         for name in self._columns:
-            values, counts = _flatten(group, name, table.column(name))
+            values, counts = _flatten(group, name, table.column(names[name]))
             if name in _FIXED_COLUMNS:
                 self._check_counts(group, name, counts)
                 values = values.reshape(group.rows, self.sequence_length)
@@ -230,11 +239,18 @@ class ParquetDataset:
         check_token_ids(inputs, vocab_size, str(self._groups[0].path))
 
 
+def _stored(name: str, stored: Sequence[str]) -> str:
+    """A column's name in a file."""
+    return name if name in stored else next(n for n in stored if _ALIASES.get(n) == name)
+
+
 def _flatten(group: _RowGroup, name: str, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """All integers of a list column, and per row how many of them are its own."""
     at = pc.index(column.is_null(), True).as_py()
     if at >= 0:
         raise ValueError(f"{group.path}, row {group.first_row + at}, column '{name}': no value")
+    if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+        column = column.cast(pa.large_list(column.type.value_type))
     values = pc.list_flatten(column)
     at = pc.index(values.is_null(), True).as_py()
     if at >= 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from psyche_fast.batch import Batch
+from psyche_fast.errors import check_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,3 +81,23 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
             f"token id {outside} in {where} is outside the model's vocabulary of {vocab_size}: "
             "the data belong to another tokenizer (--data-path, --model) or --token-size"
         )
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files below a folder in the order of their paths, but for names that begin with a dot.
+
+    Raises:
+        ValueError: a name is not UTF-8.
+    """
+    files = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if not any(part.startswith(".") for part in parts) and path.is_file():
+            check_name(str(path))
+            files.append(path)
+    return sorted(files)
+
+
+def is_train(name: str) -> bool:
+    """Whether a folder's name says that the train split is in it."""
+    return name == "train" or name.startswith("train-")

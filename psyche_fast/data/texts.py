@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from psyche_fast.data.samples import visible_files
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +25,15 @@ TEXT_GLOBS = (
     "*.c", "*.h", "*.cc", "*.cpp", "*.hpp", "*.cu", "*.rs", "*.go", "*.java", "*.js", "*.ts",
     "*.sh", "*.toml", "*.yaml", "*.yml",
 )  # fmt: skip
-DEFAULT_GLOBS = (*TEXT_GLOBS, *(f"*{s}" for s in JSON_LINES_SUFFIXES), "*.parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""Suffixes behind those of text and JSON lines."""
+
+DEFAULT_GLOBS = (
+    *TEXT_GLOBS,
+    *(f"*{s}" for s in JSON_LINES_SUFFIXES),
+    *(f"*{s}{c}" for s in (".txt", *JSON_LINES_SUFFIXES) for c in COMPRESSIONS),
+    "*.parquet",
+)
 
 # A longer document is given out in pieces: a tokenizer needs 100 to 200 bytes of memory a token.
 PIECE_CHARACTERS = 1 << 18
@@ -47,8 +59,8 @@ def find_files(inputs: Sequence[str | Path], globs: Sequence[str] | None = None)
     Args:
         inputs: files and folders. A file that is named is read whatever its suffix.
         globs: patterns for the names of files in folders, all levels down; None for the usual
-            suffixes of text and source code, `.jsonl`, `.ndjson` and `.parquet`. Names that begin
-            with a dot are left out.
+            suffixes of text and source code, `.jsonl`, `.ndjson` and `.parquet`, the first ones
+            compressed too (`.gz`, `.zst`, `.bz2`). Names that begin with a dot are left out.
 
     Returns:
         The files in the order of `inputs`, those of a folder sorted by path.
@@ -65,13 +77,11 @@ def find_files(inputs: Sequence[str | Path], globs: Sequence[str] | None = None)
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            matching = {p for pattern in patterns for p in path.rglob(pattern) if p.is_file()}
-            matching = {
-                p for p in matching if not any(s[0] == "." for s in p.relative_to(path).parts)
-            }
+            visible = visible_files(path)
+            matching = [p for p in visible if any(p.match(pattern) for pattern in patterns)]
             if not matching:
                 raise ValueError(f"no file in {path} matches {' '.join(patterns)} (--glob)")
-            files += sorted(matching)
+            files += matching
         else:
             raise FileNotFoundError(f"no such file or directory: {path}")
     return files
@@ -95,7 +105,8 @@ def iter_pieces(
         ValueError: with the file and the line or row, for text that is not UTF-8 (`strict`), lines
             that are not JSON objects, a missing key or column, or text that is not a string.
     """
-    if path.suffix in JSON_LINES_SUFFIXES:
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    if name.suffix in JSON_LINES_SUFFIXES:
         return _json_lines(path, text_key, errors)
     if path.suffix == ".parquet":
         return _parquet(path, text_key)
@@ -146,15 +157,16 @@ def _cut_position(text: str, start: int) -> int | None:
 
 
 def _text_file(path: Path, errors: str) -> Iterator[Piece]:
-    rest = ""
+    rest, counted = "", 0
     try:
         if errors == "skip":
             for _ in _read(path):  # the whole file, before any of it is given out
                 pass
-        for text in _read(path):
+        for text, position in _read(path):
             *whole, rest = _cut(rest + text)
             for part in whole:
-                yield Piece(part, ends_document=False, read_bytes=len(part.encode()))
+                yield Piece(part, ends_document=False, read_bytes=position - counted)
+                counted = position
     except UnicodeDecodeError as error:
         if errors == "skip":
             logger.warning("%s is left out: it is not UTF-8 text", path)
@@ -164,18 +176,39 @@ def _text_file(path: Path, errors: str) -> Iterator[Piece]:
             "(--errors skip)"
         ) from None
     if rest:
-        yield Piece(rest, ends_document=True, read_bytes=len(rest.encode()))
+        yield Piece(rest, ends_document=True, read_bytes=path.stat().st_size - counted)
 
 
-def _read(path: Path) -> Iterator[str]:
-    # newline="" keeps \r\n and \r as they are, so a piece has as many bytes as were read for it.
-    with path.open(encoding="utf-8", newline="") as file:
-        while text := file.read(PIECE_CHARACTERS):
-            yield text
+def _read(path: Path) -> Iterator[tuple[str, int]]:
+    """A file's text in parts, and how many of its bytes were read by then."""
+    with _open(path) as (file, raw):
+        # newline="" keeps \r\n and \r as they are.
+        decoder = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        while text := decoder.read(PIECE_CHARACTERS):
+            yield text, raw.tell()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file's content, decompressed where its suffix says so, and the file.
+
+    Raises:
+        ValueError: what is compressed is damaged.
+    """
+    with path.open("rb") as raw:
+        if path.suffix not in COMPRESSIONS:
+            yield raw, raw
+            return
+        stream = pa.CompressedInputStream(raw, COMPRESSIONS[path.suffix])
+        try:
+            yield io.BufferedReader(stream, 1 << 20), raw
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def _json_lines(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
-    with path.open("rb") as file:
+    counted = 0
+    with _open(path) as (file, raw):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -205,7 +238,9 @@ def _json_lines(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
                 raise ValueError(
                     f"{path}, line {number}: {text_key!r} is a {type(text).__name__}, expected text"
                 )
-            yield from _pieces(text, len(line))
+            position = raw.tell()
+            yield from _pieces(text, position - counted)
+            counted = position
 
 
 def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
@@ -217,7 +252,10 @@ def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
                     f"{path} has no column {text_key!r}, only {schema.names} (--text-key)"
                 )
             kind = schema.field(text_key).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if pa.types.is_dictionary(kind):
+                kind = kind.value_type
+            texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+            if not any(is_text(kind) for is_text in texts):
                 raise ValueError(f"{path}: column {text_key!r} is {kind}, expected text")
             size, rows = path.stat().st_size, file.metadata.num_rows
             row = 0

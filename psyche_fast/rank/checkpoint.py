@@ -29,12 +29,19 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
     """A folder that appears at `path` complete and on disk, or not at all.
 
     Yields a temporary folder beside it. On success its files are synced and it takes the name; an
     older folder of that name is there until then, and on Linux's own file systems at every moment
     one of the two. On an error the temporary one is removed.
+
+    Args:
+        path: the folder.
+        replaces: whether an older folder with files in it may go.
+
+    Raises:
+        OSError: the disk is full, or something is in the way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -48,7 +55,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 file.chmod(0o644)
                 _sync(file)
         _sync(temporary)
-        if not (path.exists() and _exchange(temporary, path)):
+        if not replaces:
+            temporary.rename(path)  # over an empty folder alone
+        elif not (path.exists() and _exchange(temporary, path)):
             if path.exists():
                 path.rename(old)
             try:

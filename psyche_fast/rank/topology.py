@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import Parallelism
+from psyche_fast.start.network import check_interfaces
 
 
 def join(
@@ -21,7 +22,12 @@ def join(
     device: torch.device,
     timeout: timedelta,
 ) -> None:
-    """Joins the default process group."""
+    """Joins the default process group.
+
+    Raises:
+        ValueError: the environment names an interface that this machine does not have.
+    """
+    check_interfaces()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     set_default_timeout(timeout)  # before the groups are made

@@ -50,6 +50,22 @@ def use_interface(host: str) -> None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
+def check_interfaces() -> None:
+    """Checks that gloo is told of interfaces that exist; its own words do not name the setting.
+
+    Raises:
+        ValueError: `GLOO_SOCKET_IFNAME` names another one.
+    """
+    own = [name for _, name in socket.if_nameindex()]
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    for name in filter(None, wanted.split(",")):
+        if name not in own:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME={wanted}: this machine has no interface {name!r}, only "
+                f"{', '.join(own)}; name one of these or unset it"
+            )
+
+
 def _interface(host: str) -> str | None:
     if host in ("0.0.0.0", "::", ""):
         return None

@@ -199,3 +199,54 @@ def test_vocabulary_check(tmp_path):
     dataset.check_vocabulary(501)
     with pytest.raises(ValueError, match=r"token id 500 in .*b\.bin .*vocabulary of 500.*--model"):
         dataset.check_vocabulary(500)
+
+
+@pytest.mark.parametrize("largest", [2, 40, 200, 255])
+def test_small_ids_of_the_other_size_are_noticed(tmp_path, largest):
+    ids = np.arange(400) % largest + 1
+    write(tmp_path / "wide.bin", ids, "<u4")
+    with pytest.raises(ValueError, match="looks like 4-byte tokens"):
+        LocalDataset(tmp_path / "wide.bin", 2, 4)
+    write(tmp_path / "narrow.bin", ids)
+    LocalDataset(tmp_path / "narrow.bin", 2, 4)
+    LocalDataset(tmp_path / "wide.bin", 4, 4)
+    if largest > 64:
+        with pytest.raises(ValueError, match="looks like 2-byte tokens"):
+            LocalDataset(tmp_path / "narrow.bin", 4, 4)
+
+
+def test_files_that_are_all_zero_are_of_either_size(tmp_path):
+    write(tmp_path / "a.bin", np.zeros(400))
+    for size in (2, 4):
+        LocalDataset(tmp_path, size, 4)
+
+
+def test_hidden_files_are_left_alone(tmp_path):
+    write(tmp_path / "name.bin", [1, 2, 3])
+    (tmp_path / "._name.bin").write_bytes(b"\0\5\x16")  # as macOS leaves on other file systems
+    assert inputs(LocalDataset(tmp_path, sequence_length=2)) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["b/2", "a/1", "a/c/3"], [1, 3, 2]),
+        (["top", "sub/1"], ["top"]),
+        (["train/1", "val/2", "train-2/3"], [1, 3]),
+        ([".cache/1", "a/2"], [2]),
+    ],
+)
+def test_files_of_sub_folders(tmp_path, names, expected):
+    for name in names:
+        path = tmp_path / f"{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mark = 9 if name == "top" else int(name[-1])
+        write(path, [mark] * 3)
+    marks = [9 if e == "top" else e for e in expected]
+    assert [row[0] for row in inputs(LocalDataset(tmp_path, sequence_length=2))] == marks
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    write(tmp_path / "a\udcff.bin", [1, 2, 3])
+    with pytest.raises(ValueError, match=r"a\\xff\.bin' is not UTF-8: rename"):
+        LocalDataset(tmp_path, sequence_length=2)

@@ -160,7 +160,7 @@ def test_missing_values(tmp_path, values, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"tokens": [[1, 2]]}, r"no column 'inputs', only \['tokens'\]"),
+        ({"tokens": [[1, 2]]}, r"no column 'inputs' \(or 'input_ids'\), only \['tokens'\]"),
         ({"inputs": ["text"]}, "column 'inputs' is string, expected lists of integers"),
         ({"inputs": [[1.0, 2.0]]}, "column 'inputs' is list<.*double.*expected lists of integers"),
     ],
@@ -224,3 +224,23 @@ def test_open_dataset_with_nothing_to_open(tmp_path):
         open_dataset(tmp_path, sequence_length=4)
     with pytest.raises(FileNotFoundError, match="--data-path"):
         open_dataset(tmp_path / "nowhere", sequence_length=4)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_view(pa.int32()), pa.large_list_view(pa.uint16())], ids=str
+)
+def test_others_name_and_form_of_the_inputs(tmp_path, kind):
+    values = rows(0, 3)
+    write(tmp_path / "train.parquet", {"input_ids": values}, {"input_ids": kind})
+    assert inputs(ParquetDataset(tmp_path, 4), 0, 2) == values
+
+
+def test_where_both_names_are_there_psyches_is_read(tmp_path):
+    write(tmp_path / "train.parquet", {"input_ids": rows(5, 6), "inputs": rows(0, 1)})
+    assert inputs(ParquetDataset(tmp_path, 4), 0, 0) == rows(0, 1)
+
+
+def test_hidden_parquet_files_are_left_alone(tmp_path):
+    write(tmp_path / "train" / "a.parquet", {"inputs": rows(0, 1)})
+    (tmp_path / "train" / "._a.parquet").write_bytes(b"\0")
+    assert len(ParquetDataset(tmp_path, 4)) == 1

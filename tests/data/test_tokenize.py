@@ -346,3 +346,41 @@ def test_progress_goes_to_stderr(tokenizer, tmp_path, capsys):
     assert "2.00k/2.00k" in captured.err
     run([path], tokenizer, tmp_path / "out2")
     assert capsys.readouterr().err == ""
+
+
+def _compress(path, suffix, content):
+    kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[suffix]
+    path = path.with_name(path.name + suffix)
+    with pa.output_stream(path, compression=kind) as file:
+        file.write(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2"])
+def test_compressed_files(tmp_path, suffix):
+    lines = [json.dumps({"text": f"line {i} ä"}) for i in range(3000)]
+    _compress(tmp_path / "a.jsonl", suffix, "\n".join(lines).encode())
+    _compress(tmp_path / "b.txt", suffix, b"one text\r\nof two lines")
+    assert list(iter_texts([tmp_path])) == [
+        *(f"line {i} ä" for i in range(3000)), "one text\r\nof two lines"
+    ]  # fmt: skip
+    for path in tmp_path.iterdir():
+        read = sum(piece.read_bytes for piece in iter_pieces(path))
+        assert read == path.stat().st_size
+
+
+def test_damaged_compressed_files(tmp_path):
+    path = _compress(tmp_path / "a.jsonl", ".gz", b'{"text": "x"}\n' * 9000)
+    path.write_bytes(path.read_bytes()[:60] + b"damage" * 4)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.jsonl\.gz"):
+        list(iter_texts([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view()], ids=str
+)
+def test_forms_of_text_columns(tmp_path, kind):
+    texts = ["a text", "another", "a text"]
+    table = pa.table({"text": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(iter_texts([tmp_path])) == texts

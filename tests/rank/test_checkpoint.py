@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from psyche_fast.core.run import _save
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank import checkpoint
@@ -167,3 +168,19 @@ def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path) -
         pytest.skip("this file system cannot exchange two names")
     with pytest.raises(FileNotFoundError):
         checkpoint._exchange(tmp_path / "x", tmp_path / "absent")
+
+
+def test_what_came_to_the_folder_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    checkpoint, path = tmp_path / "step", tmp_path / "final"
+    checkpoint.mkdir()
+    (checkpoint / "model").write_text("new")
+    path.mkdir()  # empty, as when the run began
+    assert _save(str(path), checkpoint) is None
+    assert [f.name for f in path.iterdir()] == ["model"]
+    (path / "notes").write_text("somebody's")
+    error = _save(str(path), checkpoint)
+    assert error is not None
+    assert str(error).startswith(f"--save-path {path}: ")
+    assert str(error).endswith(f"the model is in {checkpoint}")
+    assert sorted(f.name for f in path.iterdir()) == ["model", "notes"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["final", "step"]
