@@ -87,23 +87,18 @@ def _cases() -> Iterator[Case]:
     for k in (8, 32):
         bf16 = partial(make.encode, k=k, delta=BF16)
         yield Case("encode", f"k={k}, bf16 delta", bf16, targets[k], quick=k == 8)
-    in_place = partial(make.encode, k=8, in_place=True)
-    yield Case("encode", "k=8, look-ahead undone in place", in_place, quick=True)
     for peers in (4, 16, 64):
         for signs in (True, False):
             build = partial(make.apply, peers=peers, signs=signs)
             what = f"n={peers}, k=8, {'signs' if signs else 'values'}"
             target = 2.0 if peers == 16 else None
-            yield Case("apply", f"{what}, look-ahead copy", build, target, quick=peers == 4)
-    for look_ahead in ("no", "in place"):
-        build = partial(make.apply, peers=16, signs=True, look_ahead=look_ahead)
-        yield Case("apply", f"n=16, k=8, signs, look-ahead {look_ahead}", build)
+            yield Case("apply", f"{what}, look-ahead", build, target, quick=peers == 4)
+    plain = partial(make.apply, peers=16, signs=True, look_ahead=False)
+    yield Case("apply", "n=16, k=8, signs", plain)
     wide = partial(make.apply, peers=16, signs=True, k=32)
-    yield Case("apply", "n=16, k=32, signs, look-ahead copy", wide)
+    yield Case("apply", "n=16, k=32, signs, look-ahead", wide)
     yield Case("subtract", "k=8", make.subtract, quick=True)
-    for copy in (True, False):
-        build = partial(make.lookahead, copy=copy)
-        yield Case("lookahead", "copy" if copy else "in place", build, quick=True)
+    yield Case("lookahead", "", make.lookahead, quick=True)
     for which in ("first", "middle", "last"):
         target = 2.6 if which != "first" else None
         build = partial(make.accumulate, which=which)

@@ -29,8 +29,9 @@ from benchmarks.kernel_checks import (
 )
 from benchmarks.kernel_data import Data, Work, entry_bytes
 from benchmarks.plain_demo import DECAY, PlainDeMo
-from psyche_fast import kernels
 from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels import apply as application
+from psyche_fast.kernels import encode as encoding
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
@@ -45,11 +46,9 @@ def encode(
     k: int,
     delta: torch.dtype = torch.float32,
     gradient: torch.dtype = torch.bfloat16,
-    in_place: bool = False,
 ) -> Work:
     """State update with the own previous result taken out, transform, selection."""
     plans = data.layout(k).plans
-    parameters = data.tensors("parameter", data.dtype, 0.01)
     gradients = data.tensors("gradient", gradient, 1.0)
     deltas = data.state(delta)
     previous = [data.entries(plan, 1, signs=False) for plan in plans]
@@ -58,14 +57,9 @@ def encode(
         results = []
         for plan, state, own in zip(plans, deltas, previous, strict=True):
             rates = [RATE] * len(plan.members)
-            options: dict[str, Any] = {}
-            if in_place:
-                options = {"parameters": members(plan, parameters), "previous_rates": rates}
             given = members(plan, gradients)
             results.append(
-                kernels.encode(
-                    plan, state, given, rates, decay=DECAY, previous=own, backend=name, **options
-                )
+                encoding.encode(plan, state, given, rates, decay=DECAY, previous=own, backend=name)
             )
         return results
 
@@ -84,12 +78,10 @@ def encode(
             found.append(figures | selection(plan, after, *of_entries(plan, own)))
         return verdict(name, worst(found))
 
-    least = data.elements * (
-        gradient.itemsize + 2 * delta.itemsize + in_place * 2 * data.dtype.itemsize
-    )
-    least += sum(2 * entry_bytes(p, p.k, False) + 16 * (1 + in_place) * p.chunks for p in plans)
+    least = data.elements * (gradient.itemsize + 2 * delta.itemsize)
+    least += sum(2 * entry_bytes(p, p.k, False) + 16 * p.chunks for p in plans)
     work = Work({n: partial(run, n) for n in (backend, "torch")}, check, least)
-    return work if in_place else _with_plain_encode(work, data, k, gradients)
+    return _with_plain_encode(work, data, k, gradients)
 
 
 def _with_plain_encode(work: Work, data: Data, k: int, gradients: list[Tensor]) -> Work:
@@ -141,22 +133,18 @@ def apply(
     peers: int,
     signs: bool,
     k: int = 8,
-    look_ahead: str = "copy",
+    look_ahead: bool = True,
 ) -> Work:
-    """Peers' results to the mean, decode, signed step; `look_ahead` "no", "copy", "in place"."""
+    """Peers' results to the mean, decode, signed step, and with it the look-ahead."""
     plans = data.layout(k).plans
     parameters = data.tensors("parameter", data.dtype, 0.01)
     deltas = data.state(torch.float32)
-    copies = {
-        "no": None,
-        "copy": data.tensors("ahead", data.dtype, 0.01) if look_ahead == "copy" else None,
-        "in place": parameters,
-    }[look_ahead]
+    copies = data.tensors("ahead", data.dtype, 0.01) if look_ahead else None
     sent = [data.entries(plan, peers, signs=signs) for plan in plans]
 
     def run(name: str) -> None:
         for plan, state, entries in zip(plans, deltas, sent, strict=True):
-            kernels.apply(
+            application.apply(
                 plan,
                 members(plan, parameters),
                 entries,
@@ -185,21 +173,20 @@ def apply(
         for plan, before, state, entries in zip(plans, befores, deltas, sent, strict=True):
             step = before - RATE * decoded(plan, *of_entries(plan, entries)).sign()
             after = of_parameters(plan, members(plan, parameters))
-            ahead = RATE * of_state(plan, state).sign()
-            figures = {"flips": flipped(after, step - ahead * (look_ahead == "in place"))}
-            if look_ahead == "copy" and copies is not None and name != "plain":
+            figures = {"flips": flipped(after, step)}
+            if copies is not None and name != "plain":
                 looked = of_parameters(plan, members(plan, copies))
-                figures["flips"] = max(figures["flips"], flipped(looked, after - ahead))
+                ahead = after - RATE * of_state(plan, state).sign()
+                figures["flips"] = max(figures["flips"], flipped(looked, ahead))
             found.append(figures)
         return verdict(name, worst(found))
 
     calls: dict[str, Callable[[], Any]] = {n: partial(run, n) for n in (backend, "torch")}
-    if look_ahead != "in place":
-        plain = PlainDeMo(parameters, RATE, k)
-        plain.delta.clear()
-        calls["plain"] = run_plain  # the reference looks ahead nowhere
+    plain = PlainDeMo(parameters, RATE, k)
+    plain.delta.clear()
+    calls["plain"] = run_plain  # the reference looks ahead nowhere
     size = data.dtype.itemsize
-    per_element = {"no": 2 * size, "copy": 3 * size + 4, "in place": 2 * size + 4}[look_ahead]
+    per_element = 3 * size + 4 if look_ahead else 2 * size
     least = data.elements * per_element
     least += sum(entry_bytes(p, peers * p.k, signs) + 16 * p.chunks for p in plans)
     return Work(calls, check, least)
@@ -213,7 +200,7 @@ def subtract(data: Data, backend: str, *, k: int = 8) -> Work:
 
     def run(name: str) -> None:
         for plan, state, entries in zip(plans, deltas, own, strict=True):
-            kernels.subtract(plan, state, entries, backend=name)
+            application.subtract(plan, state, entries, backend=name)
 
     def check(name: str) -> dict[str, Any]:
         data.renew(deltas)
@@ -230,21 +217,21 @@ def subtract(data: Data, backend: str, *, k: int = 8) -> Work:
     return Work({n: partial(run, n) for n in (backend, "torch")}, check, least)
 
 
-def lookahead(data: Data, backend: str, *, copy: bool) -> Work:
+def lookahead(data: Data, backend: str) -> Work:
     """`ahead = parameter - lr * sign(delta)`."""
     plans = data.layout(1).plans
     parameters = data.tensors("parameter", data.dtype, 0.01)
-    targets = data.tensors("ahead", data.dtype, 0.01) if copy else parameters
+    targets = data.tensors("ahead", data.dtype, 0.01)
     deltas = data.state(torch.float32)
 
     def run(name: str) -> None:
         for plan, state in zip(plans, deltas, strict=True):
-            kernels.lookahead(
+            application.lookahead(
                 plan,
                 members(plan, parameters),
                 state,
                 [RATE] * len(plan.members),
-                ahead=members(plan, targets) if copy else None,
+                members(plan, targets),
                 backend=name,
             )
 

@@ -60,10 +60,9 @@ def kernels(records: Records, copy_gb_per_s: float, title: str, path: Path) -> N
     _save(path)
 
 
-def steps(records: Records, graphs: Records, title: str, path: Path) -> None:
+def steps(records: Records, title: str, path: Path) -> None:
     """Milliseconds per optimiser step, on a logarithmic axis, with the ratio to AdamW."""
     rows = [(r["name"], r) for r in records if "ms" in r]
-    rows += [(f"{r['name']}, CUDA graph", r) for r in graphs if "ms" in r and r["captured"]]
     adamw = {name: r["ms"]["p50"] for name, r in rows if name.startswith("AdamW")}
     _, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.6), layout="constrained")
     for y, (name, r) in enumerate(rows):
@@ -179,7 +178,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     if path := picture("kernels", timed.get("kernels", False)):
         kernels(found["kernels"], sections["kernels"]["copy_gb_per_s"], title, path)
     if path := picture("steps", timed.get("steps", False)):
-        steps(found["steps"], found.get("graph", []), title, path)
+        steps(found["steps"], title, path)
     if path := picture("train", "ratio" in sections.get("train", {})):
         train(sections["train"], title, path)
     if path := picture("sweeps", timed.get("sweeps", False)):

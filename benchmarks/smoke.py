@@ -17,8 +17,9 @@ from benchmarks.kernel_checks import RATE, members
 from benchmarks.kernel_data import Data
 from benchmarks.plain_demo import DECAY
 from benchmarks.shapes import Shapes
-from psyche_fast import kernels
 from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels import apply as application
+from psyche_fast.kernels import encode as encoding
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
@@ -37,35 +38,26 @@ Outcome = dict[str, Tensor]
 Operation = Callable[[Data, str], Outcome]
 
 
-def encode(
-    data: Data, backend: str, *, delta: torch.dtype = torch.float32, in_place: bool = False
-) -> Outcome:
+def encode(data: Data, backend: str, *, delta: torch.dtype = torch.float32) -> Outcome:
     """State update, transform and selection, with a previous result taken out."""
     outcome: Outcome = {}
-    parameters = data.tensors("parameter", data.dtype, 0.01)
     gradients, states = data.tensors("gradient", torch.bfloat16, 1.0), data.state(delta)
     for number, (plan, state) in enumerate(zip(data.layout(K).plans, states, strict=True)):
         rates = [RATE] * len(plan.members)
-        options: dict[str, Any] = {}
-        if in_place:
-            options = {"parameters": members(plan, parameters), "previous_rates": rates}
-        own = kernels.encode(
+        own = encoding.encode(
             plan, state, members(plan, gradients), rates, decay=DECAY, backend=backend,
-            previous=data.entries(plan, 1, signs=False), **options,
+            previous=data.entries(plan, 1, signs=False),
         )  # fmt: skip
         outcome |= {f"state {number}": state, f"entries {number}": dense(own, plan.totalk)}
-    if in_place:
-        outcome |= _parameters(parameters)
     return outcome
 
 
-def apply(data: Data, backend: str, *, signs: bool, ahead: str) -> Outcome:
-    """The mean of 16 peers' results, transformed back; `ahead` "no", "copy" or "in place"."""
+def apply(data: Data, backend: str, *, signs: bool, ahead: bool) -> Outcome:
+    """The mean of 16 peers' results, transformed back; with a look-ahead or without."""
     parameters = data.tensors("parameter", data.dtype, 0.01)
-    copies = {"no": None, "copy": data.tensors("ahead", data.dtype, 0.01), "in place": parameters}
+    targets = data.tensors("ahead", data.dtype, 0.01) if ahead else None
     for plan, state in zip(data.layout(K).plans, data.state(torch.float32), strict=True):
-        targets = copies[ahead]
-        kernels.apply(
+        application.apply(
             plan,
             members(plan, parameters),
             data.entries(plan, PEERS, signs=signs),
@@ -74,28 +66,28 @@ def apply(data: Data, backend: str, *, signs: bool, ahead: str) -> Outcome:
             delta=None if targets is None else state,
             backend=backend,
         )
-    return _parameters([*parameters, *((copies["copy"] or []) if ahead == "copy" else [])])
+    return _parameters([*parameters, *(targets or [])])
 
 
 def subtract(data: Data, backend: str) -> Outcome:
     """The own result taken out of the state."""
     states = data.state(torch.float32)
     for plan, state in zip(data.layout(K).plans, states, strict=True):
-        kernels.subtract(plan, state, data.entries(plan, 1, signs=False), backend=backend)
+        application.subtract(plan, state, data.entries(plan, 1, signs=False), backend=backend)
     return {f"state {number}": state for number, state in enumerate(states)}
 
 
-def lookahead(data: Data, backend: str, *, copy: bool) -> Outcome:
-    """A signed step along the state, into a copy or in place."""
+def lookahead(data: Data, backend: str) -> Outcome:
+    """A signed step along the state."""
     parameters = data.tensors("parameter", data.dtype, 0.01)
-    targets = data.tensors("ahead", data.dtype, 0.01) if copy else parameters
+    targets = data.tensors("ahead", data.dtype, 0.01)
     for plan, state in zip(data.layout(K).plans, data.state(torch.float32), strict=True):
-        kernels.lookahead(
+        application.lookahead(
             plan,
             members(plan, parameters),
             state,
             [RATE] * len(plan.members),
-            ahead=members(plan, targets) if copy else None,
+            members(plan, targets),
             backend=backend,
         )
     return _parameters(targets)
@@ -165,13 +157,10 @@ def _cases() -> Iterator[tuple[str, str, Operation]]:
     for kind in ("tiles", "rows"):
         yield "encode", kind, encode
         yield "encode, bf16 delta", kind, bf16
-        yield "encode, look-ahead undone in place", kind, partial(encode, in_place=True)
-        for ahead in ("copy", "in place", "no"):
-            call = partial(apply, signs=ahead != "no", ahead=ahead)
-            yield f"apply, look-ahead {ahead}", kind, call
+        yield "apply", kind, partial(apply, signs=True, ahead=True)
+        yield "apply, no look-ahead", kind, partial(apply, signs=False, ahead=False)
         yield "subtract", kind, subtract
-        yield "lookahead, copy", kind, partial(lookahead, copy=True)
-        yield "lookahead, in place", kind, partial(lookahead, copy=False)
+        yield "lookahead", kind, lookahead
         for signs in (True, False):
             what = "signs" if signs else "values"
             yield f"pack, {what}", kind, partial(pack, signs=signs)

@@ -28,8 +28,7 @@ Step = Callable[[], object]
 class DistroLoop:
     """`DistroStep` as a train step uses it, without the model in between; nothing waits.
 
-    With `static` the own result is handed on in memory that stays where it is, as a CUDA graph
-    needs it. With `message` what is applied has travelled: it is packed, then checked and unpacked,
+    With `message` what is applied has travelled: it is packed, then checked and unpacked,
     which waits once.
     """
 
@@ -37,7 +36,6 @@ class DistroLoop:
         self,
         parameters: list[Tensor],
         *,
-        static: bool = False,
         message: bool = False,
         **options: Any,
     ) -> None:
@@ -49,7 +47,6 @@ class DistroLoop:
             **options,
         )
         self.own: list[Entries] | None = None
-        self._static = static
         self._format = None
         if message:
             self._format = MessageFormat(self.distro.layout, self.distro.backends, signs=False)
@@ -59,12 +56,7 @@ class DistroLoop:
         self.distro.look_ahead(RATE)
         new = self.distro.compress(self.own, RATE)
         self.distro.update(new if self._format is None else self._sent(self._format, new), RATE)
-        if self._static and self.own is not None:
-            for kept, entries in zip(self.own, new, strict=True):
-                kept.indices.copy_(entries.indices)
-                kept.values.copy_(entries.values)
-        else:
-            self.own = new
+        self.own = new
 
     def _sent(self, form: MessageFormat, entries: list[Entries]) -> list[Entries]:
         received, faults = form.unpack(form.pack(entries)[None])
@@ -254,61 +246,6 @@ def measure(
     del stepper
     release(device)
     return record
-
-
-GRAPHS = (StepCase("Distro k=8", _distro(8, static=True), 4, 12),)
-
-
-def measure_graph(
-    case: StepCase,
-    layers: str,
-    device: torch.device,
-    backend: str,
-    *,
-    checked_on: str = "small",
-    budget_ms: float = 200.0,
-) -> dict[str, Any]:
-    """Time a step as a CUDA graph, if two replays give the same bits as two steps.
-
-    Parameters are in bfloat16. On a CPU, which has no graphs, the step itself stands in for one.
-    """
-    warming = 2 if device.type == "cuda" else 1
-    eager, graphed = (Stepper(case, SETS[checked_on], device, backend, BF16) for _ in range(2))
-    for _ in range(warming):
-        eager.step()
-        graphed.step()
-    replay = capture(graphed.step, device)
-    for _ in range(2):
-        eager.step()
-        replay()
-    same = all(torch.equal(a, b) for a, b in zip(eager.parameters, graphed.parameters, strict=True))
-    record: dict[str, Any] = {
-        "name": case.name,
-        "set": layers,
-        "captured": device.type == "cuda",
-        "check": {"ok": same, "against": "two steps without a graph, bit for bit"},
-    }
-    if not same:
-        return record
-    del eager, graphed, replay
-    release(device)
-    stepper = Stepper(case, SETS[layers], device, backend, BF16)
-    for _ in range(warming):
-        stepper.step()
-    replay = capture(stepper.step, device)
-    record["ms"] = percentiles(milliseconds(replay, device, budget_ms=budget_ms))
-    return record
-
-
-def capture(step: Step, device: torch.device) -> Step:
-    """A function that replays a step."""
-    if device.type != "cuda":
-        return step
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def release(device: torch.device) -> None:

@@ -89,9 +89,6 @@ def _steps(sections: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     steps = {r["name"]: r for r in sections["steps"].get("records", []) if "ms" in r}
     for name, record in steps.items():
         yield f"step: {name}", f"{record['ms']['p50']:.3f} ms", f"floor {record['floor_ms']:.3f}"
-    for record in sections["graph"].get("records", []):
-        if "ms" in record:
-            yield f"step as a CUDA graph: {record['name']}", f"{record['ms']['p50']:.3f} ms", ""
     ours = "Distro k=8"
     pairs = (
         (ours, "AdamW fused, fp32", "<= 1"),

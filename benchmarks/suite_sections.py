@@ -84,23 +84,6 @@ def steps(run: Run) -> None:
             run.case(case.name, call, line=step_cases.line)
 
 
-def graph(run: Run) -> None:
-    """Optimiser steps as CUDA graphs."""
-    from benchmarks import step_cases
-
-    for case in step_cases.GRAPHS:
-        call = partial(
-            step_cases.measure_graph,
-            case,
-            run.layers,
-            run.device,
-            run.backend,
-            checked_on=run.checked_on,
-            budget_ms=run.budget_ms,
-        )
-        run.case(case.name, call)
-
-
 def train(run: Run) -> None:
     """A train step of a Llama with 1.2 billion parameters, with AdamW and with DisTrO."""
     import torch
@@ -199,7 +182,6 @@ SECTIONS: dict[str, tuple[float, Callable[[Run], None] | None]] = {
     "kernels": (70.0, kernels),
     "steps": (45.0, steps),
     "train": (45.0, train),
-    "graph": (15.0, graph),
     "sweeps": (30.0, sweeps),
     "autotune": (25.0, autotune),
 }

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast import kernels
 from psyche_fast.distro import exchange
 from psyche_fast.distro.chunks import (
     Layout,
@@ -24,7 +23,9 @@ from psyche_fast.distro.chunks import (
 )
 from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.apply import apply, subtract
 from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class DeMo(torch.optim.Optimizer):
             check_dense(name, p.grad)
         factor = self._guard.scale([p.grad for _, p in self._plan.named], grad_scale)
         for c in self._plan.classes:
-            c.own = kernels.encode(
+            c.own = encode(
                 c.plan,
                 c.delta,
                 [p.grad for p in c.parameters],
@@ -179,7 +180,7 @@ class DeMo(torch.optim.Optimizer):
             return loss
         decayed = any(group["weight_decay"] != 0.0 for group in self.param_groups)
         for c, entries in zip(self._plan.classes, received, strict=True):
-            kernels.apply(
+            apply(
                 c.plan,
                 c.parameters,
                 entries,
@@ -197,7 +198,7 @@ class DeMo(torch.optim.Optimizer):
         """
         for c in self._plan.classes if self._plan is not None else ():
             if c.own is not None:
-                kernels.subtract(c.plan, c.delta, c.own, backend=c.backend)
+                subtract(c.plan, c.delta, c.own, backend=c.backend)
                 c.own = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psyche_fast import kernels
 from psyche_fast.distro.chunks import (
     Layout,
     ParameterLayout,
@@ -19,7 +18,9 @@ from psyche_fast.distro.chunks import (
 )
 from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.shards import Parts
+from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 from psyche_fast.sharding import full_tensor
 
@@ -158,9 +159,14 @@ class DistroStep:
             self._master = [torch.empty_like(t) for t in tensors]
         torch._foreach_copy_(self._master, tensors)
         for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
-            members = [tensors[m.position] for m in plan.members]
-            rates = _every(prev_lr, plan)
-            kernels.lookahead(plan, members, self._delta.fetch(at), rates, backend=backend)
+            lookahead(
+                plan,
+                [self._master[m.position] for m in plan.members],
+                self._delta.fetch(at),
+                _every(prev_lr, plan),
+                [tensors[m.position] for m in plan.members],
+                backend=backend,
+            )
         self.parts.push()
         self._looking_ahead, self._ahead_rate = True, prev_lr
 
@@ -226,7 +232,7 @@ class DistroStep:
         ):
             delta = self._delta.fetch(at)
             entries.append(
-                kernels.encode(
+                encode(
                     plan,
                     delta,
                     [gradients[m.position] for m in plan.members],
@@ -260,7 +266,7 @@ class DistroStep:
         for at, (plan, backend, e) in enumerate(
             zip(self.layout.plans, self.backends, entries, strict=True)
         ):
-            kernels.apply(
+            apply(
                 plan,
                 [plain[m.position] for m in plan.members],
                 e,

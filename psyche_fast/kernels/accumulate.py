@@ -103,7 +103,9 @@ def accumulate(
                 f"sum {number}: wanted its gradient's shape {list(gradient.shape)}, "
                 f"got {list(total.shape)}"
             )
-    result: Tensor | None = implementation(backend).accumulate(plan, sums, dense, fresh, squares)
+    result: Tensor | None = implementation(backend, "accumulate").accumulate(
+        plan, sums, dense, fresh, squares
+    )
     return result
 
 
@@ -126,7 +128,7 @@ def squared_norms(
     """
     assert len(tensors) == len(plan.numels)
     dense = [_dense(plan, number, tensor) for number, tensor in enumerate(tensors)]
-    result: Tensor = implementation(backend).squared_norms(plan, dense)
+    result: Tensor = implementation(backend, "accumulate").squared_norms(plan, dense)
     return result
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from psyche_fast.kernels import ops
 from psyche_fast.kernels.backends import implementation
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
@@ -20,11 +18,11 @@ def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries, *, backend: str =
         delta: state `[chunks, h, w]`, updated in place.
         entries: what has been sent. Each coefficient is the mean over the entries that name it.
         backend: resolved backend name.
+
+    Raises:
+        RuntimeError: the class is in use on another CUDA stream.
     """
-    if torch.compiler.is_compiling():
-        ops.subtract(plan.handle, delta, entries.indices, entries.values, entries.unique, backend)
-        return
-    implementation(backend).subtract(plan, delta, entries)
+    implementation(backend, "apply").subtract(plan, delta, entries)
 
 
 def apply(
@@ -51,29 +49,17 @@ def apply(
             the rounding of means of floats by the `torch` backend.
         learning_rates: one per member.
         shrinks: factors on the parameters (weight decay); None for 1.
-        ahead: one tensor per member, written to; with `delta`. The parameters themselves stand for
-            a look-ahead without a master copy.
-        delta: state `[chunks, h, w]`, read.
+        ahead: one tensor per member, written to; none of `parameters`' memory.
+        delta: state `[chunks, h, w]`, read; given with `ahead` only.
         backend: resolved backend name.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device than the class (Triton backends).
+        RuntimeError: the class is in use on another CUDA stream.
     """
-    if torch.compiler.is_compiling():
-        in_place = ahead is not None and all(a is p for a, p in zip(ahead, parameters, strict=True))
-        ops.apply(
-            plan.handle,
-            parameters,
-            entries.indices,
-            entries.values,
-            entries.unique,
-            *ops.parts(learning_rates),
-            *ops.parts(shrinks),
-            [] if ahead is None or in_place else ahead,
-            in_place,
-            delta,
-            backend,
-        )
-        return
-    implementation(backend).apply(
-        plan, parameters, entries, learning_rates, shrinks=shrinks, ahead=ahead, delta=delta
+    assert (ahead is None) == (delta is None)
+    implementation(backend, "apply").apply(
+        plan, parameters, entries, learning_rates, shrinks, ahead, delta
     )
 
 
@@ -82,22 +68,22 @@ def lookahead(
     parameters: Sequence[Tensor],
     delta: Tensor,
     learning_rates: Rates,
+    ahead: Sequence[Tensor],
     *,
-    ahead: Sequence[Tensor] | None = None,
     backend: str = "torch",
 ) -> None:
-    """`ahead = parameter - lr * sign(delta)`, with `delta` chunk-major, `[chunks, h, w]`.
+    """`ahead = parameter - lr * sign(delta)`.
 
     Args:
         plan: the chunk class.
-        parameters: one tensor per member.
-        delta: state, read.
+        parameters: one tensor per member, read.
+        delta: state `[chunks, h, w]`, read.
         learning_rates: one per member.
-        ahead: where the result goes, one tensor per member; None: into the parameters.
+        ahead: one tensor per member, written to.
         backend: resolved backend name.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device than the class (Triton backends).
+        RuntimeError: the class is in use on another CUDA stream.
     """
-    if torch.compiler.is_compiling():
-        rates = ops.parts(learning_rates)
-        ops.lookahead(plan.handle, parameters, delta, *rates, list(ahead or ()), backend)
-        return
-    implementation(backend).lookahead(plan, parameters, delta, learning_rates, ahead=ahead)
+    implementation(backend, "apply").lookahead(plan, parameters, delta, learning_rates, ahead)

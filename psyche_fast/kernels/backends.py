@@ -24,10 +24,18 @@ MAX_SIDE = 64
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module that implements a resolved backend."""
+@functools.cache
+def implementation(backend: str, operation: str) -> ModuleType:
+    """The module of a resolved backend that implements an operation.
+
+    Args:
+        backend: "triton", "torch" or "interpret".
+        operation: "encode", "apply", "accumulate" or "pack".
+    """
+    if backend == "interpret":
+        importlib.import_module("psyche_fast.kernels.interpreter").repair()
     package = "reference" if backend == "torch" else "triton"
-    return importlib.import_module(f"psyche_fast.kernels.{package}")
+    return importlib.import_module(f"psyche_fast.kernels.{package}.{operation}")
 
 
 def explain(device: torch.device, backend: str = "auto") -> tuple[str, str]:

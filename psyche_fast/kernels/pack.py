@@ -133,7 +133,7 @@ def pack(
     if bits:
         planes = out[value_bytes:].view(_groups(plan), bits)
         signs = entries.values if values == "sign" else None
-        implementation(backend).pack(
+        implementation(backend, "pack").pack(
             index_code(plan.totalk, plan.k), entries.indices, signs, planes
         )
     return out
@@ -210,7 +210,7 @@ def _unpack(
     bits = _bits(plan, values)
     if bits and chunks and peers:
         planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        implementation(backend).unpack(code, planes, indices, signs, valid)
+        implementation(backend, "pack").unpack(code, planes, indices, signs, valid)
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )

@@ -9,9 +9,7 @@ parameter are read through a strided view.
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -38,9 +36,6 @@ def index_dtype(totalk: int) -> torch.dtype:
         if totalk <= limit:
             return dtype
     raise ValueError(f"a chunk may have at most 2^32 elements, got {totalk}")
-
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +113,10 @@ class ChunkPlan:
     rows_w: Tensor
     members: tuple[Member, ...]
     slices: tuple[Slice, ...] = field(repr=False)
-    handle: str = field(default_factory=lambda: f"class {next(_numbers)}", init=False, repr=False)
-    """Name by which operators know the plan; no number, which tracing would make a variable."""
 
     def __post_init__(self) -> None:
-        """Name the device as tensors do; make the plan known by its handle while it lives."""
+        """Name the device as tensors do."""
         object.__setattr__(self, "device", indexed(self.device))
-        _plans[self.handle] = self
 
     @property
     def totalk(self) -> int:
@@ -140,21 +132,6 @@ class ChunkPlan:
     def index_dtype(self) -> torch.dtype:
         """Unsigned dtype of the selected flat indices."""
         return index_dtype(self.totalk)
-
-
-_plans: weakref.WeakValueDictionary[str, ChunkPlan] = weakref.WeakValueDictionary()
-
-
-def plan_of(handle: str) -> ChunkPlan:
-    """The plan with this handle.
-
-    Raises:
-        ValueError: there is none any more.
-    """
-    plan = _plans.get(handle)
-    if plan is None:
-        raise ValueError(f"there is no chunk plan with handle {handle!r} (any more)")
-    return plan
 
 
 @dataclass(frozen=True, slots=True)

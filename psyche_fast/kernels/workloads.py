@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psyche_fast import kernels
 from psyche_fast.devices import indexed
 from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import pack as wire
+from psyche_fast.kernels.apply import apply, lookahead
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
 
 SIDE = 64
@@ -109,7 +110,7 @@ def _encode(random: _Random, backend: str, chunks: int) -> Workload:
     def run() -> list[Tensor]:
         made: list[Tensor] = []
         for plan, previous in zip(plans, own, strict=True):
-            result = kernels.encode(
+            result = encode(
                 plan, delta, [gradient], [_RATE], decay=_DECAY, previous=previous, backend=backend
             )
             made += [result.indices, result.values]
@@ -126,10 +127,8 @@ def _rows(random: _Random, backend: str, chunks: int) -> Workload:
     received = random.entries(plan, 16, signs=True)
 
     def run() -> list[Tensor]:
-        made = kernels.encode(
-            plan, delta, [gradient], [_RATE], decay=_DECAY, previous=own, backend=backend
-        )
-        kernels.apply(plan, [parameter], received, [_RATE], backend=backend)
+        made = encode(plan, delta, [gradient], [_RATE], decay=_DECAY, previous=own, backend=backend)
+        apply(plan, [parameter], received, [_RATE], backend=backend)
         return [made.indices, made.values]
 
     return Workload(run, [delta, parameter])
@@ -143,9 +142,7 @@ def _apply(random: _Random, backend: str, chunks: int) -> Workload:
 
     def run() -> list[Tensor]:
         for entries in received:
-            kernels.apply(
-                plan, [parameter], entries, [_RATE], ahead=[ahead], delta=delta, backend=backend
-            )
+            apply(plan, [parameter], entries, [_RATE], ahead=[ahead], delta=delta, backend=backend)
         return []
 
     return Workload(run, [parameter, ahead])
@@ -157,7 +154,7 @@ def _lookahead(random: _Random, backend: str, chunks: int) -> Workload:
     delta = random.normal(chunks, SIDE, SIDE)
 
     def run() -> list[Tensor]:
-        kernels.lookahead(plan, [parameter], delta, [_RATE], ahead=[ahead], backend=backend)
+        lookahead(plan, [parameter], delta, [_RATE], [ahead], backend=backend)
         return []
 
     return Workload(run, [ahead])

@@ -7,8 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from psyche_fast import kernels
-from psyche_fast.distro import Distro, DistroStep
+from psyche_fast.distro import Distro, DistroStep, optimizer
 from tests import oracles
 from tests.distro.support import (
     SHAPES,
@@ -109,7 +108,7 @@ def test_what_update_has_written_is_not_written_again():
     tested.look_ahead(0.1)
     set_gradients(parameters, random_arrays(1))
     tested.update(tested.compress(None, 0.1), 0.1)
-    with mock.patch.object(kernels, "lookahead", side_effect=AssertionError("written again")):
+    with mock.patch.object(optimizer, "lookahead", side_effect=AssertionError("written again")):
         tested.look_ahead(0.1)
         with pytest.raises(AssertionError, match="written again"):
             tested.look_ahead(0.2)

@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from psyche_fast import kernels
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.kernels.encode import encode
 from tests import oracles
 
 TOLERANCE = 4e-5
@@ -272,23 +272,23 @@ def check_state(actual, reference, exact, decoded_size):
 
 
 def run_encode(plan, delta, gradients, rates, *, backend, **options):
-    """`kernels.encode` with its allocations under guard."""
+    """`encode` with its allocations under guard."""
     with guarded_allocations():
-        return kernels.encode(plan, delta, gradients, rates, backend=backend, **options)
+        return encode(plan, delta, gradients, rates, backend=backend, **options)
 
 
-def right_steps(after, before, direction, rate, shrink=None, *, undo=False):
-    """Where a parameter is `shrink * p - rate * direction`, or `(p + rate * direction) * shrink`.
+def right_steps(after, before, direction, rate, shrink=None):
+    """Where a parameter is `shrink * p - rate * direction`.
 
     To the bit without `shrink`; with it two roundings to float32 are allowed.
     """
     p, rate = f64(before), float(np.float32(rate))
     if shrink is None:
-        exact = p + rate * direction if undo else p - rate * direction
+        exact = p - rate * direction
         rounded = torch.from_numpy(np.asarray(exact)).float().to(after.dtype)
         return f64(after) == f64(rounded)
     shrink = float(np.float32(shrink))
-    exact = (p + rate * direction) * shrink if undo else p * shrink - rate * direction
+    exact = p * shrink - rate * direction
     allowed = (np.abs(p) + rate) * 2.0**-23 + half_ulp(exact, after.dtype)
     return np.abs(f64(after) - exact) <= allowed
 
@@ -309,12 +309,12 @@ def directions_of(plan, entries, shapes, target=64):
     return signs, doubts
 
 
-def check_steps(after, before, directions, rates, shrinks=None, doubts=None, *, undo=False):
+def check_steps(after, before, directions, rates, shrinks=None, doubts=None):
     """Parameters after a signed step; doubtful elements may have gone either way, or nowhere."""
     for i, (p, was) in enumerate(zip(after, before, strict=True)):
         factors = rates[i], None if shrinks is None else shrinks[i]
-        right = right_steps(p, was, directions[i], *factors, undo=undo)
+        right = right_steps(p, was, directions[i], *factors)
         if doubts is not None:
             for way in (-1.0, 0.0, 1.0):
-                right |= doubts[i] & right_steps(p, was, way, *factors, undo=undo)
+                right |= doubts[i] & right_steps(p, was, way, *factors)
         assert right.all(), f"member {i}: {(~right).sum()} of {right.size} elements are wrong"

@@ -194,7 +194,8 @@ def test_tables_of_pointers_are_kept_and_bounded(device, backend):
     gradients = [torch.ones(n, device=device) for n in plan.numels]
     for _ in range(3):
         accumulate(plan, sums, gradients, [True, True], backend=backend)
-    kept = kernel._tables[plan]._kept
+    (tables,) = kernel._tables[plan].values()
+    kept = tables._kept
     assert len(kept) == 1
     accumulate(plan, sums, gradients, [False, True], backend=backend)
     assert len(kept) == 2

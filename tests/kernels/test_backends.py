@@ -10,10 +10,10 @@ import types
 import pytest
 import torch
 
-from psyche_fast import kernels
 from psyche_fast.distro import Distro
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels import backends
+from psyche_fast.kernels.backends import explain, resolve_backend
 
 CPU = torch.device("cpu")
 SETTINGS = {"compression_decay": 0.9, "compression_topk": 2, "compression_chunk": 8}
@@ -25,21 +25,21 @@ def _no_environment(monkeypatch):
 
 
 def test_auto_takes_torch_on_a_cpu_and_says_why():
-    assert kernels.explain(CPU) == ("torch", "there are no Triton kernels for cpu")
+    assert explain(CPU) == ("torch", "there are no Triton kernels for cpu")
 
 
 def test_auto_takes_triton_on_a_gpu():
     pytest.importorskip("triton")
-    assert kernels.explain(torch.device("cuda"))[0] == "triton"
+    assert explain(torch.device("cuda"))[0] == "triton"
 
 
 def test_auto_without_triton_takes_torch_and_says_so(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    name, reason = kernels.explain(torch.device("cuda"))
+    name, reason = explain(torch.device("cuda"))
     assert name == "torch"
     assert "triton is not installed" in reason
     with pytest.raises(ValueError, match="backend='triton': triton is not installed"):
-        kernels.explain(torch.device("cuda"), "triton")
+        explain(torch.device("cuda"), "triton")
 
 
 def test_a_class_of_chunks_that_falls_back_on_a_gpu_is_said_once_with_the_reason(
@@ -83,10 +83,10 @@ def test_the_environment_decides_for_auto(monkeypatch):
 def test_triton_on_a_cpu_is_refused(monkeypatch):
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=r"the Triton kernels need a CUDA device.*on cpu"):
-        kernels.resolve_backend("triton")
+        resolve_backend("triton")
     monkeypatch.setenv(backends.ENVIRONMENT, "triton")
     with pytest.raises(ValueError, match="PSYCHE_FAST_KERNELS=triton: the Triton kernels need"):
-        kernels.resolve_backend("auto")
+        resolve_backend("auto")
 
 
 @pytest.mark.no_gpu

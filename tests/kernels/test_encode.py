@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_fast import kernels
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
 from tests.kernels import support
 from tests.kernels.support import (
@@ -20,7 +20,6 @@ from tests.kernels.support import (
     check_guards,
     check_selection,
     check_state,
-    check_steps,
     exact_state,
     f64,
     guard,
@@ -52,18 +51,15 @@ def check(
     place="whole",
     chunk=64,
     seed=0,
-    in_place=False,
     scale=0.5,
 ):
     """Two steps, the second one with the own entries of the first; returns the agreement."""
     generator = torch.Generator().manual_seed(seed)
     plan = one_class(shapes, k=k, device=device, dtype=dtype, chunk=chunk)
-    rates, back, shrinks = rates_of(shapes), rates_of(shapes)[::-1], [0.9] * len(shapes)
+    rates = rates_of(shapes)
     start = 0.02 * torch.randn(plan.chunks, plan.h, plan.w, generator=generator)
     delta = Guarded(start, device=device, dtype=delta_dtype)
     reference = delta.tensor.clone()
-    weights = random(shapes, generator)
-    weight_guards, parameters = guard(weights, place, device=device, dtype=dtype)
     previous, agreement = None, 1.0
     for _ in range(2):
         gradients = random(shapes, generator)
@@ -75,24 +71,11 @@ def check(
             "gradient_scale": torch.tensor(scale, device=device),
             "previous": previous,
         }
-        kernels.encode(plan, reference, given_gradients, rates, backend="torch", **options)
-        was = [p.clone() for p in parameters]
-        if in_place:
-            options |= {"parameters": parameters, "previous_rates": back, "shrinks": shrinks}
+        encode(plan, reference, given_gradients, rates, backend="torch", **options)
         entries = run_encode(plan, delta.tensor, given_gradients, rates, backend=backend, **options)
-        check_guards([delta], guards, weight_guards)
+        check_guards([delta], guards)
         decoded_size = 0 if previous is None else support.decoded(previous, plan)[1]
         check_state(delta.tensor, reference, exact, decoded_size)
-        if in_place:
-            signs, start = [], 0
-            for shape in shapes:
-                count = len(support.to_chunks(np.zeros(shape), chunk))
-                piece = np.sign(before[start : start + count])
-                signs.append(support.from_chunks(piece, shape, chunk))
-                start += count
-            check_steps(parameters, was, signs, back, shrinks, undo=True)
-        else:
-            assert all(torch.equal(p, w) for p, w in zip(parameters, was, strict=True))
         agreement = min(agreement, check_selection(plan, entries, delta.tensor))
         reference.copy_(delta.tensor)
         previous = entries
@@ -111,7 +94,7 @@ def test_chunk_shapes(name, device, backend):
     + [(name, "odd") for name in ("50x50", "64x1", "1x50")],
 )
 def test_places_in_bigger_tensors(name, place, device, backend):
-    check(CLASSES[name], device, backend, place=place, k=3, in_place=True)
+    check(CLASSES[name], device, backend, place=place, k=3)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +117,6 @@ def test_dtypes(name, dtype, gradient_dtype, delta_dtype, device, backend):
         dtype=dtype,
         gradient_dtype=gradient_dtype,
         delta_dtype=delta_dtype,
-        in_place=True,
     )
 
 
@@ -153,7 +135,7 @@ def test_dtypes(name, dtype, gradient_dtype, delta_dtype, device, backend):
     + [((64, 1), 1), ((64, 1), 64), ((128,), 33), ((128,), 63)],
 )
 def test_numbers_of_entries(shape, k, device, backend):
-    check([shape], device, backend, k=k, in_place=True)
+    check([shape], device, backend, k=k)
 
 
 @st.composite
@@ -185,7 +167,6 @@ def test_any_shape(device, backend, shape, k, place, dtype, delta_dtype, seed):
         place=place,
         chunk=shape[0],
         seed=seed,
-        in_place=True,
     )
 
 
@@ -320,7 +301,7 @@ def test_scale_that_is_not_finite_leaves_gradients_out(name, as_tensor, scale, d
         delta = state.clone()
         given_scale = torch.tensor(factor, device=device) if as_tensor else factor
         options = {"decay": 0.9, "gradient_scale": given_scale, "backend": backend}
-        entries = kernels.encode(plan, delta, given_gradients, rates_of(shapes), **options)
+        entries = encode(plan, delta, given_gradients, rates_of(shapes), **options)
         results.append((delta, entries.indices.int(), entries.values))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -361,7 +342,7 @@ def test_class_without_elements(device, backend):
     plan = one_class([(0, 64)], k=4, device=device)
     gradient = torch.zeros(0, 64, device=device)
     delta = torch.zeros(0, 1, 64, device=device)
-    entries = kernels.encode(plan, delta, [gradient], [0.1], decay=DECAY, backend=backend)
+    entries = encode(plan, delta, [gradient], [0.1], decay=DECAY, backend=backend)
     assert entries.indices.shape == entries.values.shape == (0, 4)
 
 
@@ -384,10 +365,8 @@ def test_gradients_of_several_dtypes_and_layouts(name, device, backend):
 
 
 @pytest.mark.parametrize("name", ["64x64", "1x64", "64x1"])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_own_results_with_repeated_entries(name, in_place, device, backend):
-    """Several own results side by side: each coefficient is the mean over those that name it, and
-    the look-ahead is undone by the state from before."""
+def test_own_results_with_repeated_entries(name, device, backend):
+    """Several own results side by side: each coefficient is the mean over those that name it."""
     shapes = CLASSES[name]
     plan = one_class(shapes, k=4, device=device)
     generator = torch.Generator().manual_seed(7)
@@ -398,22 +377,13 @@ def test_own_results_with_repeated_entries(name, in_place, device, backend):
     previous = Entries(indices.to(device, plan.index_dtype), values.to(device))
     delta, reference = state.clone(), state.clone()
     rates = rates_of(shapes)
-    parameters = [p.to(device) for p in random(shapes, generator)]
-    before = [p.clone() for p in parameters]
     options = {"decay": DECAY, "previous": previous}
     nothing = [None] * len(shapes)
-    kernels.encode(plan, reference, nothing, rates, backend="torch", **options)
-    if in_place:
-        options |= {"parameters": parameters, "previous_rates": rates}
+    encode(plan, reference, nothing, rates, backend="torch", **options)
     entries = run_encode(plan, delta, nothing, rates, backend=backend, **options)
     exact = exact_state(f64(state), nothing, shapes, rates, DECAY, 1.0, previous)
     check_state(delta, reference, exact, support.decoded(previous, plan)[1])
     check_selection(plan, entries, delta)
-    if in_place:
-        counts = [len(support.to_chunks(np.zeros(s))) for s in shapes]
-        pieces = np.split(np.sign(f64(state)), np.cumsum(counts)[:-1])
-        signs = [support.from_chunks(p, s) for p, s in zip(pieces, shapes, strict=True)]
-        check_steps(parameters, before, signs, rates, undo=True)
 
 
 @pytest.mark.parametrize("name", ["64x64", "1x64"])
@@ -424,23 +394,19 @@ def test_rates_as_tensors_are_rates_as_numbers(name, device, backend):
     generator = torch.Generator().manual_seed(8)
     state = torch.randn(plan.chunks, plan.h, plan.w, generator=generator).to(device)
     gradients = [g.to(device) for g in random(shapes, generator)]
-    weights = [p.to(device) for p in random(shapes, generator)]
 
     def outcome(rates, scale):
-        delta, parameters = state.clone(), [p.clone() for p in weights]
-        entries = kernels.encode(
+        delta = state.clone()
+        entries = encode(
             plan,
             delta,
             gradients,
             rates,
             decay=DECAY,
             gradient_scale=scale,
-            parameters=parameters,
-            previous_rates=rates,
-            shrinks=rates,
             backend=backend,
         )
-        return [delta, entries.indices.int(), entries.values, *parameters]
+        return [delta, entries.indices.int(), entries.values]
 
     several = rates_of(shapes)
     one = torch.tensor(0.01, device=device)

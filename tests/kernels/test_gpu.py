@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, waiting, races, memory beyond 32 bits. Skipped without one.
+"""What only a GPU shows: waiting, streams, races, memory beyond 32 bits. Skipped without one.
 
 Results against float64 are the other tests' matter, which run on a GPU by themselves.
 """
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_fast import kernels
 from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.kernels.apply import apply, lookahead, subtract
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
 from tests.kernels import support
 from tests.kernels.support import CLASSES, f64, one_class
@@ -27,15 +28,6 @@ SHAPES = {"matrix": (128, 192), "head": (67, 128), "norm": (192,), "scalar": ()}
 def random(shapes, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-
-
-def captured(step):
-    """A CUDA graph of a step, ready to replay; the step has run before."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def parameters_with_gradients(device, dtype=torch.bfloat16):
@@ -52,100 +44,16 @@ def fill_gradients(parameters, seed):
         p.grad.copy_(g)
 
 
-def check_replays(make, device):
-    """Two twins, five steps each; the last three of one are replays of a graph.
-
-    `make(parameters)` returns the step and a function that shows its state.
-    """
-    outcomes = []
-    for capture in (False, True):
-        parameters = parameters_with_gradients(device)
-        step, state = make(parameters)
-        run = step
-        for number in range(5):
-            fill_gradients(parameters, number)
-            if capture and number == 2:
-                run = captured(step)  # records the step without doing it
-            run()
-        torch.cuda.synchronize()
-        outcomes.append([*(p.detach().clone() for p in parameters.values()), *state()])
-    for eager, replayed in zip(*outcomes, strict=True):
-        assert torch.equal(eager, replayed)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_graph_of_distro_equals_eager_steps(weight_decay, device, backend):
-    """Entries are handed from step to step in memory that stays where it is."""
-
-    def make(parameters):
-        lr = torch.tensor(0.01, device=device)
-        distro = DistroStep(
-            parameters,
-            compression_decay=0.9,
-            compression_chunk=64,
-            compression_topk=4,
-            weight_decay=weight_decay,
-            backend=backend,
-        )
-        own = distro.compress(None, lr)
-        peers = [
-            Entries(torch.cat([e.indices] * 2, dim=1), torch.cat([e.values] * 2, dim=1))
-            for e in own
-        ]
-
-        def step():
-            distro.look_ahead(lr)
-            new = distro.compress(own, lr, grad_scale=lr)
-            distro.update(peers, lr)
-            for kept, entries in zip(own, new, strict=True):
-                kept.indices.copy_(entries.indices)
-                kept.values.copy_(entries.values)
-
-        return step, lambda: [*distro.momentum().values(), *(e.values for e in own)]
-
-    check_replays(make, device)
-
-
-@pytest.mark.parametrize("ahead", ["copy", "in place"])
-def test_a_graph_of_the_operations_equals_eager_steps(ahead, device, backend):
-    plans = [one_class([s], k=4, device=device, dtype=torch.bfloat16) for s in SHAPES.values()]
-
-    def make(parameters):
-        rates, scale = torch.tensor([0.01], device=device), torch.tensor(0.5, device=device)
-        classes = []
-        for plan, p in zip(plans, parameters.values(), strict=True):
-            delta = torch.zeros(plan.chunks, plan.h, plan.w, device=device)
-            sizes = plan.chunks, plan.k
-            kept = Entries(
-                torch.zeros(sizes, device=device).to(plan.index_dtype),
-                torch.zeros(sizes, dtype=plan.dtype, device=device),
-                unique=True,
-            )
-            copied = p.detach() if ahead == "in place" else p.detach().clone()
-            classes.append((plan, p, delta, kept, copied))
-
-        def step():
-            for plan, p, delta, kept, copied in classes:
-                options = {"decay": 0.9, "gradient_scale": scale, "previous": kept}
-                own = kernels.encode(plan, delta, [p.grad], rates, backend=backend, **options)
-                options = {"shrinks": rates, "ahead": [copied], "delta": delta}
-                kernels.apply(plan, [p.detach()], own, rates, backend=backend, **options)
-                kept.indices.copy_(own.indices)
-                kept.values.copy_(own.values)
-
-        return step, lambda: [t for c in classes for t in (c[2], c[3].values, c[4])]
-
-    check_replays(make, device)
-
-
-def test_a_graph_refuses_what_is_not_ready(device, backend):
-    """A learning rate that is not on the device yet would live in the graph's own memory."""
-    plan = one_class([(64, 64)], k=4, device=device)
-    delta, parameter = torch.zeros(1, 64, 64, device=device), torch.zeros(64, 64, device=device)
-    kernels.lookahead(plan, [parameter], delta, [0.1], backend=backend)
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="learning rates"), torch.cuda.graph(graph):
-        kernels.lookahead(plan, [parameter], delta, [0.123456], backend=backend)
+def test_a_step_cannot_be_captured(device, backend):
+    parameters = parameters_with_gradients(device)
+    demo = DeMo(parameters.values(), 0.01, compression_topk=4, backend=backend)
+    demo.step()
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"step cannot be captured in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        demo.step()
 
 
 def test_two_streams_at_once_are_refused(device, backend):
@@ -203,10 +111,10 @@ def test_operations_do_not_wait_for_the_device(device, backend):
     gradients, parameters = random(shapes, device), random(shapes, device, 1)
 
     def step(rates):
-        own = kernels.encode(plan, delta, gradients, rates, decay=0.9, backend=backend)
-        kernels.apply(plan, parameters, own, rates, backend=backend)
-        kernels.subtract(plan, delta, own, backend=backend)
-        kernels.lookahead(plan, parameters, delta, rates, backend=backend)
+        own = encode(plan, delta, gradients, rates, decay=0.9, backend=backend)
+        apply(plan, parameters, own, rates, backend=backend)
+        subtract(plan, delta, own, backend=backend)
+        lookahead(plan, parameters, delta, rates, gradients, backend=backend)
 
     step([0.1, 0.2])  # compiles, which may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -234,9 +142,9 @@ def test_the_same_bits_every_time(device, backend):
         for _ in range(20):
             delta = torch.zeros(plan.chunks, plan.h, plan.w, device=device)
             parameter = weight.to(torch.bfloat16)
-            own = kernels.encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
-            kernels.subtract(plan, delta, own, backend=backend)
-            kernels.apply(plan, [parameter], entries, [0.1], backend=backend)
+            own = encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
+            subtract(plan, delta, own, backend=backend)
+            apply(plan, [parameter], entries, [0.1], backend=backend)
             outcomes.append([own.indices.int(), own.values, delta, parameter])
         for outcome in outcomes[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outcomes[0], outcome, strict=True))
@@ -252,8 +160,8 @@ def test_more_elements_than_32_bits_count(device, backend):
     gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
     parameter = torch.zeros(shape, device=device, dtype=torch.bfloat16)
     delta = torch.zeros(plan.chunks, 64, 64, device=device)
-    entries = kernels.encode(plan, delta, [gradient], [1.0], decay=0.9, backend=backend)
-    kernels.apply(plan, [parameter], entries, [0.5], backend=backend)
+    entries = encode(plan, delta, [gradient], [1.0], decay=0.9, backend=backend)
+    apply(plan, [parameter], entries, [0.5], backend=backend)
     last = slice(plan.chunks - 8, plan.chunks)
     assert torch.equal(delta[last].view(-1, 64), gradient[-512:].float())
     alone = one_class([(512, 64)], k=8, device=device, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ SCRIPT = """
 import sys
 import numpy as np, torch, triton, triton.language as tl
 if sys.argv[1] == "repaired":
-    from psyche_fast.kernels.triton.interpreter import repair
+    from psyche_fast.kernels.interpreter import repair
     repair()
 
 @triton.jit
@@ -66,5 +66,5 @@ def test_repaired_interpreter_is_right(tmp_path, operation):
 @pytest.mark.parametrize("operation", ["dot", "rounding"])
 def test_repair_is_still_needed(tmp_path, operation):
     assert run(tmp_path, "as it comes", operation) == "wrong", (
-        "Triton's interpreter has mended this: take the repair out of kernels/triton/interpreter.py"
+        "Triton's interpreter has mended this: take the repair out of kernels/interpreter.py"
     )

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psyche_fast import kernels
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import pack as wire
+from psyche_fast.kernels.apply import apply, lookahead, subtract
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
-from psyche_fast.kernels.triton import launch
+from psyche_fast.kernels.triton import accumulate, launch
 from psyche_fast.kernels.triton.launch import planned
 from tests import oracles
 from tests.kernels.support import CLASSES, Guarded, one_class
@@ -31,12 +33,12 @@ def random(shapes, device, seed=0):
 
 def step(plan, delta, gradients, parameters, backend, **options):
     rates = options.pop("rates", [0.1] * len(parameters))
-    entries = kernels.encode(plan, delta, gradients, rates, decay=0.9, backend=backend, **options)
+    entries = encode(plan, delta, gradients, rates, decay=0.9, backend=backend, **options)
     ahead = [torch.empty_like(p) for p in parameters]
     options = {"ahead": ahead, "delta": delta, "backend": backend}
-    kernels.apply(plan, parameters, entries, rates, **options)
-    kernels.subtract(plan, delta, entries, backend=backend)
-    kernels.lookahead(plan, parameters, delta, rates, backend=backend)
+    apply(plan, parameters, entries, rates, **options)
+    subtract(plan, delta, entries, backend=backend)
+    lookahead(plan, parameters, delta, rates, ahead, backend=backend)
     return entries
 
 
@@ -54,7 +56,7 @@ def test_a_device_may_be_named_with_its_index_or_without(name, suffix, device, b
     data = wire.pack(plan, entries, "sign", backend=backend)
     received = wire.unpack(plan, data, "sign", backend=backend)
     assert torch.equal(received.indices.int(), entries.indices.int())
-    kernels.apply(plan, parameters, received, [0.1] * len(shapes), backend=backend)
+    apply(plan, parameters, received, [0.1] * len(shapes), backend=backend)
 
 
 def test_parameters_of_one_device_form_one_class(device):
@@ -79,9 +81,9 @@ def test_planning_is_done_once(name, device, backend, monkeypatch):
     rates = [0.1 * (1 + i) for i in range(len(shapes))]
 
     def run():
-        entries = kernels.encode(plan, delta, gradients, rates, decay=0.9, backend=backend)
+        entries = encode(plan, delta, gradients, rates, decay=0.9, backend=backend)
         options = {"ahead": ahead, "delta": delta, "backend": backend}
-        kernels.apply(plan, parameters, entries, rates, **options)
+        apply(plan, parameters, entries, rates, **options)
 
     run()
     ready = planned(plan)
@@ -164,11 +166,11 @@ class Stream:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Two streams at work, of which the current one can be set, as can whether it captures."""
-    state = SimpleNamespace(one=Stream(), other=Stream(), capturing=False)
+    """Two streams at work, of which the current one can be set."""
+    state = SimpleNamespace(one=Stream(), other=Stream())
     state.current = state.one
-    monkeypatch.setattr(launch, "_stream", lambda device: state.current)
-    monkeypatch.setattr(launch, "_capturing", lambda device: state.capturing)
+    for module in (launch, accumulate):
+        monkeypatch.setattr(module, "current_stream", lambda device: state.current)
     return state
 
 
@@ -176,37 +178,26 @@ def streams(monkeypatch):
 def test_two_streams_at_once_are_refused(operation, device, backend, streams):
     plan = one_class([(64, 64)], k=4, device=device)
     delta = torch.zeros(1, 64, 64, device=device)
-    gradient, parameter = random([(64, 64)] * 2, device)
-    own = kernels.encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
-    before = delta.clone(), parameter.clone()
+    gradient, parameter, ahead = random([(64, 64)] * 3, device)
+    own = encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
+    changing = delta, parameter, ahead
+    before = [t.clone() for t in changing]
     call = {
-        "encode": lambda: kernels.encode(
-            plan, delta, [gradient], [0.1], decay=0.9, backend=backend
-        ),
-        "apply": lambda: kernels.apply(plan, [parameter], own, [0.1], backend=backend),
-        "subtract": lambda: kernels.subtract(plan, delta, own, backend=backend),
-        "lookahead": lambda: kernels.lookahead(plan, [parameter], delta, [0.1], backend=backend),
+        "encode": lambda: encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend),
+        "apply": lambda: apply(plan, [parameter], own, [0.1], backend=backend),
+        "subtract": lambda: subtract(plan, delta, own, backend=backend),
+        "lookahead": lambda: lookahead(plan, [parameter], delta, [0.1], [ahead], backend=backend),
     }[operation]
     streams.current = streams.other
     with pytest.raises(RuntimeError, match=r"two CUDA streams at once: call torch\.cuda\.synch"):
         call()
-    assert torch.equal(delta, before[0])
-    assert torch.equal(parameter, before[1])
+    assert all(torch.equal(t, b) for t, b in zip(changing, before, strict=True))
     streams.one.done = True
     call()
-    assert not (torch.equal(delta, before[0]) and torch.equal(parameter, before[1]))
+    assert not all(torch.equal(t, b) for t, b in zip(changing, before, strict=True))
     streams.current = streams.one  # and back, which is a move like any other
     with pytest.raises(RuntimeError, match="two CUDA streams at once"):
         call()
-
-
-def test_a_capture_has_a_stream_of_its_own(device, streams):
-    plan = one_class([(64, 64)], k=4, device=device)
-    planned(plan)
-    streams.current, streams.capturing = streams.other, True
-    planned(plan)
-    streams.current, streams.capturing = streams.one, False
-    planned(plan)
 
 
 def test_optimisers_on_streams_of_their_own_do_not_read_each_others_uploads(device, streams):
@@ -217,10 +208,22 @@ def test_optimisers_on_streams_of_their_own_do_not_read_each_others_uploads(devi
     assert launch.rates([0.3, 0.4], device)[0] is other
     streams.current = streams.one
     assert launch.rates([0.3, 0.4], device)[0] is one
-    streams.current, streams.capturing = Stream(), True
-    assert launch.rates([0.3, 0.4], device)[0].tolist() == one.tolist()
-    with pytest.raises(RuntimeError, match="the learning rates of a chunk class are not on"):
-        launch.rates([0.3, 0.5], device)
+
+
+def test_sums_on_two_streams_do_not_read_each_others_tables(device, backend, streams, monkeypatch):
+    """One plan serves whoever has tensors of these sizes."""
+    plan = accumulation.plan_accumulation((5, 7), (0, 0), device)
+    read = []
+    tensors = accumulate._Tables.tensors
+    monkeypatch.setattr(
+        accumulate._Tables, "tensors", lambda self, rows: read.append(self) or tensors(self, rows)
+    )
+    gradients = random([(5,), (7,)], device)
+    for stream in (streams.one, streams.other, streams.one):
+        streams.current = stream
+        accumulation.squared_norms(plan, gradients, backend=backend)
+    assert read[0] is read[2]
+    assert read[0].block_tensor.data_ptr() != read[1].block_tensor.data_ptr()
 
 
 def test_rates(device):
@@ -295,9 +298,9 @@ def test_wrong_parameters_are_refused(what, spoil, message, device, backend):
     right = random(shapes, device)
     wrong = [right[0], spoil(right[1])]
     before = [t.clone() for t in right]
-    parameters, ahead = (wrong, None) if what == "parameter" else (right, wrong)
+    parameters, ahead = (wrong, right) if what == "parameter" else (right, wrong)
     with pytest.raises(ValueError, match=f"{what} number 1.*{message}"):
-        kernels.lookahead(plan, parameters, delta, [0.1, 0.1], ahead=ahead, backend=backend)
+        lookahead(plan, parameters, delta, [0.1, 0.1], ahead, backend=backend)
     assert all(torch.equal(t, b) for t, b in zip(right, before, strict=True))
 
 
@@ -308,11 +311,11 @@ def test_wrong_gradients_are_refused(spoil, message, device, backend):
     delta = torch.ones(plan.chunks, plan.h, plan.w, device=device)
     gradients = random(shapes, device)
     options = {"decay": 0.9, "backend": backend}
-    kernels.encode(plan, delta.clone(), gradients, [0.1, 0.1], **options)
+    encode(plan, delta.clone(), gradients, [0.1, 0.1], **options)
     # The same memory in another shape is not taken for what is known already.
     gradients[1] = spoil(gradients[1])
     with pytest.raises(ValueError, match=f"gradient number 1.*{message}"):
-        kernels.encode(plan, delta, gradients, [0.1, 0.1], **options)
+        encode(plan, delta, gradients, [0.1, 0.1], **options)
     assert (delta == 1).all()
 
 
@@ -383,11 +386,11 @@ def test_elements_beyond_32_bits(shape, device, backend):
     outcomes = []
     for p, g, a in (near, (parameter, gradient, ahead)):
         delta = torch.zeros(plan.chunks, plan.h, plan.w, device=device)
-        options = {"decay": 0.9, "parameters": [p], "previous_rates": [0.1], "backend": backend}
-        entries = kernels.encode(plan, delta, [g], [0.1], **options)
-        kernels.apply(plan, [p], entries, [0.1], ahead=[a], delta=delta, backend=backend)
-        kernels.lookahead(plan, [p], delta, [0.1], backend=backend)
+        entries = encode(plan, delta, [g], [0.1], decay=0.9, backend=backend)
+        apply(plan, [p], entries, [0.1], ahead=[a], delta=delta, backend=backend)
         outcomes.append([delta, entries.indices.int(), entries.values, p.clone(), a.clone()])
+        lookahead(plan, [p], delta, [0.2], [a], backend=backend)
+        outcomes[-1].append(a.clone())
     assert all(torch.equal(n, f) for n, f in zip(*outcomes, strict=True))
     assert not torch.equal(outcomes[0][3], weights.bfloat16())
 

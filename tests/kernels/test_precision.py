@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_fast import kernels
+from psyche_fast.kernels.apply import apply
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
 from tests import oracles
 from tests.kernels import support
@@ -89,7 +90,7 @@ def emulated(x):
 def encoded(x, device, backend):
     plan = one_class([(len(x) * SIDE, SIDE)], k=K, device=device)
     delta = x.to(device, copy=True)
-    entries = kernels.encode(plan, delta, [None], [0.0], decay=1.0, backend=backend)
+    entries = encode(plan, delta, [None], [0.0], decay=1.0, backend=backend)
     support.check_selection(plan, entries, delta)
     return support.numbers(entries)
 
@@ -153,7 +154,7 @@ def train(weight, dtype, device, backend, *, shuffle):
         rates = [learning_rate(step)] * PEERS
         given = list(torch.from_numpy(of_peers).to(device, dtype))
         options = {"decay": DECAY, "previous": own, "backend": backend}
-        own = kernels.encode(plan, delta, given, rates, **options)
+        own = encode(plan, delta, given, rates, **options)
         # [peers, chunks, k] to [chunks, peers * k], once for each peer that receives them
         parts = [t.view(PEERS, -1, TOPK) for t in (own.indices.int(), own.values)]
         orders = [rng.permutation(PEERS) if shuffle else range(PEERS) for _ in range(PEERS)]
@@ -161,7 +162,7 @@ def train(weight, dtype, device, backend, *, shuffle):
         entries = Entries(received[0].to(plan.index_dtype), received[1])
         shrinks = [1 - rate * WEIGHT_DECAY for rate in rates]
         options = {"shrinks": shrinks, "ahead": ahead, "delta": delta, "backend": backend}
-        kernels.apply(plan, parameters, entries, rates, **options)
+        apply(plan, parameters, entries, rates, **options)
     return parameters, ahead
 
 

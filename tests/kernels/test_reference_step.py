@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_fast import kernels
+from psyche_fast.kernels.apply import apply, lookahead, subtract
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries, cut_slices
 from tests.kernels.support import (
     CLASSES,
-    all_chunks,
     decoded,
     exact_state,
     f64,
@@ -20,7 +20,6 @@ from tests.kernels.support import (
     largest,
     numbers,
     one_class,
-    per_chunk,
     transform,
 )
 
@@ -77,7 +76,7 @@ def test_encode_follows_float64(name, before):
     gradients = [None if i == 1 else g for i, g in enumerate(tensors(shapes, 2))]
     rates = rates_of(shapes)
     exact = exact_state(f64(delta), gradients, shapes, rates, DECAY, 0.5, previous)
-    entries = kernels.encode(
+    entries = encode(
         plan, delta, gradients, rates, decay=DECAY, gradient_scale=0.5, previous=previous
     )
     np.testing.assert_allclose(f64(delta), exact, atol=TIGHT)
@@ -92,13 +91,11 @@ def test_subtracting_in_advance_ends_in_the_same_bits(name, k):
         shapes, plan, delta = case(name, k, torch.float32)
         previous = sent(plan, 1)
         if in_advance:
-            kernels.subtract(plan, delta, previous)
+            subtract(plan, delta, previous)
             previous = Entries(previous.indices, torch.zeros_like(previous.values), unique=True)
         options = {"decay": DECAY, "previous": previous}
         gradients = tensors(shapes, 2, torch.float32)
-        outcomes.append(
-            (kernels.encode(plan, delta, gradients, rates_of(shapes), **options), delta)
-        )
+        outcomes.append((encode(plan, delta, gradients, rates_of(shapes), **options), delta))
     (first, state), (second, other) = outcomes
     assert torch.equal(state, other)
     assert torch.equal(first.indices, second.indices)
@@ -118,8 +115,8 @@ def test_a_scale_that_is_not_finite_leaves_the_gradients_out(scale, as_tensor, d
     without = [None] * len(shapes) if not math.isfinite(scale) else [g * scale for g in gradients]
     given = torch.tensor(scale, device=device) if as_tensor else scale
     rates = rates_of(shapes)
-    entries = kernels.encode(plan, deltas[0], gradients, rates, decay=0.9, gradient_scale=given)
-    expected = kernels.encode(plan, deltas[1], without, rates, decay=0.9)
+    entries = encode(plan, deltas[0], gradients, rates, decay=0.9, gradient_scale=given)
+    expected = encode(plan, deltas[1], without, rates, decay=0.9)
     torch.testing.assert_close(deltas[0], deltas[1], atol=1e-7, rtol=0)
     assert torch.equal(entries.indices, expected.indices)
 
@@ -137,11 +134,10 @@ def test_rates_as_tensors_are_rates_as_numbers(one, dtype, device):
         ahead = [torch.empty_like(p) for p in parameters]
         gradients = [g.to(device) for g in tensors(shapes, 2, dtype)]
         delta = torch.ones(plan.chunks, plan.h, plan.w, device=device)
-        undo = {"parameters": parameters, "previous_rates": lrs, "shrinks": lrs}
-        entries = kernels.encode(plan, delta, gradients, lrs, decay=0.5, **undo)
-        kernels.apply(plan, parameters, entries, lrs, shrinks=lrs, ahead=ahead, delta=delta)
-        kernels.lookahead(plan, parameters, delta, lrs)
-        outcomes.append([*parameters, *ahead, delta, entries.indices, entries.values])
+        entries = encode(plan, delta, gradients, lrs, decay=0.5)
+        apply(plan, parameters, entries, lrs, shrinks=lrs, ahead=ahead, delta=delta)
+        lookahead(plan, parameters, delta, lrs, gradients)
+        outcomes.append([*parameters, *ahead, *gradients, delta, entries.indices, entries.values])
     for ours, theirs in zip(*outcomes, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -162,7 +158,7 @@ def test_apply_follows_float64(name, k, kind):
         parameters = [p.clone() for p in before]
         ahead = [torch.full_like(p, math.nan) for p in before]
         options = {"shrinks": shrinks and shrinks[: len(shapes)], "ahead": ahead, "delta": delta}
-        kernels.apply(plan, parameters, entries, rates, **options)
+        apply(plan, parameters, entries, rates, **options)
         dense, _ = decoded(entries, plan)
         start = 0
         for i, (p, was) in enumerate(zip(parameters, before, strict=True)):
@@ -177,24 +173,6 @@ def test_apply_follows_float64(name, k, kind):
             start = stop
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_undo_and_decay_of_the_look_ahead(name):
-    shapes, plan, delta = case(name)
-    delta[0] = 0.0
-    before, rates = tensors(shapes, 3), rates_of(shapes)
-    back, shrinks = [0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6]
-    factors = {"previous_rates": back[: len(shapes)], "shrinks": shrinks[: len(shapes)]}
-    signs = np.sign(f64(delta))
-    parameters = [p.clone() for p in before]
-    nothing = [None] * len(shapes)
-    kernels.encode(plan, delta, nothing, rates, decay=DECAY, parameters=parameters, **factors)
-    was = all_chunks([p.numpy() for p in before])
-    exact = (was + per_chunk(factors["previous_rates"], shapes) * signs) * per_chunk(
-        factors["shrinks"], shapes
-    )
-    np.testing.assert_allclose(all_chunks([p.numpy() for p in parameters]), exact, atol=TIGHT)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype):
     """Parameters are worked on in float32: `1 + 2^-8` and the like would be lost on the way."""
@@ -202,12 +180,12 @@ def test_half_precision_is_rounded_once(dtype):
     parameter = torch.full((64,), 1.0, dtype=dtype)
     entries = Entries(torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1, dtype=dtype))
     rate, shrink = 2.0**-12, 1 - 2.0**-12
-    kernels.apply(plan, [parameter], entries, [rate], shrinks=[shrink])
+    apply(plan, [parameter], entries, [rate], shrinks=[shrink])
     wanted = (torch.tensor(1.0) * shrink - rate).to(dtype)
     assert torch.equal(parameter, wanted.expand(64))
     several = torch.full((64,), 1.0, dtype=dtype)
     for _ in range(2):
-        kernels.lookahead(plan, [several], torch.ones(1, 1, 64), [rate], ahead=[parameter])
+        lookahead(plan, [several], torch.ones(1, 1, 64), [rate], [parameter])
         assert torch.equal(parameter, (torch.tensor(1.0) - rate).to(dtype).expand(64))
 
 
@@ -231,8 +209,8 @@ def test_slices_and_groups_change_no_selection(name, group, monkeypatch):
         parameters = tensors(shapes, 3, torch.float32)
         previous, entries = sent(plan, 1), None
         options = {"decay": DECAY, "previous": previous}
-        entries = kernels.encode(plan, state, gradients, rates_of(shapes), **options)
-        kernels.apply(plan, parameters, entries, rates_of(shapes))
+        entries = encode(plan, state, gradients, rates_of(shapes), **options)
+        apply(plan, parameters, entries, rates_of(shapes))
         outcomes.append((state, entries, parameters))
     state, entries, parameters = outcomes[0]
     for other, theirs, moved in outcomes[1:]:
@@ -252,10 +230,8 @@ def test_the_same_call_gives_the_same_bits():
         entries = Entries(
             *(torch.cat([getattr(e, n) for e in both], 1) for n in ("indices", "values"))
         )
-        own = kernels.encode(
-            plan, delta, tensors(shapes, 2, torch.float32), [0.1, 0.2], decay=DECAY
-        )
-        kernels.apply(plan, parameters, entries, [0.1, 0.2])
+        own = encode(plan, delta, tensors(shapes, 2, torch.float32), [0.1, 0.2], decay=DECAY)
+        apply(plan, parameters, entries, [0.1, 0.2])
         outcomes.append([delta, own.indices, own.values, *parameters])
     for first, second in zip(*outcomes, strict=True):
         assert torch.equal(first, second)

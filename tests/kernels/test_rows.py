@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_fast import kernels
+from psyche_fast.kernels.apply import apply, subtract
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.triton.launch import ROWS_PER_TILE, planned
 from tests.kernels import support
@@ -66,14 +67,11 @@ def check(shapes, k, device, backend, *, chunk, place="whole", missing=(), seed=
     before = [p.clone() for p in parameters]
     options = {"decay": DECAY, "previous": own}
     with guarded_allocations():
-        entries = kernels.encode(
+        entries = encode(
             plan,
             delta.tensor,
             gradients,
             rates,
-            parameters=parameters,
-            previous_rates=rates,
-            shrinks=shrinks,
             backend=backend,
             **options,
         )
@@ -81,8 +79,7 @@ def check(shapes, k, device, backend, *, chunk, place="whole", missing=(), seed=
             torch.cat([entries.indices.int(), own.indices.int()] * peers, 1).to(plan.index_dtype),
             torch.cat([entries.values, own.values] * peers, 1),
         )
-        undone = [p.clone() for p in parameters]
-        kernels.apply(
+        apply(
             plan,
             parameters,
             received,
@@ -94,7 +91,7 @@ def check(shapes, k, device, backend, *, chunk, place="whole", missing=(), seed=
         )
         assert all(not t.any() for t in planned(plan)._scratch.values())
     check_guards(gradient_guards, guards, copy_guards, [delta])
-    kernels.encode(plan, reference, gradients, rates, backend="torch", **options)
+    encode(plan, reference, gradients, rates, backend="torch", **options)
     exact = exact_state(f64(state), gradients, shapes, rates, DECAY, 1.0, own, chunk)
     check_state(delta.tensor, reference, exact, support.decoded(own, plan)[1])
     check_selection(plan, entries, delta.tensor)
@@ -104,9 +101,8 @@ def check(shapes, k, device, backend, *, chunk, place="whole", missing=(), seed=
         pieces = np.split(np.sign(f64(chunks)), ends)
         return [support.from_chunks(p, s, chunk) for p, s in zip(pieces, shapes, strict=True)]
 
-    check_steps(undone, before, of_members(state), rates, shrinks, undo=True)
     directions, doubts = directions_of(plan, received, shapes, chunk)
-    check_steps(parameters, undone, directions, rates, shrinks, doubts)
+    check_steps(parameters, before, directions, rates, shrinks, doubts)
     check_steps(copies, parameters, of_members(delta.tensor), rates)
 
 
@@ -165,9 +161,9 @@ def test_place_in_a_tile_does_not_matter(device, backend):
     outcomes = []
     for plan in (many, few):
         delta, parameter = state.repeat(plan.chunks, 1, 1), weight.repeat(plan.chunks)
-        entries = kernels.encode(plan, delta, [parameter], [0.1], decay=DECAY, backend=backend)
-        kernels.apply(plan, [parameter], entries, [0.1], backend=backend)
-        kernels.subtract(plan, delta, entries, backend=backend)
+        entries = encode(plan, delta, [parameter], [0.1], decay=DECAY, backend=backend)
+        apply(plan, [parameter], entries, [0.1], backend=backend)
+        subtract(plan, delta, entries, backend=backend)
         outcomes.append((entries.indices.int(), entries.values, delta, parameter.view(-1, 64)))
     for of_many, of_few in zip(*outcomes, strict=True):
         assert torch.equal(of_many, of_few.expand_as(of_many))

@@ -10,11 +10,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_fast.kernels.triton import selection
+from psyche_fast.kernels.triton import arithmetic
 
-largest_in_rounds = selection.largest_in_rounds
-largest_by_threshold = selection.largest_by_threshold
-store_sorted = selection.store_sorted
+largest_in_rounds = arithmetic.largest_in_rounds
+largest_by_threshold = arithmetic.largest_by_threshold
+store_sorted = arithmetic.store_sorted
 TILES = 4
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psyche_fast import kernels
 from psyche_fast.kernels import accumulate as accumulation
+from psyche_fast.kernels.apply import apply, lookahead, subtract
+from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
 from tests.kernels.support import one_class
 
@@ -38,30 +39,27 @@ def test_what_an_operation_writes_has_a_new_version(backend, shape):
     everything = (delta, gradient, parameter, ahead, copy)
 
     before = versions(*everything)
-    own = kernels.encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
+    own = encode(plan, delta, [gradient], [0.1], decay=0.9, backend=backend)
     assert changed(before, *everything) == [True, False, False, False, False]
 
     before = versions(*everything)
-    kernels.encode(
-        plan, delta, [gradient], [0.1], decay=0.9, previous=own, parameters=[parameter],
-        previous_rates=[0.1], backend=backend,
-    )  # fmt: skip
-    assert changed(before, *everything) == [True, False, True, False, False]
-
-    before = versions(*everything)
-    kernels.subtract(plan, delta, own, backend=backend)
+    encode(plan, delta, [gradient], [0.1], decay=0.9, previous=own, backend=backend)
     assert changed(before, *everything) == [True, False, False, False, False]
 
     before = versions(*everything)
-    kernels.apply(plan, [parameter], own, [0.1], backend=backend)
+    subtract(plan, delta, own, backend=backend)
+    assert changed(before, *everything) == [True, False, False, False, False]
+
+    before = versions(*everything)
+    apply(plan, [parameter], own, [0.1], backend=backend)
     assert changed(before, *everything) == [False, False, True, False, False]
 
     before = versions(*everything)
-    kernels.apply(plan, [parameter], own, [0.1], ahead=[ahead], delta=delta, backend=backend)
+    apply(plan, [parameter], own, [0.1], ahead=[ahead], delta=delta, backend=backend)
     assert changed(before, *everything) == [False, False, True, True, False]
 
     before = versions(*everything)
-    kernels.lookahead(plan, [parameter], delta, [0.1], ahead=[copy], backend=backend)
+    lookahead(plan, [parameter], delta, [0.1], [copy], backend=backend)
     assert changed(before, *everything) == [False, False, False, False, True]
 
 
@@ -85,6 +83,6 @@ def test_a_backward_through_a_parameter_that_was_stepped_is_an_error(backend):
         torch.ones(plan.chunks, 2, device=DEVICE),
     )
     loss = parameter.square().sum()
-    kernels.apply(plan, [parameter.detach()], entries, [0.1], backend=backend)
+    apply(plan, [parameter.detach()], entries, [0.1], backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -152,7 +152,7 @@ def test_private_names_of_torch_and_transformers_are_in_one_file() -> None:
     allowed = {
         "psyche_fast.models.building": {"module._parameters"},
         "psyche_fast.models.tensor_parallel": {"module._parameters"},
-        "psyche_fast.kernels.triton.interpreter": {"interpreter._patch_lang"},  # Triton's
+        "psyche_fast.kernels.interpreter": {"interpreter._patch_lang"},  # Triton's
         "psyche_fast.models.huggingface": {"compat._apply_liger_kernel_to_instance"},
     }
     left = {m: set(names) - allowed.get(m, set()) for m, names in used.items()}

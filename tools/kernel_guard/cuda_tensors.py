@@ -11,7 +11,7 @@ Within `no_waiting` whatever makes the host wait for the device is refused too: 
 tensor's value, a shape that depends on values, and a copy that is not asynchronous.
 
 `enter` turns torch's constructors and transfers for `device="cuda"` into this, until the process
-ends. There is one stream, and there are no graphs; memory counts as pinned wherever a copy asks not
+ends. There is one stream, which is never captured; memory counts as pinned wherever a copy asks not
 to be waited for.
 """
 

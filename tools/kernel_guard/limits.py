@@ -109,7 +109,7 @@ CEILINGS = (
     Ceiling("instructions", 4800, r"encode 64x64 k=8 .* gradient$"),
     Ceiling("instructions", 7200, r"encode 64x64 k=32 .* gradient$"),
     # 128 entries: 16 peers with 8 each.
-    Ceiling("instructions", 3950, r"apply 64x64 128 signs, bf16 parameter, .* look-ahead in place"),
+    Ceiling("instructions", 4250, r"apply 64x64 128 signs, bf16 .*, fp32 delta, look-ahead$"),
 )
 
 

@@ -24,10 +24,10 @@ os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 from tools.kernel_guard import cuda_tensors
 
 NEVER_WAIT = (
-    "psyche_fast.kernels:encode",
-    "psyche_fast.kernels:apply",
-    "psyche_fast.kernels:lookahead",
-    "psyche_fast.kernels:subtract",
+    "psyche_fast.kernels.encode:encode",
+    "psyche_fast.kernels.apply:apply",
+    "psyche_fast.kernels.apply:lookahead",
+    "psyche_fast.kernels.apply:subtract",
     "psyche_fast.kernels.accumulate:accumulate",
     "psyche_fast.kernels.accumulate:squared_norms",
     "psyche_fast.kernels.pack:pack",
@@ -46,8 +46,9 @@ module is imported here before those that take its functions by name."""
 
 def pytest_configure() -> None:
     """Pretends that there is a GPU."""
-    import psyche_fast.kernels.triton  # noqa: F401 (repairs the interpreter)
+    from psyche_fast.kernels.interpreter import repair
 
+    repair()
     cuda_tensors.interpret_launches()
     for name in NEVER_WAIT:
         _refuse_waiting(name)

@@ -18,17 +18,25 @@ from psyche_fast.kernels.reference.update import (
 from psyche_fast.kernels.reference.workspace import groups
 
 
+def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
+    """See `psyche_fast.kernels.apply.subtract`."""
+    with ieee_matmul():
+        for group in groups(plan):
+            sent = Decoder(plan, entries, group[0].start, group[-1].stop)
+            for part in group:
+                sent.subtract_from(delta[part.start : part.stop], part.start)
+
+
 def apply(
     plan: ChunkPlan,
     parameters: Sequence[Tensor],
     entries: Entries,
     learning_rates: Rates,
-    *,
-    shrinks: Rates | None = None,
-    ahead: Sequence[Tensor] | None = None,
-    delta: Tensor | None = None,
+    shrinks: Rates | None,
+    ahead: Sequence[Tensor] | None,
+    delta: Tensor | None,
 ) -> None:
-    """See `psyche_fast.kernels.apply`."""
+    """See `psyche_fast.kernels.apply.apply`."""
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
@@ -47,13 +55,12 @@ def lookahead(
     parameters: Sequence[Tensor],
     delta: Tensor,
     learning_rates: Rates,
-    *,
-    ahead: Sequence[Tensor] | None = None,
+    ahead: Sequence[Tensor],
 ) -> None:
-    """See `psyche_fast.kernels.lookahead`."""
+    """See `psyche_fast.kernels.apply.lookahead`."""
     rates = per_member(plan, learning_rates)
     for part in plan.slices:
-        _look_ahead(plan, part, parameters, delta, rates, parameters if ahead is None else ahead)
+        _look_ahead(plan, part, parameters, delta, rates, ahead)
 
 
 def _look_ahead(
@@ -65,12 +72,9 @@ def _look_ahead(
     ahead: Sequence[Tensor],
 ) -> None:
     """`ahead = parameter - rate * sign(delta)` for one slice."""
-    if ahead is not parameters:
-        for target, source in zip(
-            parameter_views(plan, part, ahead),
-            parameter_views(plan, part, parameters),
-            strict=True,
-        ):
-            target.copy_(source)
+    for target, source in zip(
+        parameter_views(plan, part, ahead), parameter_views(plan, part, parameters), strict=True
+    ):
+        target.copy_(source)
     direction = delta[part.start : part.stop].sign().to(plan.compute_dtype)
     signed_step(plan, part, ahead, direction, rates)

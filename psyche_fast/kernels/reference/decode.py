@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries
-from psyche_fast.kernels.reference.transform import ieee_matmul, inverse
-from psyche_fast.kernels.reference.workspace import DENSE, LEFT, RESULT, RIGHT, groups, scratch
+from psyche_fast.kernels.reference.transform import inverse
+from psyche_fast.kernels.reference.workspace import DENSE, LEFT, RESULT, RIGHT, scratch
 
 # Up to this many entries per chunk they are merged pairwise, m * m comparisons, rather than in a
 # dense chunk.
 _PAIRWISE_LIMIT = 16
-
-
-def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
-    """See `psyche_fast.kernels.subtract`."""
-    with ieee_matmul():
-        for group in groups(plan):
-            sent = Decoder(plan, entries, group[0].start, group[-1].stop)
-            for part in group:
-                sent.subtract_from(delta[part.start : part.stop], part.start)
 
 
 class Decoder:

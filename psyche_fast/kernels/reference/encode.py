@@ -16,8 +16,6 @@ from psyche_fast.kernels.reference.update import (
     Factors,
     add_scaled,
     chunk_views,
-    of_pieces,
-    parameter_views,
     per_member,
     piece_view,
 )
@@ -29,15 +27,11 @@ def encode(
     delta: Tensor,
     gradients: Sequence[Tensor | None],
     learning_rates: Rates,
-    *,
     decay: float,
-    gradient_scale: float | Tensor | None = None,
-    previous: Entries | None = None,
-    parameters: Sequence[Tensor] | None = None,
-    previous_rates: Rates | None = None,
-    shrinks: Rates | None = None,
+    gradient_scale: float | Tensor | None,
+    previous: Entries | None,
 ) -> Entries:
-    """See `psyche_fast.kernels.encode`."""
+    """See `psyche_fast.kernels.encode.encode`."""
     indices = torch.empty(plan.chunks, plan.k, dtype=plan.index_dtype, device=plan.device)
     values = torch.empty(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
     run = run_length(plan.totalk, plan.k)
@@ -50,8 +44,6 @@ def encode(
             maxima = []
             for part in group:
                 stored = delta[part.start : part.stop]
-                if parameters is not None:
-                    _undo(plan, part, stored, parameters, previous_rates, shrinks)
                 chunks = stored.to(plan.compute_dtype)  # the state itself unless kept narrower
                 if sent is not None:
                     sent.subtract_from(chunks, part.start)
@@ -107,23 +99,3 @@ class _Gradients:
             targets.append(target)
             factors.append(self._rates[piece.slot])
         add_scaled(targets, sources, factors)
-
-
-def _undo(
-    plan: ChunkPlan,
-    part: Slice,
-    delta: Tensor,
-    parameters: Sequence[Tensor],
-    previous_rates: Rates | None,
-    shrinks: Rates | None,
-) -> None:
-    """`parameter = (parameter + previous_rate * sign(delta)) * shrink`, rounded once."""
-    assert previous_rates is not None
-    signs = chunk_views(plan, part, delta.sign().to(plan.compute_dtype))
-    rates = of_pieces(part, per_member(plan, previous_rates))
-    factors = of_pieces(part, per_member(plan, shrinks))
-    views = parameter_views(plan, part, parameters)
-    for view, sign, rate, shrink in zip(views, signs, rates, factors, strict=True):
-        wide = view.to(plan.compute_dtype, copy=True)
-        add_scaled([wide], [sign], [rate])
-        view.copy_(wide.mul_(shrink))

@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from psyche_fast.kernels.accumulate import GRADIENT_DTYPES, AccumulationPlan
 from psyche_fast.kernels.triton.launch import (
+    current_stream,
     launch_options,
     on_device,
     programs,
@@ -178,7 +180,10 @@ class _Tables:
         return table
 
 
-_tables: weakref.WeakKeyDictionary[AccumulationPlan, _Tables] = weakref.WeakKeyDictionary()
+# By stream, since none waits for what another one uploads.
+_tables: weakref.WeakKeyDictionary[AccumulationPlan, dict[Any, _Tables]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def accumulate(
@@ -232,9 +237,10 @@ def _launch(
     sums: bool,
     norm: bool,
 ) -> Tensor | None:
-    tables = _tables.get(plan)
+    by_stream, stream = _tables.setdefault(plan, {}), current_stream(plan.device)
+    tables = by_stream.get(stream)
     if tables is None:
-        tables = _tables[plan] = _Tables(plan)
+        tables = by_stream[stream] = _Tables(plan)
     if tables.blocks == 0:
         return torch.zeros(plan.group_count, device=plan.device) if norm else None
     partials = torch.empty(tables.blocks if norm else 1, device=plan.device)

@@ -1,128 +1,34 @@
-"""Apply of a chunk class of matrices: peers' entries to their mean, decode, update, in one pass."""
+"""Apply, look-ahead and subtract of a chunk class, and their kernels for chunks of matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 from psyche_fast.kernels.triton.arithmetic import (
+    mean_coefficients,
     power_of_two,
-    reciprocal,
     sandwich,
     sign_times,
 )
-from psyche_fast.kernels.triton.selection import MAGNITUDE
-
-
-@triton.jit
-def load_entries(
-    indices,
-    values,
-    at,
-    m,
-    first,
-    shift,
-    E: tl.constexpr,
-    SIGNS: tl.constexpr,
-    w: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Entries `first .. first + E` of a tile: place in the padded tile, fixed point, validity."""
-    e = first + tl.arange(0, E)
-    there = e < m
-    place = tl.load(indices + at + e, mask=there, other=0).to(tl.int32)
-    if w != W:
-        row = place // w
-        place = row * W + (place - row * w)
-    value = tl.load(values + at + e, mask=there, other=0)
-    if SIGNS:
-        fixed = 1073741824.0 - 2147483648.0 * value.to(tl.float32)
-    else:
-        # In two steps: the factor for subnormal numbers is no float32.
-        half = shift >> 1
-        fixed = value.to(tl.float32) * power_of_two(half) * power_of_two(shift - half)
-    return place, fixed, there
-
-
-@triton.jit
-def mean_coefficients(
-    indices,
-    values,
-    at,
-    m,
-    scratch,
-    E: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    w: tl.constexpr,
-):
-    """Dense coefficients of one tile, each the mean over the entries that name it.
-
-    Entries are counted and then added up as integers, in scratch memory that only this program
-    uses: the result is the same in whatever order they come. Integers are the mean times
-    `2^shift`.
-
-    Args:
-        indices: `[tiles, m]`.
-        values: `[tiles, m]`, floating point, or bool of signs (SIGNS).
-        at: int64, the tile's first entry.
-        m: entries per tile.
-        scratch: int32 `[2, H * W]`, zero before and after.
-
-    Returns:
-        float32 `[H, W]`, and `shift`, int32.
-    """
-    counts = scratch
-    sums = scratch + H * W
-    all_places = tl.arange(0, H)[:, None] * W + tl.arange(0, W)[None, :]
-    shift = 30
-    if not SIGNS:
-        if ONE_PASS:
-            e = tl.arange(0, E)
-            v = tl.load(values + at + e, mask=e < m, other=0).to(tl.float32)
-            most = tl.max(v.to(tl.int32, bitcast=True) & MAGNITUDE, 0)
-        else:
-            many = tl.zeros([E], tl.int32)
-            for first in range(0, m, E):
-                e = first + tl.arange(0, E)
-                v = tl.load(values + at + e, mask=e < m, other=0).to(tl.float32)
-                many = tl.maximum(many, v.to(tl.int32, bitcast=True) & MAGNITUDE)
-            most = tl.max(many, 0)
-        # The largest magnitude comes to lie below 2^30.
-        shift = 156 - (most >> 23)
-    if ONE_PASS:
-        place, fixed, there = load_entries(indices, values, at, m, 0, shift, E, SIGNS, w, W)
-        tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        # Atomics take place in the L2 cache, so nothing may be read from the L1.
-        count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
-        tl.debug_barrier()
-        tl.store(counts + place, tl.zeros([E], tl.int32), mask=there)
-        share = (fixed * reciprocal(count)).to(tl.int32)
-        tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        x = tl.load(sums + all_places, cache_modifier=".cg").to(tl.float32)
-        tl.debug_barrier()
-        tl.store(sums + place, tl.zeros([E], tl.int32), mask=there)
-    else:
-        for first in range(0, m, E):
-            place, fixed, there = load_entries(indices, values, at, m, first, shift, E, SIGNS, w, W)
-            tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        for first in range(0, m, E):
-            place, fixed, there = load_entries(indices, values, at, m, first, shift, E, SIGNS, w, W)
-            count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
-            share = (fixed * reciprocal(count)).to(tl.int32)
-            tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        x = tl.load(sums + all_places, cache_modifier=".cg").to(tl.float32)
-        tl.debug_barrier()
-        tl.store(counts + all_places, tl.zeros([H, W], tl.int32))
-        tl.store(sums + all_places, tl.zeros([H, W], tl.int32))
-        tl.debug_barrier()
-    return x, shift
+from psyche_fast.kernels.triton.launch import (
+    ROW_ENTRIES,
+    Planned,
+    entries_at_once,
+    launch_options,
+    on_device,
+    planned,
+    programs,
+    rates,
+    written,
+)
+from psyche_fast.kernels.triton.rows import apply_rows, lookahead_rows, subtract_rows
 
 
 @triton.jit
@@ -173,9 +79,9 @@ def apply_tiles(
     Args:
         members: int64 `[members, 2]`: address of the parameter and its row stride.
         table: int64 `[tiles, 2]`: member, and offset of the tile in it in elements.
-        ahead_members: like `members`, of the look-ahead (AHEAD "copy").
+        ahead_members: like `members`, of the look-ahead (AHEAD).
         ahead_table: like `table`, of the look-ahead.
-        delta: state `[tiles, h, w]`.
+        delta: state `[tiles, h, w]` (AHEAD).
         split_basis: bfloat16, `F_h` and `F_w^T` as `sandwich` wants them.
         indices: `[tiles, m]`.
         values: `[tiles, m]`.
@@ -184,7 +90,7 @@ def apply_tiles(
         shrinks: float32, factor on member i at `i * shrink_step` (SHRINK).
         tiles: how many there are.
         m: entries per tile.
-        AHEAD: "no", "copy" (to `ahead_members`) or "in place" (the parameter becomes it).
+        AHEAD: whether there is a look-ahead to write.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
@@ -200,17 +106,17 @@ def apply_tiles(
         EARLY: tl.constexpr = tl.float32 != PARAMETER
         if WHOLE:
             p = tl.load(p_at)
-            if EARLY and AHEAD != "no":
+            if EARLY and AHEAD:
                 d = tl.load(d_at)
         else:
             p = tl.load(p_at, mask=inside, other=0.0)
-            if EARLY and AHEAD != "no":
+            if EARLY and AHEAD:
                 d = tl.load(d_at, mask=inside, other=0.0)
         x, _ = mean_coefficients(
             indices, values, tl.cast(tile, tl.int64) * m, m, own, E, ONE_PASS, SIGNS, H, W, w
         )
         x = sandwich(x, split_basis, False, H, W)  # only its sign counts, not its scale
-        if not EARLY and AHEAD != "no":
+        if not EARLY and AHEAD:
             d = tl.load(d_at, mask=inside, other=0.0)
         rate = tl.load(rates + member * rate_step)
         step = sign_times(x, -rate)
@@ -219,16 +125,13 @@ def apply_tiles(
         else:
             p = p.to(tl.float32) + step
         p = p.to(PARAMETER)
-        if AHEAD != "no":
+        if AHEAD:
             ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
-            if AHEAD == "copy":
-                a_at, _ = locate(ahead_members, ahead_table, tile, i, j, PARAMETER, ALIGNED)
-                if WHOLE:
-                    tl.store(a_at, ahead)
-                else:
-                    tl.store(a_at, ahead, mask=inside)
+            a_at, _ = locate(ahead_members, ahead_table, tile, i, j, PARAMETER, ALIGNED)
+            if WHOLE:
+                tl.store(a_at, ahead)
             else:
-                p = ahead
+                tl.store(a_at, ahead, mask=inside)
         if WHOLE:
             tl.store(p_at, p)
         else:
@@ -299,3 +202,146 @@ def subtract_tiles(
         half = shift >> 1
         d -= x * power_of_two(-half) * power_of_two(half - shift)
         tl.store(d_at, d.to(delta.dtype.element_ty), mask=inside)
+
+
+def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
+    """See `psyche_fast.kernels.apply.subtract`."""
+    m = entries.indices.shape[1]
+    if plan.chunks == 0 or m == 0:
+        return
+    ready = planned(plan)
+    grid, scratch, constants, options = _decoding(plan, ready, m)
+    kernel = subtract_rows if ready.is_rows else subtract_tiles
+    with on_device(plan.device):
+        kernel[grid](
+            delta,
+            ready.inverse_basis,
+            entries.indices.contiguous(),
+            _values(entries),
+            scratch,
+            plan.chunks,
+            m,
+            SIGNS=entries.values.dtype == torch.bool,
+            **constants,
+            **options,
+        )
+    written(delta)
+
+
+def apply(
+    plan: ChunkPlan,
+    parameters: Sequence[Tensor],
+    entries: Entries,
+    learning_rates: Rates,
+    shrinks: Rates | None,
+    ahead: Sequence[Tensor] | None,
+    delta: Tensor | None,
+) -> None:
+    """See `psyche_fast.kernels.apply.apply`."""
+    m = entries.indices.shape[1]
+    if plan.chunks == 0:
+        return
+    ready = planned(plan)
+    targets = ready.members(parameters, "parameter")
+    copies = targets if ahead is None else ready.members(ahead, "look-ahead")
+    rate, rate_step = rates(learning_rates, plan.device)
+    shrink, shrink_step = rates(shrinks, plan.device)
+    grid, scratch, constants, options = _decoding(plan, ready, m)
+    if ready.is_rows:
+        kernel = apply_rows
+        constants["STRIDED"] = ready.strided
+    else:
+        kernel = apply_tiles
+        constants["SHRINK"] = shrinks is not None
+    with on_device(plan.device):
+        kernel[grid](
+            targets.addresses,
+            targets.table,
+            copies.addresses,
+            copies.table,
+            shrink if delta is None else delta,  # not read where there is no look-ahead
+            ready.inverse_basis,
+            entries.indices.contiguous(),
+            _values(entries),
+            scratch,
+            rate,
+            shrink,
+            plan.chunks,
+            m,
+            rate_step,
+            shrink_step,
+            SIGNS=entries.values.dtype == torch.bool,
+            AHEAD=ahead is not None,
+            PARAMETER=targets.dtype,
+            ALIGNED=targets.aligned and copies.aligned,
+            **constants,
+            **options,
+        )
+    written(*parameters, *(ahead or ()))
+
+
+def lookahead(
+    plan: ChunkPlan,
+    parameters: Sequence[Tensor],
+    delta: Tensor,
+    learning_rates: Rates,
+    ahead: Sequence[Tensor],
+) -> None:
+    """See `psyche_fast.kernels.apply.lookahead`."""
+    if plan.chunks == 0:
+        return
+    ready = planned(plan)
+    targets = ready.members(parameters, "parameter")
+    copies = ready.members(ahead, "look-ahead")
+    rate, rate_step = rates(learning_rates, plan.device)
+    options, own_options = launch_options("lookahead", plan.device)
+    constants, work = _shape(plan, ready)
+    grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
+    if ready.is_rows:
+        constants["STRIDED"] = ready.strided
+    kernel = lookahead_rows if ready.is_rows else lookahead_tiles
+    with on_device(plan.device):
+        kernel[grid](
+            targets.addresses,
+            targets.table,
+            copies.addresses,
+            copies.table,
+            delta,
+            rate,
+            plan.chunks,
+            rate_step,
+            PARAMETER=targets.dtype,
+            ALIGNED=targets.aligned and copies.aligned,
+            **constants,
+            **options,
+        )
+    written(*ahead)
+
+
+def _shape(plan: ChunkPlan, ready: Planned) -> tuple[dict[str, Any], int]:
+    """Constants that describe a class's tiles, and how many tiles there are."""
+    if ready.is_rows:
+        tiles = triton.cdiv(plan.chunks, ready.rows_per_tile)
+        return {"R": ready.rows_per_tile, "L": ready.length, "W": ready.W}, tiles
+    return {"h": plan.h, "w": plan.w, "H": ready.H, "W": ready.W}, plan.chunks
+
+
+def _decoding(
+    plan: ChunkPlan, ready: Planned, m: int
+) -> tuple[tuple[int], Tensor, dict[str, Any], dict[str, Any]]:
+    """Grid, scratch, constants and options of a kernel that decodes `m` entries per chunk."""
+    options, own = launch_options("rows" if ready.is_rows else "apply", plan.device)
+    constants, work = _shape(plan, ready)
+    grid = (programs(plan.device, own["ctas_per_sm"], work),)
+    if ready.is_rows:
+        constants["MB"] = ROW_ENTRIES
+        elements = ready.rows_per_tile * ready.W
+    else:
+        constants["E"], constants["ONE_PASS"] = entries_at_once(m, own["entries"])
+        elements = ready.H * ready.W
+    return grid, ready.scratch(torch.int32, grid[0] * 2 * elements, plan.device), constants, options
+
+
+def _values(entries: Entries) -> Tensor:
+    values = entries.values.contiguous()
+    return values.view(torch.uint8) if values.dtype == torch.bool else values

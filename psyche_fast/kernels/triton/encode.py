@@ -1,16 +1,34 @@
-"""Encode of a chunk class of matrices: state update, transform and selection in one pass."""
+"""Encode of a chunk class, and its kernel for chunks of matrices: all in one pass."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from psyche_fast.kernels.triton.arithmetic import add_product, sandwich, sign_times, split
-from psyche_fast.kernels.triton.selection import (
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.kernels.triton.apply import subtract
+from psyche_fast.kernels.triton.arithmetic import (
     MAGNITUDE,
+    add_product,
     largest_by_threshold,
     largest_in_rounds,
+    sandwich,
+    split,
 )
+from psyche_fast.kernels.triton.launch import (
+    encode_constants,
+    launch_options,
+    on_device,
+    planned,
+    programs,
+    rates,
+    written,
+)
+from psyche_fast.kernels.triton.rows import encode_rows
 
 
 @triton.jit
@@ -46,7 +64,7 @@ def decode_own(
     return x
 
 
-@triton.jit(do_not_specialize=["tiles", "rate_step", "previous_rate_step", "shrink_step"])
+@triton.jit(do_not_specialize=["tiles", "rate_step"])
 def encode_tiles(
     members,
     table,
@@ -62,15 +80,9 @@ def encode_tiles(
     scratch,
     rates,
     scale,
-    parameter_members,
-    parameter_table,
-    previous_rates,
-    shrinks,
     decay,
     tiles,
     rate_step,
-    previous_rate_step,
-    shrink_step,
     K: tl.constexpr,
     KP: tl.constexpr,
     M: tl.constexpr,
@@ -82,8 +94,6 @@ def encode_tiles(
     H: tl.constexpr,
     W: tl.constexpr,
     GRADIENT: tl.constexpr,
-    PARAMETER: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROUNDS: tl.constexpr,
     SELECT_ROWS: tl.constexpr,
@@ -107,10 +117,6 @@ def encode_tiles(
         scratch: float32, `T * (H * W + H)` per program.
         rates: float32, learning rate of member i at `i * rate_step`.
         scale: float32, one factor on all gradients; gradients are left out if it is not finite.
-        parameter_members: like `members`, for parameters in the look-ahead (IN_PLACE).
-        parameter_table: like `table`, for parameters.
-        previous_rates: float32, of the look-ahead.
-        shrinks: float32, factors on the parameters.
         decay: factor on the state.
         tiles: how many there are.
     """
@@ -148,27 +154,6 @@ def encode_tiles(
                 d = tl.load(state, eviction_policy=STREAM).to(tl.float32)
             else:
                 d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-            if IN_PLACE:
-                p_member = tl.load(parameter_table + 2 * tile).to(tl.int32)
-                p_offset = tl.load(parameter_table + 2 * tile + 1)
-                p_address = tl.load(parameter_members + 2 * p_member)
-                p_stride = tl.load(parameter_members + 2 * p_member + 1).to(tl.int32)
-                p_at = p_address.to(tl.pointer_type(PARAMETER))
-                if ALIGNED:
-                    p_at = tl.multiple_of(p_at, 16)
-                    p_stride = tl.multiple_of(p_stride, 8)
-                    p_offset = tl.multiple_of(p_offset, 8)
-                p_at = p_at + p_offset + i * p_stride + j
-                back = tl.load(previous_rates + p_member * previous_rate_step)
-                shrink = tl.load(shrinks + p_member * shrink_step)
-                if WHOLE:
-                    p = tl.load(p_at, eviction_policy=STREAM).to(tl.float32)
-                    p = (p + sign_times(d, back)) * shrink
-                    tl.store(p_at, p.to(PARAMETER), eviction_policy=STREAM)
-                else:
-                    p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
-                    p = (p + sign_times(d, back)) * shrink
-                    tl.store(p_at, p.to(PARAMETER), mask=inside)
             if M > 0:
                 d -= decode_own(
                     previous_indices,
@@ -247,3 +232,123 @@ def encode_tiles(
                 KEEP,
             )
             tl.debug_barrier()
+
+
+def encode(
+    plan: ChunkPlan,
+    delta: Tensor,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    decay: float,
+    gradient_scale: float | Tensor | None,
+    previous: Entries | None,
+) -> Entries:
+    """See `psyche_fast.kernels.encode.encode`."""
+    indices = torch.empty(plan.chunks, plan.k, dtype=plan.index_dtype, device=plan.device)
+    values = torch.empty(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
+    own = Entries(indices, values, unique=True)
+    if plan.chunks == 0:
+        return own
+    if previous is not None and not _decodable(plan, previous):
+        subtract(plan, delta, previous)
+        previous = None
+    ready = planned(plan)
+    gradients = _uniform(gradients)  # by name: copies have to live until the launch
+    sources = ready.members(gradients, "gradient")
+    rate, rate_step = rates(learning_rates, plan.device)
+    scale = gradient_scale
+    if not isinstance(scale, Tensor):
+        scale, _ = rates([1.0 if scale is None else scale], plan.device)
+    sent = own if previous is None else previous
+    m = 0 if previous is None else previous.indices.shape[1]
+    if ready.is_rows:
+        options, own_options = launch_options("rows", plan.device)
+        work = triton.cdiv(plan.chunks, ready.rows_per_tile)
+        grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
+        size = grid[0] * ready.rows_per_tile * ready.W
+        scratch = ready.scratch(torch.float32, size, plan.device)
+        with on_device(plan.device):
+            encode_rows[grid](
+                sources.addresses,
+                sources.table,
+                delta,
+                ready.forward_basis,
+                sent.indices,
+                sent.values,
+                indices,
+                values,
+                scratch,
+                rate,
+                scale,
+                decay,
+                plan.chunks,
+                rate_step,
+                MP=triton.next_power_of_2(max(m, 1)),
+                R=ready.rows_per_tile,
+                L=ready.length,
+                W=ready.W,
+                STRIDED=ready.strided,
+                K=plan.k,
+                M=m,
+                GRADIENT=sources.dtype,
+                ALIGNED=sources.aligned,
+                **options,
+            )
+        written(delta)
+        return own
+    options, own_options = launch_options("encode", plan.device)
+    together = own_options["tiles"]
+    work = triton.cdiv(plan.chunks, together)
+    grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
+    scratch = ready.scratch(
+        torch.float32, grid[0] * together * (ready.H * ready.W + ready.H), plan.device
+    )
+    with on_device(plan.device):
+        encode_tiles[grid](
+            sources.addresses,
+            sources.table,
+            delta,
+            ready.forward_basis,
+            ready.rows_h,
+            ready.rows_w,
+            ready.zeros,
+            sent.indices,
+            sent.values,
+            indices,
+            values,
+            scratch,
+            rate,
+            scale,
+            decay,
+            plan.chunks,
+            rate_step,
+            T=together,
+            h=plan.h,
+            w=plan.w,
+            H=ready.H,
+            W=ready.W,
+            **encode_constants(plan.k, m),
+            SELECT_ROWS=own_options["select_rows"],
+            STREAM=own_options["stream"],
+            KEEP=own_options["keep"],
+            GRADIENT=sources.dtype,
+            ALIGNED=sources.aligned,
+            **options,
+        )
+    written(delta)
+    return own
+
+
+def _decodable(plan: ChunkPlan, entries: Entries) -> bool:
+    """Whether encode can decode own entries by itself: distinct ones, and in order if all."""
+    return entries.unique and entries.indices.is_contiguous() and entries.values.is_contiguous()
+
+
+def _uniform(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients as the kernels read them: rows of neighbours, all of one dtype."""
+    dtypes = {g.dtype for g in gradients if g is not None}
+    if len(dtypes) > 1 or torch.float64 in dtypes:
+        gradients = [None if g is None else g.to(torch.float32) for g in gradients]
+    return [
+        g.contiguous() if g is not None and g.dim() and g.stride(-1) != 1 else g for g in gradients
+    ]

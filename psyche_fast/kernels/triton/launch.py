@@ -60,6 +60,28 @@ class Members:
     aligned: bool
 
 
+class StreamOrder:
+    """The rule for memory that launches share: only those of one stream are in an order."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def enter(self, device: torch.device) -> None:
+        """Take note of the stream that the next launch goes to.
+
+        Raises:
+            RuntimeError: the last launch went to another stream, which is still at work; or the
+                stream is being captured.
+        """
+        stream, before = current_stream(device), self._stream
+        if before is not None and before != stream and not before.query():
+            raise RuntimeError(
+                "an optimiser is used from two CUDA streams at once: call torch.cuda.synchronize() "
+                "before its steps move to another stream, or make an optimiser for each"
+            )
+        self._stream = stream
+
+
 class Planned:
     """One chunk class, prepared for launching."""
 
@@ -87,26 +109,7 @@ class Planned:
         self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._members: OrderedDict[tuple[Any, ...], Members] = OrderedDict()
         self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-
-    def enter(self, device: torch.device) -> None:
-        """Take note of the stream that the next launch goes to.
-
-        Scratch memory and tables are the class's own: only launches of one stream are in an order.
-        A capture launches nothing; its graph uses them where and when it is replayed.
-
-        Raises:
-            RuntimeError: the last launch went to another stream, which is still at work.
-        """
-        if _capturing(device):
-            return
-        stream, before = _stream(device), self._stream
-        if before is not None and before != stream and not before.query():
-            raise RuntimeError(
-                "an optimiser is used from two CUDA streams at once: call torch.cuda.synchronize() "
-                "before its steps move to another stream, or make an optimiser for each"
-            )
-        self._stream = stream
+        self.order = StreamOrder()
 
     def members(self, tensors: Sequence[Tensor | None], what: str) -> Members:
         """Find a class's tensors, one per member.
@@ -125,14 +128,12 @@ class Planned:
                 self._members.popitem(last=False)
         else:
             self._members.move_to_end(key)
-        _keep(known, known.addresses.device)
         return known
 
     def scratch(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
         """Memory that kernels of this class leave zero, or whose content is of no account."""
         key = (dtype, size)
         if key not in self._scratch:
-            _refuse_capture("the scratch memory", device)
             self._scratch[key] = torch.zeros(size, dtype=dtype, device=device)
         return self._scratch[key]
 
@@ -199,7 +200,6 @@ class Planned:
             flat = offset.view(-1)
             parts.append(torch.stack([torch.full_like(flat, number), flat], dim=1))
         table = torch.cat(parts)
-        _refuse_capture("the place of its parameters", plan.device)
         if plan.device.type == "cuda":
             table = table.pin_memory().to(plan.device, non_blocking=True)
         self._tables[strides] = table
@@ -223,12 +223,12 @@ def planned(plan: ChunkPlan) -> Planned:
     """The prepared class for a launch on the current stream, made on first use.
 
     Raises:
-        RuntimeError: as `Planned.enter`.
+        RuntimeError: as `StreamOrder.enter`.
     """
     known = _planned.get(plan)
     if known is None:
         known = _planned[plan] = Planned(plan)
-    known.enter(plan.device)
+    known.order.enter(plan.device)
     return known
 
 
@@ -294,12 +294,10 @@ def rates(values: Rates | None, device: torch.device) -> tuple[Tensor, int]:
     if len(set(numbers)) == 1:
         numbers = numbers[:1]
     step = 0 if len(numbers) == 1 else 1
-    key = (numbers, device, _stream(device))  # a stream does not wait for what another one uploads
-    if _capturing(device):  # the device has been waited for: whichever stream they came by
-        key = next((known for known in _rates if known[:2] == key[:2]), key)
+    # By stream, since none waits for what another one uploads.
+    key = (numbers, device, current_stream(device))
     known = _rates.get(key)
     if known is None:
-        _refuse_capture("the learning rates", device)
         if step == 0:
             known = torch.full((1,), numbers[0], dtype=torch.float32, device=device)
         else:
@@ -309,7 +307,6 @@ def rates(values: Rates | None, device: torch.device) -> tuple[Tensor, int]:
             _rates.popitem(last=False)
     else:
         _rates.move_to_end(key)
-    _keep(known, device)
     return known, step
 
 
@@ -317,30 +314,23 @@ def _upload(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """A tensor on the device, without waiting for it."""
-    _refuse_capture("the addresses", device)
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     host = torch.tensor(values, dtype=dtype, pin_memory=True)
     return host.to(device, non_blocking=True)
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream that launches go to; None where there are none."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that launches go to; None where there are none.
 
-
-def _capturing(device: torch.device) -> bool:
-    """Whether launches are recorded in a CUDA graph, not done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_captured: list[Any] = []
-
-
-def _keep(tables: Any, device: torch.device) -> None:
-    """Keep for good what a CUDA graph that is being captured is going to read."""
-    if _capturing(device):
-        _captured.append(tables)
+    Raises:
+        RuntimeError: it is being captured: tables and scratch memory would not outlive the graph.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("an optimiser's step cannot be captured in a CUDA graph")
+    return torch.cuda.current_stream(device)
 
 
 def written(*tensors: Tensor | None) -> None:
@@ -350,16 +340,6 @@ def written(*tensors: Tensor | None) -> None:
     the old ones without a word.
     """
     increment_version([t for t in tensors if t is not None])
-
-
-def _refuse_capture(what: str, device: torch.device) -> None:
-    """Refuse to make, within a CUDA graph, what would live in the graph's own memory."""
-    if _capturing(device):
-        raise RuntimeError(
-            f"a CUDA graph is being captured, but {what} of a chunk class are not on the device "
-            "yet: take a step with the same tensors and learning rates first, or give learning "
-            "rates as a tensor"
-        )
 
 
 @cache

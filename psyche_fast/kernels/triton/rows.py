@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from psyche_fast.kernels.triton.arithmetic import (
+    MAGNITUDE,
+    largest_by_threshold,
     power_of_two,
     reciprocal,
     sign_times,
     times_right,
 )
-from psyche_fast.kernels.triton.selection import MAGNITUDE, largest_by_threshold
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def locate_rows(
     return at, member, there
 
 
-@triton.jit(do_not_specialize=["chunks", "rate_step", "previous_rate_step", "shrink_step"])
+@triton.jit(do_not_specialize=["chunks", "rate_step"])
 def encode_rows(
     members,
     table,
@@ -60,15 +61,9 @@ def encode_rows(
     scratch,
     rates,
     scale,
-    parameter_members,
-    parameter_table,
-    previous_rates,
-    shrinks,
     decay,
     chunks,
     rate_step,
-    previous_rate_step,
-    shrink_step,
     K: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
@@ -76,8 +71,6 @@ def encode_rows(
     L: tl.constexpr,
     W: tl.constexpr,
     GRADIENT: tl.constexpr,
-    PARAMETER: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -102,15 +95,6 @@ def encode_rows(
         g = tl.load(g_at, mask=there[:, None] & (j < L), other=0.0).to(tl.float32)
         rate = tl.load(rates + member * rate_step) * factor
         rate = tl.where(there, rate, 0.0)
-        if IN_PLACE:
-            p_at, p_member, _ = locate_rows(
-                parameter_members, parameter_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
-            )
-            back = tl.load(previous_rates + p_member * previous_rate_step)
-            shrink = tl.load(shrinks + p_member * shrink_step)
-            p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
-            p = (p + sign_times(d, back[:, None])) * shrink[:, None]
-            tl.store(p_at, p.to(PARAMETER), mask=inside)
         if M > 0:
             at = chunk.to(tl.int64) * M
             if M == L:  # everything has been sent, and lies in order
@@ -268,16 +252,13 @@ def apply_rows(
         shrink = tl.load(shrinks + member * shrink_step)[:, None]
         p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
         p = tl.fma(p, tl.broadcast_to(shrink, p.shape), sign_times(x, -rate)).to(PARAMETER)
-        if AHEAD != "no":
+        if AHEAD:
             d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
             ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
-            if AHEAD == "copy":
-                a_at, _, _ = locate_rows(
-                    ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
-                )
-                tl.store(a_at, ahead, mask=inside)
-            else:
-                p = ahead
+            a_at, _, _ = locate_rows(
+                ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+            )
+            tl.store(a_at, ahead, mask=inside)
         tl.store(p_at, p, mask=inside)
 
 

@@ -18,11 +18,10 @@ def compile_cases() -> list[Case]:
         (64, 64, 32, "bf16", "bf16"),
     ]
     shapes = [(h, w, 8, "fp32", "fp32") for h, w in ((48, 64), (50, 50), (32, 64), (16, 16))]
-    cases = [_case(*arguments) for arguments in wide + narrow + shapes]
-    return [*cases, _case(64, 64, 8, "bf16", "bf16", in_place=True)]
+    return [_case(*arguments) for arguments in wide + narrow + shapes]
 
 
-def _case(h: int, w: int, k: int, delta: str, gradient: str, *, in_place: bool = False) -> Case:
+def _case(h: int, w: int, k: int, delta: str, gradient: str) -> Case:
     options, own = cpu_launch_options("encode")
     together = own["tiles"]
     constants = encode_constants(k, k)
@@ -31,7 +30,7 @@ def _case(h: int, w: int, k: int, delta: str, gradient: str, *, in_place: bool =
     rounds = (Loop("rounds", k, marker=marker),) if constants["ROUNDS"] else ()
     decode = Loop("previous", constants["MP"] // constants["MC"])
     inner = (decode,) if constants["ROUNDS"] else (decode, Loop("bits", 31))
-    variant = f"{h}x{w} k={k} {delta} delta, {gradient} gradient" + (", in place" * in_place)
+    variant = f"{h}x{w} k={k} {delta} delta, {gradient} gradient"
     # Narrower tiles do not fill a warp each: their rounds have barriers.
     tags = {"rounds"} if constants["ROUNDS"] and min(padded(h), padded(w)) >= 32 else set()
     if (h, w) == (64, 64):
@@ -55,15 +54,9 @@ def _case(h: int, w: int, k: int, delta: str, gradient: str, *, in_place: bool =
             "scratch": "*fp32",
             "rates": "*fp32",
             "scale": "*fp32",
-            "parameter_members": "*i64",
-            "parameter_table": "*i64",
-            "previous_rates": "*fp32",
-            "shrinks": "*fp32",
             "decay": "fp32",
             "tiles": "i32",
             "rate_step": "i32",
-            "previous_rate_step": "i32",
-            "shrink_step": "i32",
         },
         constexprs={
             **constants,
@@ -73,8 +66,6 @@ def _case(h: int, w: int, k: int, delta: str, gradient: str, *, in_place: bool =
             "H": padded(h),
             "W": padded(w),
             "GRADIENT": tl.float32 if gradient == "fp32" else tl.bfloat16,
-            "PARAMETER": tl.bfloat16,
-            "IN_PLACE": in_place,
             "ALIGNED": w % 8 == 0,
             "SELECT_ROWS": own["select_rows"],
             "STREAM": own["stream"],

@@ -20,7 +20,7 @@ def compile_cases() -> list[Case]:
         _encode_case(1, 1),
         _encode_case(64, 8, strided=True),
         _encode_case(64, 8, delta="bf16"),
-        _encode_case(64, 8, delta="bf16", gradient="bf16", in_place=True),
+        _encode_case(64, 8, delta="bf16", gradient="bf16"),
         *_decode_cases(64, 16 * 8),
     ]
 
@@ -36,7 +36,6 @@ def _encode_case(
     *,
     delta: str = "fp32",
     gradient: str = "fp32",
-    in_place: bool = False,
     strided: bool = False,
 ) -> Case:
     options, _ = cpu_launch_options("rows")
@@ -44,7 +43,7 @@ def _encode_case(
     variant = f"{length} k={k} {delta} delta, {gradient} gradient"
     return Case(
         kernel="encode_rows",
-        variant=variant + ", in place" * in_place + ", columns" * strided,
+        variant=variant + ", columns" * strided,
         fn=encode_rows,
         signature={
             **_PLACE,
@@ -57,15 +56,9 @@ def _encode_case(
             "scratch": "*fp32",
             "rates": "*fp32",
             "scale": "*fp32",
-            "parameter_members": "*i64",
-            "parameter_table": "*i64",
-            "previous_rates": "*fp32",
-            "shrinks": "*fp32",
             "decay": "fp32",
             "chunks": "i32",
             "rate_step": "i32",
-            "previous_rate_step": "i32",
-            "shrink_step": "i32",
         },
         constexprs={
             **_TILE,
@@ -75,8 +68,6 @@ def _encode_case(
             "L": length,
             "W": padded(length),
             "GRADIENT": tl.float32 if gradient == "fp32" else tl.bfloat16,
-            "PARAMETER": tl.bfloat16,
-            "IN_PLACE": in_place,
             "STRIDED": strided,
             "ALIGNED": length % 8 == 0,
         },
@@ -103,7 +94,7 @@ def _decode_cases(length: int, m: int) -> list[Case]:
     return [
         Case(
             kernel="apply_rows",
-            variant=f"{length} {m} signs, bf16 parameter, fp32 delta, look-ahead copy",
+            variant=f"{length} {m} signs, bf16 parameter, fp32 delta, look-ahead",
             fn=apply_rows,
             signature={
                 **_PLACE,
@@ -117,7 +108,7 @@ def _decode_cases(length: int, m: int) -> list[Case]:
                 "rate_step": "i32",
                 "shrink_step": "i32",
             },
-            constexprs={**shape, **place, **decoding, "AHEAD": "copy"},
+            constexprs={**shape, **place, **decoding, "AHEAD": True},
             loops=(Loop("tiles", 100, inner=entries),),
             **common,
         ),
