@@ -167,3 +167,15 @@ def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path) -
         pytest.skip("this file system cannot exchange two names")
     with pytest.raises(FileNotFoundError):
         checkpoint._exchange(tmp_path / "x", tmp_path / "absent")
+
+
+def test_a_checkpoint_without_what_its_configuration_promises_is_kept_and_refused(
+    tmp_path: Path,
+) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "model")))
+    model = load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)
+    tensors = dict(model.full_state_dict_iter())
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
+    with pytest.raises(ValueError, match=r"out cannot be loaded again as it is: .*norm.weight"):
+        save_model(tmp_path / "out", model, iter(tensors.items()), [])
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
