@@ -126,6 +126,11 @@ def block_classes(module: Any) -> Iterable[str] | None:
     return names
 
 
+def tied_weights(module: Any) -> dict[str, str]:
+    """Names that checkpoints leave out, and the ones that stand for them (5.17 .. 5.23)."""
+    return getattr(module, "all_tied_weights_keys", None) or {}
+
+
 def ignored_on_load(model: Any) -> tuple[list[str], list[str]]:
     """Patterns of names that a checkpoint may have too many, and may lack (5.17 .. 5.23)."""
     unexpected = list(model._keys_to_ignore_on_load_unexpected or [])

@@ -19,6 +19,7 @@ from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
+from psyche_fast.models.loading import check_fit
 from psyche_fast.models.source import (
     FilesSource,
     ModelSummary,
@@ -75,6 +76,10 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     attention = choose_attention(
         options.attn_implementation, devices.devices[0].type, model.model_type
     )
+    check_fit(
+        source, options.python_arch, attn_implementation=attention,
+        sequence_length=options.sequence_length,
+    )  # fmt: skip
     dataset = open_dataset(
         config.data.data_path,
         token_size=config.data.token_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from psyche_fast import compat
 from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.models import document_attention as documents
 from psyche_fast.models import head_loss, huggingface, packing
 from psyche_fast.models.gathering import gather_whole
-from psyche_fast.models.parallel import blocks
 from psyche_fast.models.source import vocabulary_size
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class CausalLM:
     Attributes:
         module: the module; its parameters are distributed tensors where it is split.
         config: the configuration as plain data.
+        architecture: as `load_model` was told.
         attn_implementation: what runs: `eager`, `sdpa` or `flash_attention_2` (for models
             that are not Transformers' what was asked for; it is theirs to honour).
         device: where it is.
@@ -43,8 +45,10 @@ class CausalLM:
             are; empty where there are none. The optimiser works on them.
 
     Args:
-        module, config, device, attn_implementation, shard_mesh, tensor_mesh, masters: see above.
+        module, config, architecture, device, attn_implementation, shard_mesh, tensor_mesh,
+        masters: as above.
         class_name: the module's class, whose name FSDP2 has changed.
+        blocks: the names of its blocks (`parallel.blocks`), found before that.
         group: all ranks that hold parts of the model; None for one.
         fused_loss: whether the module computes the loss without logits (Liger).
         saved_as: a type, and the one that parameters of that type have in checkpoints.
@@ -57,9 +61,11 @@ class CausalLM:
         module: nn.Module,
         *,
         config: dict[str, Any],
+        architecture: str,
         device: torch.device,
         attn_implementation: str,
         class_name: str,
+        blocks: Iterable[str],
         shard_mesh: DeviceMesh | None = None,
         tensor_mesh: DeviceMesh | None = None,
         group: dist.ProcessGroup | None = None,
@@ -70,6 +76,7 @@ class CausalLM:
     ) -> None:
         self.module = module
         self.config = config
+        self.architecture = architecture
         self.device = device
         self.attn_implementation = attn_implementation
         self.shard_mesh = shard_mesh
@@ -80,6 +87,7 @@ class CausalLM:
         self._why_plain: str | None = None
         self._group = group
         self._class_name = class_name
+        self._blocks = tuple(blocks)
         self._fused_loss = fused_loss
         self._keeps_documents_apart: bool | None = None
         self._by_documents = False
@@ -100,6 +108,7 @@ class CausalLM:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in name order, tied ones once, under the model's own names."""
+        self._reshard()
         return dict(sorted(self.module.named_parameters()))
 
     def prepare(self, batch: Batch) -> Batch:
@@ -173,6 +182,7 @@ class CausalLM:
         batch = self.prepare(batch)
         labels = batch.labels if has_labels else None
         output = self._call(batch, labels=labels)
+        self._reshard()
         logits = _field(output, "logits")
         counts = sum(batch.real_tokens()) > 0
         loss = None if labels is None else self._loss(output, labels, counts)
@@ -181,6 +191,14 @@ class CausalLM:
         if loss is not None and loss_scale:
             loss = loss / loss_scale
         return logits, loss
+
+    def _reshard(self) -> None:
+        """Drops the whole parameters that a forward without backward has left in FSDP2's root.
+
+        They would be used again after the shards have changed.
+        """
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
 
     def _goes_without_logits(self, batch: Batch) -> bool:
         """Whether the loss is computed in the head, chunk by chunk; all ranks decide alike."""
@@ -225,6 +243,7 @@ class CausalLM:
     def _call(
         self, batch: Batch, labels: Tensor | None = None, *, logits: bool = True, **kwargs: Any
     ) -> Any:
+        self._reshard()
         inputs, positions = batch.input_ids, batch.position_ids
         if not isinstance(self.module, PreTrainedModel):
             return self.module(inputs, labels=labels, position_ids=positions)
@@ -330,25 +349,37 @@ class CausalLM:
             weights once. Never more than one transformer block is held at a time, and only one
             bucket of parts (`gathering`) where the checkpoint's form is the model's.
         """
+        self._reshard()
         tensors = self.module.state_dict(keep_vars=True)
-        known: set[int] = set()
-        names = []
-        for name, tensor in tensors.items():
-            if id(tensor) not in known:
-                known.add(id(tensor))
-                names.append(name)
-        if self._saved_as is not None and self._saved_as[1] == torch.float32:
-            tensors.update(self.masters)
+        tied = compat.tied_weights(self.module)
+        first: dict[int, str] = {}
+        for name in sorted(tensors, key=lambda name: name in tied):  # as save_pretrained names them
+            first.setdefault(id(tensors[name]), name)
+        names = [n for n in tensors if first[id(tensors[n])] == n]
+        widened = {id(p): self.masters.get(n) for n, p in self.module.named_parameters()}
+        # Buffers, and parameters that the architecture keeps in another type, stay what they are.
+        of, to = self._saved_as or (None, None)
+        casts = {n for n in names if id(tensors[n]) in widened and tensors[n].dtype == of}
+        if to == torch.float32:
+            masters = ((n, widened[id(tensors[n])]) for n in casts)
+            tensors.update((n, master) for n, master in masters if master is not None)
         groups = list(self._groups(names))
         whole = gather_whole([tensors[name] for group in groups for name in group], self._group)
+        yielded: set[str] = set()
         for group in groups:
-            yield from self._in_checkpoint_form(group, whole)
+            for name, tensor in self._in_checkpoint_form(group, whole, casts):
+                assert name not in yielded, f"{name} is made of parts in several groups"
+                yielded.add(name)
+                yield name, tensor
 
     def _in_checkpoint_form(
-        self, group: list[str], whole: Iterator[Tensor]
+        self, group: list[str], whole: Iterator[Tensor], casts: set[str]
     ) -> Iterator[tuple[str, Tensor | None]]:
         # A generator of its own: what it holds is gone when the next group's bucket arrives.
-        full = {name: self._as_saved(name, next(whole)) for name in group}
+        full = {name: next(whole) for name in group}
+        if self._saved_as is not None:
+            to = self._saved_as[1]
+            full = {n: t.to(to) if n in casts else t for n, t in full.items()}
         if isinstance(self.module, PreTrainedModel):
             pairs = huggingface.revert(self.module, full)
             del full
@@ -357,20 +388,13 @@ class CausalLM:
         for name, tensor in pairs:
             yield name, tensor if self.is_root else None
 
-    def _as_saved(self, name: str, tensor: Tensor) -> Tensor:
-        # Buffers, and parameters that the architecture keeps in another type, stay what they are.
-        if self._saved_as is None or name not in self.named_parameters():
-            return tensor
-        of, to = self._saved_as
-        return tensor.to(to) if tensor.dtype == of else tensor
-
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         """What has to be converted together: the tensors of a block, where anything has."""
         module = self.module
         if not isinstance(module, PreTrainedModel) or not huggingface.needs_reverting(module):
             yield from ([name] for name in names)
             return
-        prefixes = [f"{name}." for name in blocks(module)]
+        prefixes = [f"{name}." for name in self._blocks]
         groups: dict[str, list[str]] = {}
         for name in names:
             key = next((prefix for prefix in prefixes if name.startswith(prefix)), name)

@@ -18,7 +18,7 @@ from psyche_fast.config import Model as ModelOptions
 from psyche_fast.models import building, huggingface, parallel, registry, weights
 from psyche_fast.models.attention import choose_attention
 from psyche_fast.models.causal_lm import CausalLM
-from psyche_fast.models.source import ModelSource, read_config
+from psyche_fast.models.source import ModelSource, read_config, tensor_shapes
 from psyche_fast.models.tensor_parallel import tensor_parallel
 
 log = logging.getLogger(__name__)
@@ -76,21 +76,13 @@ def load_model(
         assert len(meshes) == 1, "two meshes want the group of their ranks"
         group = meshes[0].get_group()
     config = read_config(source)
-    builder = registry.resolve(architecture)
-    if builder is None:
-        module: nn.Module = huggingface.build(
-            config, param_dtype, attn_implementation, sequence_length
-        )
-    else:
-        module = _build_other(builder, architecture, config, param_dtype)
-    class_name = type(module).__name__
+    module = _build(config, architecture, param_dtype, attn_implementation, sequence_length)
+    class_name, blocks = type(module).__name__, list(parallel.blocks(module))
     aliases = building.tied_names(module)
     with weights.open_reader(source) as reader:
+        plan = _plan(module, reader)
         if isinstance(module, PreTrainedModel):
             config = module.config.to_dict()
-            plan = huggingface.plan_load(module, list(reader.shapes))
-        else:
-            plan = weights.plan_by_name(module, reader.shapes)
         if liger:
             _apply_liger(module, device, tensor_mesh)
         if compile_blocks:
@@ -113,7 +105,9 @@ def load_model(
         config=config,
         device=device,
         attn_implementation=attn_implementation,
+        architecture=architecture,
         class_name=class_name,
+        blocks=blocks,
         shard_mesh=shard_mesh,
         tensor_mesh=tensor_mesh,
         group=group,
@@ -155,6 +149,50 @@ def load_configured(
         compile_blocks=options.compile,
         **meshes,
     )
+
+
+def check_fit(
+    source: ModelSource,
+    architecture: str = "HfAuto",
+    *,
+    attn_implementation: str = "eager",
+    sequence_length: int | None = None,
+) -> None:
+    """Checks that a checkpoint has the tensors that its `config.json` promises; loads none.
+
+    Args:
+        source: the model; of its tensors only names and shapes are read.
+        architecture: see `load_model`, as for the rest.
+        attn_implementation: what attends.
+        sequence_length: tokens per row.
+
+    Raises:
+        ValueError: the model cannot be built, or other tensors are wanted; what and why.
+    """
+    config = read_config(source)
+    module = _build(config, architecture, torch.float32, attn_implementation, sequence_length)
+    reader = weights.ShapesReader(tensor_shapes(source))
+    plan, aliases = _plan(module, reader), building.tied_names(module)
+    weights.load_weights(module.to("meta"), reader, plan, aliases, {})
+
+
+def _build(
+    config: dict[str, Any],
+    architecture: str,
+    param_dtype: torch.dtype,
+    attn_implementation: str,
+    sequence_length: int | None,
+) -> nn.Module:
+    builder = registry.resolve(architecture)
+    if builder is None:
+        return huggingface.build(config, param_dtype, attn_implementation, sequence_length)
+    return _build_other(builder, architecture, config, param_dtype)
+
+
+def _plan(module: nn.Module, reader: weights.Reader) -> weights.LoadPlan:
+    if isinstance(module, PreTrainedModel):
+        return huggingface.plan_load(module, list(reader.shapes))
+    return weights.plan_by_name(module, reader.shapes)
 
 
 def _build_other(

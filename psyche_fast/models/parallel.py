@@ -22,24 +22,33 @@ def blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The modules to shard, and to checkpoint, one by one: the transformer's blocks.
 
     They are `fsdp_modules` (class names or modules) where the module has it, Transformers'
-    `_no_split_modules`, or else every child of every `nn.ModuleList`.
+    `_no_split_modules`, or else every child of every `nn.ModuleList`. Blocks inside blocks are not
+    counted again, and what shares parameters with the rest of the model belongs to the rest.
+    Classes are looked up by name, which `shard` changes: ask before.
 
     Returns:
         modules by name, in order.
     """
     hint = getattr(module, "fsdp_modules", None) or block_classes(module)
-    if hint:
-        return {
-            name: child
-            for name, child in module.named_modules()
-            if type(child).__name__ in hint or any(child is item for item in hint)
-        }
-    return {
-        f"{name}.{index}" if name else index: child
-        for name, parent in module.named_modules()
-        if isinstance(parent, nn.ModuleList)
-        for index, child in parent.named_children()
-    }
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    found: dict[str, nn.Module] = {}
+    lists: set[str] = set()
+    for name, child in module.named_modules():
+        parent = name.rpartition(".")[0]
+        if isinstance(child, nn.ModuleList):
+            lists.add(name)
+        if hint:
+            wanted = type(child).__name__ in hint or any(child is item for item in hint)
+        else:
+            wanted = bool(name) and parent in lists
+        if not wanted or any(name.startswith(f"{block}.") for block in found):
+            continue
+        own = set().union(*(names[id(p)] for p in child.parameters()))
+        if all(n.startswith(f"{name}.") for n in own):
+            found[name] = child
+    return found
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from psyche_fast.models import CausalLM
+from psyche_fast.models.loading import check_fit
+from psyche_fast.models.source import resolve_model
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -162,6 +164,7 @@ def save_model(
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind, and a
             folder that was there stays.
+        ValueError: the tensors are not those that `config.json` promises; they are kept.
     """
     try:
         with atomic_folder(path) as folder:
@@ -170,6 +173,10 @@ def save_model(
             for file in side_files:
                 if not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
+        try:
+            check_fit(resolve_model(str(path)), model.architecture)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be loaded again as it is: {error}") from error
     finally:
         for _ in tensors:
             pass

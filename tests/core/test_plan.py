@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,16 @@ def test_a_cpu_has_only_gloo(config: dict[str, object]) -> None:
     whole = RunConfig.of(**config, replicas=2, device="cpu", device_backend="split")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--device-backend split needs CUDA devices"):
         plan.make_plan(whole)
+
+
+def test_a_checkpoint_that_does_not_fit_its_configuration(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    file = tmp_path / "model" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "intermediate_size": 50}))
+    with pytest.raises(ValueError, match=r"has the shape \[32, 48\], .* wants \[32, 50\]"):
+        plan.make_plan(RunConfig.of(**config))  # type: ignore[arg-type]
+    file.write_text(json.dumps({**settings, "rms_norm_eps": {"__float__": "big"}}))
+    with pytest.raises(ValueError, match=r"config.json: .*rms_norm_eps"):
+        plan.make_plan(RunConfig.of(**config))  # type: ignore[arg-type]

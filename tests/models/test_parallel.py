@@ -257,3 +257,16 @@ def test_blocks_of_own_modules() -> None:
     assert list(blocks(own)) == ["stack.0", "stack.1", "head"]
     own.fsdp_modules = [own.head]
     assert list(blocks(own)) == ["head"]
+
+
+def test_no_block_is_inside_another_or_shares_what_is_outside() -> None:
+    own = torch.nn.Module()
+    own.inside = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    own.tied = torch.nn.Linear(2, 2)
+    own.head = torch.nn.Linear(2, 2)
+    own.head.weight = own.tied.weight
+    own.fsdp_modules = ["Sequential", "Linear"]
+    assert list(blocks(own)) == ["inside"]
+    del own.fsdp_modules
+    own.lists = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(2, 2)])])
+    assert list(blocks(own)) == ["lists.0"]

@@ -184,3 +184,15 @@ def test_what_came_to_the_folder_meanwhile_is_not_replaced(tmp_path: Path) -> No
     assert str(error).endswith(f"the model is in {checkpoint}")
     assert sorted(f.name for f in path.iterdir()) == ["model", "notes"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["final", "step"]
+
+
+def test_a_checkpoint_without_what_its_configuration_promises_is_kept_and_refused(
+    tmp_path: Path,
+) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "model")))
+    model = load_model(source, device=torch.device("cpu"), param_dtype=torch.float32)
+    tensors = dict(model.full_state_dict_iter())
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
+    with pytest.raises(ValueError, match=r"out cannot be loaded again as it is: .*norm.weight"):
+        save_model(tmp_path / "out", model, iter(tensors.items()), [])
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
