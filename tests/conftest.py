@@ -44,3 +44,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_teardown() -> None:
     """A test that fails leaves no process behind."""
     processes.end_all()
+    groups.end_all()

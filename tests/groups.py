@@ -1,23 +1,31 @@
 """Processes that tests start: ranks of a gloo group, runs of the command line.
 
 They are forked from a server that has imported what they need, which takes milliseconds instead of
-the seconds of an import; otherwise they are processes like any other, with real groups between
-them. Whoever tests how processes come to be and end starts them as a user does: tests/processes.py.
+the seven seconds of an import; otherwise they are processes like any other, with real groups
+between them, and the sidecars of a run are children of its core. tests/processes.py starts them as
+a user does, for what an import decides.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import io
+import logging
 import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,6 +33,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from psyche_fast import sidecar
+from psyche_fast.cli import main
 from tests.processes import free_port
 
 PRELOADED = [
@@ -37,6 +47,8 @@ PRELOADED = [
 """What the server imports; what cannot be imported is left out."""
 TIMEOUT = 220.0
 """Seconds that processes may take."""
+_PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000
 allowed = True
 """Whether the test that runs is marked `processes`; conftest.py sets it."""
 
@@ -77,6 +89,81 @@ class Finished:
     stderr: str
 
 
+class Command:
+    """A `psyche-fast` that runs; what tests want of `subprocess.Popen`.
+
+    Args:
+        *arguments: after the program's name.
+        program: another one's `main`.
+        environment: variables beside this process's own.
+        folder: its working directory; None for this process's.
+        host: the network namespace that it runs in; None for this one.
+        terminal: the name of a terminal that it runs in, as a session of its own.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        program: Callable[[list[str]], None] = main,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        host: str | None = None,
+        terminal: str | None = None,
+    ) -> None:
+        self._said = Path(tempfile.mkdtemp())
+        streams = [self._said / "out", self._said / "err"]
+        for stream in streams:
+            stream.touch()
+        self._process = _start(
+            _command, program, arguments, dict(environment or {}), folder, host, terminal,
+            *([terminal] * 2 if terminal else map(str, streams)),
+        )  # fmt: skip
+        self.pid = self._process.pid
+        _commands.append(self)
+
+    def poll(self) -> int | None:
+        """Its status, or None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        """As of `poll`."""
+        return self.poll()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To this process alone."""
+        os.kill(self.pid, number)
+
+    def stderr(self) -> str:
+        """What it has said."""
+        return (self._said / "err").read_text()
+
+    def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
+        """What it said on its two streams (not on a terminal) until it ended.
+
+        Raises:
+            AssertionError: that was not within `timeout` seconds.
+        """
+        self._process.join(timeout)
+        said = (self._said / "out").read_text(), self.stderr()
+        assert self.poll() is not None, f"not done after {timeout:g} s: {said}"
+        return said
+
+    def close(self) -> None:
+        """Ends it where it still runs."""
+        _end([self._process])
+        shutil.rmtree(self._said)
+
+
+_commands: list[Command] = []
+
+
+def end_all() -> None:
+    """Ends the commands that a test has started; conftest.py calls it after each."""
+    while _commands:
+        _commands.pop().close()
+
+
 def run_command(
     *arguments: str, ranks: int = 1, environment: Mapping[str, str] | None = None
 ) -> list[Finished]:
@@ -84,8 +171,7 @@ def run_command(
 
     Args:
         *arguments: after the program's name; of `train` for several ranks.
-        ranks: all ranks of the run. More than one are started as Slurm starts them, so that none
-            has to start another and import everything once more.
+        ranks: all ranks of the run. More than one are started as Slurm starts them.
         environment: variables beside this process's own.
 
     Returns:
@@ -93,28 +179,27 @@ def run_command(
     """
     if ranks > 1:
         arguments = (*arguments, "--port", str(free_port()))
-    with tempfile.TemporaryDirectory() as folder:
-        processes, outputs = [], []
-        for rank in range(ranks):
-            slurm = {
-                "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1",
-                "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": str(ranks),
-                "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank),
-            }  # fmt: skip
-            variables = {**(slurm if ranks > 1 else {}), **(environment or {})}
-            outputs.append([os.path.join(folder, f"{rank}.{name}") for name in ("out", "err")])
-            processes.append(_start(_command, arguments, variables, *outputs[-1]))
-        deadline = time.monotonic() + TIMEOUT
-        try:
-            for process in processes:
-                process.join(max(deadline - time.monotonic(), 0))
-        finally:
-            codes = [process.exitcode for process in processes]
-            _end(processes)
-        said = [[Path(name).read_text() for name in names] for names in outputs]
-    assert None not in codes, f"not done after {TIMEOUT:g} s: {said}"
-    return [Finished(*fields) for fields in zip(codes, *zip(*said, strict=True), strict=True)]
+    commands = []
+    for rank in range(ranks):
+        slurm = {
+            "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": str(ranks),
+            "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+        }  # fmt: skip
+        variables = {**(slurm if ranks > 1 else {}), **(environment or {})}
+        commands.append(Command(*arguments, environment=variables))
+    try:
+        found = []
+        for command in commands:
+            said = command.communicate()
+            assert command.returncode is not None
+            found.append(Finished(command.returncode, *said))
+        return found
+    finally:
+        for command in commands:
+            _commands.remove(command)
+            command.close()
 
 
 @contextmanager
@@ -191,8 +276,9 @@ def _send_value(writer: Connection, function: Callable[..., Any], *args: Any) ->
 
 def _leave(status: int) -> None:
     """Not by Python's own end: a thread of gloo's may let go of a tensor meanwhile, and abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a terminal that has been closed
+            stream.flush()
     os._exit(status)
 
 
@@ -215,22 +301,77 @@ def _in_group(
 
 
 def _command(
-    arguments: tuple[str, ...], variables: Mapping[str, str], output: str, errors: str
+    program: Callable[[list[str]], None],
+    arguments: tuple[str, ...],
+    variables: Mapping[str, str],
+    folder: Path | None,
+    host: str | None,
+    terminal: str | None,
+    *streams: str,
 ) -> None:
     """One process of a command; its output goes to files, what C++ says too."""
-    from psyche_fast.cli import main
-
-    for descriptor, name in ((1, output), (2, errors)):
-        with open(name, "wb") as file:
-            os.dup2(file.fileno(), descriptor)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    if sys.platform == "linux":  # a run without an end outlives no test that is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if host is not None:
+        with open(f"/run/netns/{host}") as space:
+            assert ctypes.CDLL(None).setns(space.fileno(), _CLONE_NEWNET) == 0
+    if terminal is not None:
+        os.setsid()  # whose terminal is the first that it opens to read and write
+    for descriptor, name in zip((1, 2), streams, strict=True):
+        opened = os.open(name, os.O_RDWR)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    if folder is not None:
+        os.chdir(folder)
     os.environ.update(variables)
+    fork_ranks()
+    _run(program, list(arguments))
+
+
+def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """A program, in a process that is forked for it and ends with it."""
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     status: Any = 0
     try:
-        main(list(arguments))
+        main(arguments)
     except SystemExit as end:
         status = end.code
     except BaseException:
         traceback.print_exc()
         status = 1
     _leave(int(status or 0))
+
+
+def fork_ranks() -> None:
+    """Has this process fork the ranks that it starts, instead of Pythons that import all anew."""
+    subprocess.Popen = _Popen  # type: ignore[misc]
+
+
+class _Popen(subprocess.Popen):  # type: ignore[type-arg]
+    def __init__(self, args: Sequence[str], *more: Any, **options: Any) -> None:
+        module = args[args.index("-m") + 1] if "-m" in args else None
+        program = {"psyche_fast": main, "psyche_fast.sidecar": sidecar.main}.get(str(module))
+        if program is not None:
+            arguments = list(args[args.index("-m") + 2 :])
+            options["preexec_fn"] = partial(_rank, program, arguments, options)
+        super().__init__(args, *more, **options)
+
+
+def _rank(
+    program: Callable[[list[str]], None], arguments: list[str], options: Mapping[str, Any]
+) -> None:
+    """What an exec does to a process, then the rank; the streams are its own already."""
+    os.environ.clear()
+    os.environ.update(options["env"])
+    faulthandler.disable()
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in options.get("pass_fds", ()):
+            with suppress(OSError):  # the listing's own
+                os.close(int(name))
+    logging.getLogger("psyche_fast").handlers.clear()
+    _run(program, arguments)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import signal
-import subprocess
-import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
+import torch.distributed as dist
 
+from psyche_fast.config import RunConfig
+from psyche_fast.core import run as core
+from psyche_fast.core.plan import make_plan
+from psyche_fast.metrics import Tracker
 from psyche_fast.start.spawn import Sidecars
-from tests.processes import command, wait_until
+from tests.groups import Command, fork_ranks, in_process
+from tests.processes import wait_until
 from tests.tiny import save_llama, save_tokens
 
 pytestmark = pytest.mark.processes
@@ -27,73 +35,67 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TWICE = """
-import sys
-from pathlib import Path
-import psutil
-from psyche_fast.config import RunConfig
-from psyche_fast.core import run as core
-from psyche_fast.core.plan import make_plan
-from psyche_fast.metrics import Tracker
+def _three_runs(place: Path, output: Path) -> tuple[list[str], list[int]]:
+    """What the trackers and errors of runs say; descriptors that are open after each."""
+    said: list[str] = []
+    opened = []
 
-place, output = map(Path, sys.argv[1:])
+    class Recorder(Tracker):
+        def log(self, step: int, metrics: Mapping[str, object]) -> None:
+            said.append(f"step {step}")
+            if step == 2 and fails:
+                raise ValueError("this step's line cannot be sent")
 
-class Recorder(Tracker):
-    def log(self, step, metrics):
-        print("step", step)
-        if step == 2 and fails:
-            raise ValueError("this step's line cannot be sent")
-    def finish(self, *, failed=False):
-        print("finished", failed)
+        def finish(self, *, failed: bool = False) -> None:
+            said.append(f"finished {failed}")
 
-core.make_tracker = lambda *_: Recorder()
-for name, fails in (("warm-up", False), ("well", False), ("badly", True), ("last", True)):
-    plan = make_plan(RunConfig.of(
-        model=str(place / "model"), data_path=str(place / "data"), output=str(output / name),
-        device="cpu", sequence_length=16, micro_batch=2, total_batch=2, total_steps=3,
-        param_dtype="float32", threads=1,
-    ))
-    try:
-        core.run(plan)
-    except ValueError as error:
-        print("error", error)
-    except RuntimeError as error:
-        print("error", error)
-    import torch.distributed as dist
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    import gc
-    gc.collect()
-    print("open", psutil.Process().num_fds())
-"""
+    with (
+        mock.patch.object(core, "make_tracker", side_effect=lambda *_: Recorder()),
+        mock.patch.object(core, "plot_run"),
+    ):
+        for name, fails in (("first", True), ("well", False), ("badly", True)):  # noqa: B007
+            plan = make_plan(
+                RunConfig.of(
+                    model=str(place / "model"), data_path=str(place / "data"),
+                    output=str(output / name), device="cpu", sequence_length=16, micro_batch=2,
+                    total_batch=2, total_steps=3, param_dtype="float32", threads=1,
+                )
+            )  # fmt: skip
+            try:
+                core.run(plan)
+            except ValueError as error:
+                said.append(f"error {error}")
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            gc.collect()
+            opened.append(psutil.Process().num_fds())
+    return said, opened
 
 
 def test_a_run_leaks_no_descriptor_and_finishes_its_tracker(place: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE, str(place), str(tmp_path)],
-        capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    opened = [line for line in lines if line.startswith("open ")]
-    assert len(opened) == 4
+    said, opened = in_process(_three_runs, place, tmp_path)
     assert opened[0] == opened[1], "a run that ends well"
-    assert opened[2] == opened[3], "a run that fails"
+    assert opened[1] == opened[2], "a run that fails"
     well = ["step 1", "step 2", "step 3", "finished False"]
     badly = ["step 1", "step 2", "finished True", "error this step's line cannot be sent"]
-    assert [line for line in lines if line not in opened] == well * 2 + badly * 2
+    assert said == badly + well + badly
     log = (tmp_path / "badly" / "logs" / "rank-0.log").read_text()
     assert "rank 0 INFO where it happened:" in log
     assert log.rstrip().endswith("ValueError: this step's line cannot be sent")
 
 
-def test_a_sidecars_error_of_the_users_leaves_its_trace_in_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "rank-1.log"
-    log.write_text("2026-01-01 rank 1 ERROR of an earlier part of the run\n")
+def _refused_sidecar(log: Path) -> str | None:
+    fork_ranks()
     with Sidecars("gloo", "udp://nowhere", 2) as sidecars:
         sidecars.spawn(1, None, log)
         sidecars.watch(grace=60)
-        message = sidecars.failure(60)
+        return sidecars.failure(60)
+
+
+def test_a_sidecars_error_of_the_users_leaves_its_trace_in_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "rank-1.log"
+    log.write_text("2026-01-01 rank 1 ERROR of an earlier part of the run\n")
+    message = in_process(_refused_sidecar, log)
     assert message is not None
     head, said = message.splitlines()
     assert "ended: exit status 1; the end of" in head
@@ -117,32 +119,29 @@ def test_what_an_earlier_part_of_the_run_said_is_not_taken_for_the_end(tmp_path:
 
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    words = command(
+    ours, its = pty.openpty()
+    core = Command(
         "train", "--model", str(place / "model"),
         "--data-path", str(place / "data"), "--output", str(output), "--device", "cpu",
         "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "4", "--threads", "1",
         "--total-steps", "1000000", "--param-dtype", "float32", "--distro", "--replicas", "2",
-        "--compression-chunk", "16",
+        "--compression-chunk", "16", terminal=os.ttyname(its),
     )  # fmt: skip
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, words)
     metrics = output / "metrics.jsonl"
-    os.set_blocking(terminal, False)
+    os.set_blocking(ours, False)
 
     def has_trained() -> bool:
         with suppress(BlockingIOError):
-            os.read(terminal, 1 << 16)  # or the run would wait to write
+            os.read(ours, 1 << 16)  # or the run would wait to write
         return metrics.exists() and metrics.stat().st_size > 2000
 
     try:
-        wait_until(has_trained)
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        raise
+        wait_until(lambda: core.poll() is not None or has_trained())
+        assert core.poll() is None
     finally:
-        os.close(terminal)
-    _, status = os.waitpid(pid, 0)  # the test's time limit is the limit
+        os.close(its)
+        os.close(ours)
+    core.communicate()
     (checkpoint,) = (output / "checkpoints").iterdir()
     assert (checkpoint / "model.safetensors").exists()
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert core.returncode == 128 + signal.SIGHUP

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.distributed.run import main as torchrun
 
 from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
-from tests.groups import run_command
-from tests.processes import command, free_port, start, wait_until
+from tests.groups import Command, run_command
+from tests.processes import free_port, wait_until
 from tests.tiny import save_llama, save_tokens
 
 
@@ -142,25 +142,24 @@ def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
 def one_machine(place: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of two replicas whose second rank the first one starts."""
     output = tmp_path_factory.mktemp("one") / "run"
-    subprocess.run(command(*flags(place, output)), check=True, capture_output=True)
+    (done,) = run_command(*flags(place, output))
+    assert done.returncode == 0, done.stderr
     return losses(output)
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     agents = [
-        start(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr", "127.0.0.1",
-                "--master-port", str(port), "-m", "psyche_fast", *flags(place, tmp_path / "run"),
-            ]
+        Command(
+            "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr",
+            "127.0.0.1", "--master-port", port, "-m", "psyche_fast",
+            *flags(place, tmp_path / "run"), program=torchrun,
         )
         for node in range(2)
     ]  # fmt: skip
-    said = [agent.communicate(timeout=120)[1] for agent in agents]
+    said = [agent.communicate()[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert losses(tmp_path / "run") == one_machine
 
@@ -233,21 +232,13 @@ def three_hosts() -> Iterator[list[str]]:
         yield names
 
 
-def on(host: str, *command: str) -> subprocess.Popen[str]:
-    chosen = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    return start(
-        ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *command],
-        env={name: value for name, value in os.environ.items() if name not in chosen},
-    )  # fmt: skip
-
-
-def run_on(names: list[str], run: list[str], timeout: int) -> list[subprocess.Popen[str]]:
+def run_on(names: list[str], run: list[str], timeout: int) -> list[Command]:
     network = ["--host", "10.99.7.1", "--port", "34567", "--local-ranks", "1"]
-    core = on(names[0], *run, *network, "--timeout", str(timeout))
+    core = Command(*run, *network, "--timeout", str(timeout), host=names[0])
     return [core] + [
-        on(
-            name, "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
-            str(len(names)), "--start-rank", str(rank), "--backend", "gloo",
+        Command(
+            "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
+            str(len(names)), "--start-rank", str(rank), "--backend", "gloo", host=name,
         )
         for rank, name in enumerate(names[1:], start=1)
     ]  # fmt: skip
@@ -257,7 +248,7 @@ def run_on(names: list[str], run: list[str], timeout: int) -> list[subprocess.Po
 @pytest.mark.processes
 def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path: Path) -> None:
     processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60)
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     run_command(*flags(place, tmp_path / "alone", 3), ranks=3)
     assert losses(tmp_path / "run") == losses(tmp_path / "alone")
@@ -268,7 +259,7 @@ def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path:
 def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
     place: Path, three_hosts: list[str], tmp_path: Path
 ) -> None:
-    output, timeout = tmp_path / "run", 6
+    output, timeout = tmp_path / "run", 5
     run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
     processes = run_on(three_hosts, run, timeout)
     checkpoint = output / "checkpoints" / "step-000005"

@@ -3,58 +3,58 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from tests import processes
-from tests.processes import command, free_port, wait_until
+from tests.groups import Command
+from tests.processes import free_port, wait_until
 from tests.tiny import save_llama, save_tokens
 
 pytestmark = pytest.mark.processes
 
 
-def start(
-    place: Path, output: Path, port: int, *flags: str, steps: int = 3
-) -> subprocess.Popen[str]:
-    save_llama(place / "model")
-    save_tokens(place / "data")
-    return processes.start(
-        command(
-            "train", "--model", str(place / "model"),
-            "--data-path", str(place / "data"), "--output", str(output), "--device", "cpu",
-            "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "6",
-            "--total-steps", str(steps), "--param-dtype", "float32", "--threads", "1",
-            "--distro", "--replicas", "3", "--compression-chunk", "16",
-            "--local-ranks", "2", "--port", str(port), *flags,
-        )
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("machines")
+    save_llama(folder / "model")
+    save_tokens(folder / "data")
+    return folder
+
+
+def start(place: Path, output: Path, port: int, *more: str, steps: int = 3) -> Command:
+    return Command(
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
+        "--output", str(output), "--device", "cpu", "--sequence-length", "16",
+        "--micro-batch", "2", "--total-batch", "6", "--total-steps", str(steps),
+        "--param-dtype", "float32", "--threads", "1", "--distro", "--replicas", "3",
+        "--compression-chunk", "16", "--local-ranks", "2", "--port", str(port), *more,
     )  # fmt: skip
 
 
-def launch(port: int, **environment: str) -> subprocess.Popen[str]:
-    return processes.start(
-        command(
-            "sidecar", "--main-host", "127.0.0.1",
-            "--port", str(port), "--world-size", "3", "--start-rank", "2",
-            "--backend", "gloo",
-        ),
-        env={**os.environ, **environment},
-    )  # fmt: skip
+def flags(port: int) -> list[str]:
+    return [
+        "sidecar", "--main-host", "127.0.0.1", "--port", str(port), "--world-size", "3",
+        "--start-rank", "2", "--backend", "gloo",
+    ]  # fmt: skip
 
 
-def test_ranks_of_another_machine(tmp_path: Path) -> None:
+def test_ranks_of_another_machine(place: Path, tmp_path: Path) -> None:
     port = free_port()
-    core = start(tmp_path, tmp_path / "run", port)
-    other = launch(port)
-    _, said = core.communicate(timeout=100)
+    other = Command(*flags(port))
+    wait_until(lambda: other.poll() is not None or other.stderr().endswith("\n"))
+    assert other.stderr().startswith(
+        f"psyche-fast: waiting for the core: nobody listens at 127.0.0.1:{port} yet (Connection "
+        "refused); is psyche-fast train running there"
+    )
+    core = start(place, tmp_path / "run", port)
+    _, said = core.communicate()
     assert core.returncode == 0, said
     assert "waiting for 1 ranks from other machines: psyche-fast sidecar --main-host" in said
-    _, errors = other.communicate(timeout=30)
+    _, errors = other.communicate()
     assert other.returncode == 0, errors
     for rank in (1, 2):  # spawned by the core and by the launcher
         log = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
@@ -67,24 +67,14 @@ def test_ranks_of_another_machine(tmp_path: Path) -> None:
     )
 
 
-def test_a_launcher_alone_says_what_it_waits_for() -> None:
+def test_the_launcher_fails_with_its_core(place: Path, tmp_path: Path) -> None:
     port = free_port()
-    alone = launch(port)
-    assert alone.stderr is not None
-    said = alone.stderr.readline()  # blocks until it speaks; the test's time limit is the limit
-    assert said.startswith("psyche-fast: waiting for the core: nobody listens at 127.0.0.1:")
-    assert f"{port} yet (Connection refused); is psyche-fast train running there" in said
-
-
-def test_the_launcher_fails_with_its_core(tmp_path: Path) -> None:
-    port = free_port()
-    core = start(tmp_path, tmp_path / "run", port, steps=100_000)
-    other = launch(port)
+    core = start(place, tmp_path / "run", port, steps=100_000)
+    other = Command(*flags(port))
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: core.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0))
     assert core.poll() is None, core.communicate()
     core.send_signal(signal.SIGKILL)
-    core.communicate()
     _, errors = other.communicate(timeout=20)
     assert other.returncode == 1
     assert "rank 2 ERROR lost another rank" in errors
@@ -99,10 +89,12 @@ needs_vectors = pytest.mark.skipif(
 
 
 @needs_vectors
-def test_a_machine_of_another_generation_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_machine_of_another_generation_is_refused_in_one_line(
+    place: Path, tmp_path: Path
+) -> None:
     port = free_port()
-    core = start(tmp_path, tmp_path / "run", port)
-    other = launch(port, **OLDER)
+    core = start(place, tmp_path / "run", port)
+    other = Command(*flags(port), environment=OLDER)
     _, said = core.communicate(timeout=100)
     assert core.returncode == 2
     here = torch.backends.cpu.get_cpu_capability()
@@ -117,11 +109,11 @@ def test_a_machine_of_another_generation_is_refused_in_one_line(tmp_path: Path) 
 
 
 @needs_vectors
-def test_several_generations_may_be_tried(tmp_path: Path) -> None:
+def test_several_generations_may_be_tried(place: Path, tmp_path: Path) -> None:
     port = free_port()
     # Without the check: whether two generations come to the same bits is not what is tested.
-    core = start(tmp_path, tmp_path / "run", port, "--mixed-gpus", "--check-every", "0")
-    other = launch(port, **OLDER)
+    core = start(place, tmp_path / "run", port, "--mixed-gpus", "--check-every", "0")
+    other = Command(*flags(port), environment=OLDER)
     _, said = core.communicate(timeout=100)
     _, errors = other.communicate(timeout=30)
     assert core.returncode == other.returncode == 0, said + errors

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.processes import command, start, wait_until
+from tests.groups import Command
+from tests.processes import wait_until
 from tests.tiny import save_llama
 
 SEED = """
@@ -29,10 +29,7 @@ def test_the_seeds_command_line_runs(tmp_path: Path) -> None:
     data = tmp_path / "data" / "fineweb-10bt"
     data.mkdir(parents=True)
     np.random.default_rng(0).integers(0, 96, 9 * 2048, dtype=np.uint16).tofile(data / "0.ds")
-    run = start(
-        command("train", *shlex.split(SEED)),
-        cwd=tmp_path, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    run = Command("train", *shlex.split(SEED), folder=tmp_path)
 
     def has_trained() -> bool:
         return any(file.stat().st_size for file in tmp_path.glob("runs/*/metrics.jsonl"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import pytest
 import torch
 import transformers
 
+from psyche_fast.start.spawn import Sidecars
 from tests.foreign_core import ForeignCore
-from tests.groups import in_process
-from tests.processes import seconds_until_gone, start, wait_until
+from tests.groups import in_process, running
+from tests.processes import seconds_until_gone, wait_until
 from tests.tiny import batch_loss, random_tokens, save_llama
 
 pytestmark = pytest.mark.processes
@@ -224,36 +224,30 @@ def test_index_out_of_range_is_refused_before_it_is_scattered(tmp_path: Path) ->
     assert "peer 0" in log, log
 
 
-FOREIGN = """
-import sys
-from pathlib import Path
-from tests.foreign_core import ForeignCore
-core = ForeignCore(2, Path(sys.argv[1]))
-core.join()
-print(core.children[0].pid, flush=True)
-sys.stdin.read()
-"""
-OWN = """
-import sys
-from pathlib import Path
-from psyche_fast.start.spawn import Sidecars
-sidecars = Sidecars('gloo', 'tcp://127.0.0.1:1', 2)
-sidecars.spawn(1, None, Path(sys.argv[1]))
-print(sidecars._children[0].process.pid, flush=True)
-sys.stdin.read()
-"""
+def _foreign_parent(folder: Path) -> None:
+    core = ForeignCore(2, folder / "log")
+    core.join()
+    _wait_to_be_killed(folder, core.children[0].pid)
 
 
-@pytest.mark.parametrize("program", [FOREIGN, OWN], ids=["foreign", "own"])
-def test_sidecar_dies_with_its_parent(tmp_path: Path, program: str) -> None:
+def _own_parent(folder: Path) -> None:
+    sidecars = Sidecars("gloo", "tcp://127.0.0.1:1", 2)
+    sidecars.spawn(1, None, folder / "log")
+    _wait_to_be_killed(folder, sidecars._children[0].process.pid)
+
+
+def _wait_to_be_killed(folder: Path, child: int) -> None:
+    (folder / "new").write_text(str(child))
+    (folder / "new").rename(folder / "child")
+    signal.pause()
+
+
+@pytest.mark.parametrize("parent", [_foreign_parent, _own_parent])
+def test_sidecar_dies_with_its_parent(tmp_path: Path, parent: Callable[[Path], None]) -> None:
     """With a foreign core once both have met; with our own at any moment, here during imports."""
-    parent = start(
-        [sys.executable, "-c", program, str(tmp_path / "log")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None,
-    )  # fmt: skip
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
-    wait_until(lambda: child.num_threads() > 1)  # it watches
-    parent.send_signal(signal.SIGKILL)
-    assert seconds_until_gone(child) < 1
-    parent.communicate()
+    with running(parent, tmp_path) as process:
+        wait_until((tmp_path / "child").exists)
+        child = psutil.Process(int((tmp_path / "child").read_text()))
+        wait_until(lambda: child.num_threads() > 1)  # it watches
+        process.kill()
+        assert seconds_until_gone(child) < 1
