@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _NAMES = {
     # torch
     "AsyncCollectiveTensor": "torch.distributed._functional_collectives",
+    "FakeTensor": "torch._subclasses.fake_tensor",
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
     "FakeTensorMode": "torch._subclasses.fake_tensor",
     "StorageWeakRef": "torch.multiprocessing.reductions",

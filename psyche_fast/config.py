@@ -123,6 +123,9 @@ class Optimizer(Section, frozen=True, kw_only=True):
     distro: Annotated[bool, _help("train with DisTrO instead of AdamW")] = False
     max_grad_norm: Annotated[Amount, _help("clip the gradient's global norm; 0 = off")] = 1.0
     weight_decay: Annotated[Amount, _help("AdamW and DisTrO")] = 0.1
+    decay: Annotated[
+        Literal["all", "matrices"], _help("what weight decay is for")
+    ] = "all"  # fmt: skip
     beta1: Annotated[Share, _help("AdamW")] = 0.9
     beta2: Annotated[Share, _help("AdamW")] = 0.95
     eps: Annotated[Amount, _help("AdamW")] = 1e-8

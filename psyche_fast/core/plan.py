@@ -136,7 +136,9 @@ def _summary(
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step",
+        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step, "
+        f"weight decay {optimizer.weight_decay:g} of "
+        f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class DistroStep:
         compression_topk: coefficients sent per chunk.
         weight_decay: decoupled weight decay; parameters are multiplied by `1 - lr * weight_decay`
             once per step.
+        undecayed: names of parameters without weight decay.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
         offload_delta: keep delta in host memory, and on the device only what is being worked on.
         backend: "auto", "triton", "torch" or "interpret".
@@ -93,6 +94,7 @@ class DistroStep:
         compression_chunk: int,
         compression_topk: int,
         weight_decay: float = 0.0,
+        undecayed: Container[str] = (),
         delta_dtype: torch.dtype = torch.float32,
         offload_delta: bool = False,
         backend: str = "auto",
@@ -104,6 +106,7 @@ class DistroStep:
             )
         self.compression_decay = compression_decay
         self.weight_decay = weight_decay
+        self._undecayed = undecayed
         trained = _trained(named_parameters)
         self.names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
@@ -271,7 +274,7 @@ class DistroStep:
                 [plain[m.position] for m in plan.members],
                 e,
                 _every(lr, plan),
-                shrinks=None if self._shrink is None else _every(self._shrink, plan),
+                shrinks=self._shrinks(plan),
                 ahead=[tensors[m.position] for m in plan.members] if ahead else None,
                 delta=self._delta.fetch(at) if ahead else None,
                 backend=backend,
@@ -330,15 +333,34 @@ class DistroStep:
         for i, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
             self._delta.set(i, self.parts.own(i, saved[name].to(parameter.device)))
 
+    def _decayed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of tensors, one per parameter, those that weight decay is for."""
+        pairs = zip(self.names, tensors, strict=True)
+        return [tensor for name, tensor in pairs if name not in self._undecayed]
+
+    def _shrinks(self, plan: ChunkPlan) -> Rates | None:
+        """Factors on the members of a class that decay has left to do; None for none."""
+        shrink = self._shrink
+        if shrink is None:
+            return None
+        factors = [
+            1.0 if self.names[m.position] in self._undecayed else shrink for m in plan.members
+        ]
+        if all(factor is shrink for factor in factors):
+            return _every(shrink, plan)
+        if not isinstance(shrink, Tensor):
+            return factors  # type: ignore[return-value]
+        return torch.stack([shrink if f is shrink else torch.ones_like(shrink) for f in factors])
+
     def _finish_decay(self) -> None:
         """Do the weight decay that no `update` has done in passing."""
         if self._shrink is None:
             return
         if self._looking_ahead:
-            torch._foreach_mul_(self._master, self._shrink)
+            torch._foreach_mul_(self._decayed(self._master), self._shrink)
         else:
             self.parts.pull()
-            torch._foreach_mul_(self.parts.tensors(), self._shrink)
+            torch._foreach_mul_(self._decayed(self.parts.tensors()), self._shrink)
             self.parts.push()
         self._shrink = None
 

@@ -120,17 +120,21 @@ def instead_of_logits(head: nn.Linear, targets: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def marked_logits(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Within, the head gives logits that anything done to them changes; yields what it gave."""
-    given: list[Tensor] = []
+def marked_logits(head: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within, the head gives logits that anything done to them changes.
+
+    Yields a list of what it gave: the tensors, and copies.
+    """
+    given: list[tuple[Tensor, Tensor]] = []
 
     def forward(hidden: Tensor) -> Tensor:
         shape = (*hidden.shape[:-1], head.weight.shape[0])
         marks = torch.arange(math.prod(shape), device=hidden.device)
         # Of both signs, 2^-10 to 2^10 in size: capping, scaling, shifting and masking all show.
         logits = torch.where(marks % 2 == 0, 1.0, -1.0) * 2.0 ** (marks % 21 - 10)
-        given.append(logits.to(hidden.dtype).view(shape))
-        return given[-1].clone()
+        logits = logits.to(hidden.dtype).view(shape)
+        given.append((logits, logits.clone()))
+        return logits
 
     head.forward = forward  # type: ignore[method-assign, assignment]
     try:

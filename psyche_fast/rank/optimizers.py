@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class AdamWOptimizer(Optimizer):
         parameters: by name.
         options: the run's.
         masters: fp32 copies of parameters of narrower types by name, placed as these are.
+        undecayed: names of the parameters without weight decay.
     """
 
     def __init__(
@@ -91,17 +92,21 @@ class AdamWOptimizer(Optimizer):
         parameters: Mapping[str, Tensor],
         options: config.Optimizer,
         masters: Mapping[str, Tensor] | None = None,
+        undecayed: Container[str] = (),
     ) -> None:
         masters = masters or {}
         self._names = list(parameters)
         self._parts: list[_Part] = []
         for names in _parts(parameters, masters):
             pairs = [(parameters[n], masters.get(n, parameters[n])) for n in names]
+            groups: dict[float, list[Tensor]] = {}
+            for name, (_, stepped) in zip(names, pairs, strict=True):
+                decay = 0.0 if name in undecayed else options.weight_decay
+                groups.setdefault(decay, []).append(stepped)
             adamw = torch.optim.AdamW(
-                [stepped for _, stepped in pairs],
+                [{"params": ps, "weight_decay": decay} for decay, ps in groups.items()],
                 betas=(options.beta1, options.beta2),
                 eps=options.eps,
-                weight_decay=options.weight_decay,
                 fused=True,
             )
             self._parts.append(_Part(names, pairs, adamw))
@@ -120,7 +125,8 @@ class AdamWOptimizer(Optimizer):
         refused = (~self._factor.isfinite()).float()
         for part in self._parts:
             part.adamw.found_inf = refused  # type: ignore[attr-defined]
-            part.adamw.param_groups[0]["lr"] = lr
+            for group in part.adamw.param_groups:
+                group["lr"] = lr
             for parameter, stepped in part.pairs:
                 if parameter.grad is not None and stepped is not parameter:
                     stepped.grad = parameter.grad.to(stepped.dtype)
@@ -190,6 +196,7 @@ class DistroOptimizer(DistroStep, Optimizer):
         parameters: Mapping[str, Tensor],
         options: config.Optimizer,
         peers: dist.ProcessGroup | None,
+        undecayed: Container[str] = (),
     ) -> None:
         """Take the parameters by name; a collective of all ranks where there are peers.
 
@@ -197,8 +204,9 @@ class DistroOptimizer(DistroStep, Optimizer):
             parameters: by name.
             options: the run's.
             peers: this rank's counterparts in the other replicas.
+            undecayed: names of the parameters without weight decay.
         """
-        super().__init__(parameters, **distro_options(options))
+        super().__init__(parameters, undecayed=undecayed, **distro_options(options))
         form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
         # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
         agreement = None if peers is None else dist.new_group(backend="gloo")
@@ -264,6 +272,7 @@ def make_optimizer(
     parameters: Mapping[str, Tensor],
     peers: dist.ProcessGroup | None,
     masters: Mapping[str, Tensor] | None = None,
+    undecayed: Container[str] = (),
 ) -> Optimizer:
     """The optimiser that the options name; a collective of all ranks where there are peers.
 
@@ -272,7 +281,8 @@ def make_optimizer(
         parameters: by name.
         peers: this rank's counterparts in the other replicas; None for one replica.
         masters: fp32 copies of parameters of narrower types by name, to which steps are added.
+        undecayed: names of the parameters without weight decay.
     """
     if options.distro:
-        return DistroOptimizer(parameters, options, peers)
-    return AdamWOptimizer(parameters, options, masters)
+        return DistroOptimizer(parameters, options, peers, undecayed)
+    return AdamWOptimizer(parameters, options, masters, undecayed)

@@ -52,7 +52,13 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
         model,
         topology,
         config.schedule.learning_rates(),
-        make_optimizer(config.optimizer, trainable(model), topology.peers, model.masters),
+        make_optimizer(
+            config.optimizer,
+            trainable(model),
+            topology.peers,
+            model.masters,
+            model.all_but_matrices() if config.optimizer.decay == "matrices" else (),
+        ),
         config.training,
         config.optimizer.max_grad_norm,
     )
