@@ -56,9 +56,12 @@ class _HeadLoss(torch.autograd.Function):
                 grads[2] += gradient.sum(0)
             gradient = gradient.to(h.dtype)  # as autograd hands it to the product
             if grads[0] is not None:
-                grads[0][start : start + size] = gradient @ weight
+                grads[0][start : start + size] = _product(gradient, weight)
             if grads[1] is not None:
-                _add_product(grads[1], gradient, h)
+                if device.type == "cuda" and h.dtype != torch.float32:
+                    grads[1] += _product(gradient.t(), h)
+                else:  # without a second tensor of the weight's size
+                    grads[1].addmm_(gradient.t().float(), h.float())
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
         return total
@@ -69,14 +72,11 @@ class _HeadLoss(torch.autograd.Function):
         return (*(None if g is None else (g * incoming).to(dtype) for g, dtype in grads), None)
 
 
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """`total += gradient^T hidden`, in fp32 whatever the factors' type."""
-    if gradient.dtype == torch.float32:
-        total.addmm_(gradient.t(), hidden)
-    elif gradient.device.type == "cuda":
-        total += torch.mm(gradient.t(), hidden, out_dtype=torch.float32)
-    else:
-        total.addmm_(gradient.t().float(), hidden.float())
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """A matrix product in fp32, whatever the factors' type."""
+    if one.dtype != torch.float32 and one.device.type == "cuda":
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return one.float() @ other.float()
 
 
 def chunked_cross_entropy(
