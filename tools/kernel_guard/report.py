@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from psyche_fast.kernels.here import describe, what_runs_here
+from psyche_fast.kernels.backends import describe, summary
 from tools.kernel_guard import aot, limits
 
 _COLUMNS = {
@@ -50,18 +50,18 @@ def report(
         ValueError: an argument is wrong, or nothing can be compiled for want of Triton.
         RuntimeError: a limit is exceeded.
     """
-    here = what_runs_here()
+    machine = summary()
     if not as_json:
-        for line in describe(here):
+        for line in describe(machine):
             click.echo(line)
-    if here["triton"] is None:
+    if machine["triton"] is None:
         raise ValueError("triton is not installed, so nothing can be compiled")
     if lines is not None:
         _print_lines(aot.attribute_one(lines, targets[0] if targets else "sm_90", provider))
         return
     measured = _measure(targets, kernels, provider)
     whole = not targets and not kernels
-    known, version = limits.read_all(folder), here["triton"]
+    known, version = limits.read_all(folder), machine["triton"]
     if update_limits:
         old = known.get(version, limits.Limits())
         known[version] = limits.updated(old, measured, version, whole=whole)
@@ -70,7 +70,7 @@ def report(
     faults = limits.check(measured, allowed, whole=whole) if check else []
     if as_json:
         found = [dataclasses.asdict(one) for one in measured]
-        click.echo(json.dumps({**here, "measurements": found, "faults": faults}, indent=1))
+        click.echo(json.dumps({**machine, "measurements": found, "faults": faults}, indent=1))
     else:
         _print_tables(measured)
         if update_limits:
