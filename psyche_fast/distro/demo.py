@@ -21,8 +21,8 @@ from psyche_fast.distro.chunks import (
     check_delta_shape,
     warn_of_tiny_chunks,
 )
-from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.shards import GradientGuard, check_dense
 from psyche_fast.kernels.apply import apply, subtract
 from psyche_fast.kernels.backends import backend_of
 from psyche_fast.kernels.encode import encode
