@@ -69,8 +69,10 @@ def report(
     allowed = limits.allowed(known, version)
     faults = limits.check(measured, allowed, whole=whole) if check else []
     if as_json:
-        found = [dataclasses.asdict(one) for one in measured]
-        click.echo(json.dumps({**machine, "measurements": found, "faults": faults}, indent=1))
+        measurements = [dataclasses.asdict(one) for one in measured]
+        click.echo(
+            json.dumps({**machine, "measurements": measurements, "faults": faults}, indent=1)
+        )
     else:
         _print_tables(measured)
         if update_limits:
@@ -121,16 +123,16 @@ def _print_tables(measured: Sequence[aot.Measurement]) -> None:
             click.echo(f"{one.name:{width}}{cells}{note}")
 
 
-def _print_lines(found: Sequence[aot.SourceLine]) -> None:
-    total = sum(line.instructions for line in found)
+def _print_lines(source_lines: Sequence[aot.SourceLine]) -> None:
+    total = sum(line.instructions for line in source_lines)
     click.echo(f"\n{'instr/tile':>10} {'share':>6}  line")
-    for line in found:
+    for line in source_lines:
         mix = sorted(line.opcodes.items(), key=lambda item: -item[1])
         opcodes = " ".join(f"{kind}:{n:.0f}" for kind, n in mix[:5])
         source = linecache.getline(line.file, line.line).strip()
-        place = f"{Path(line.file).name}:{line.line}"
+        location = f"{Path(line.file).name}:{line.line}"
         click.echo(
-            f"{line.instructions:10,.0f} {line.instructions / total:6.1%}  {place:20} "
+            f"{line.instructions:10,.0f} {line.instructions / total:6.1%}  {location:20} "
             f"{source[:60]:60}  {opcodes}"
         )
     click.echo(f"{total:10,.0f}         in all")
