@@ -41,7 +41,8 @@ PRELOADED = [
     "torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
     "transformers", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3", "transformers.models.mixtral.modeling_mixtral",
-    "matplotlib.figure", "pytest", "hypothesis", "psyche_fast.cli", "psyche_fast.core.run",
+    "torch.distributed.run", "matplotlib.figure", "pytest", "hypothesis", "psyche_fast.cli",
+    "psyche_fast.core.run",
     "psyche_fast.core.plan", "psyche_fast.sidecar", "psyche_fast.rank.serve",
 ]  # fmt: skip
 """What the server imports; what cannot be imported is left out."""
@@ -344,17 +345,17 @@ def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 def fork_ranks() -> None:
     """Has this process fork the ranks that it starts, instead of Pythons that import all anew."""
-    subprocess.Popen = _Popen  # type: ignore[misc]
+    plain = subprocess.Popen.__init__
 
-
-class _Popen(subprocess.Popen):  # type: ignore[type-arg]
-    def __init__(self, args: Sequence[str], *more: Any, **options: Any) -> None:
+    def start(self: Any, args: Sequence[str], *more: Any, **options: Any) -> None:
         module = args[args.index("-m") + 1] if "-m" in args else None
         program = {"psyche_fast": main, "psyche_fast.sidecar": sidecar.main}.get(str(module))
         if program is not None:
             arguments = list(args[args.index("-m") + 2 :])
             options["preexec_fn"] = partial(_rank, program, arguments, options)
-        super().__init__(args, *more, **options)
+        plain(self, args, *more, **options)
+
+    subprocess.Popen.__init__ = start  # type: ignore[assignment]
 
 
 def _rank(

@@ -21,12 +21,26 @@ _M_MMAP_THRESHOLD = -3
 _EVERY = 0.0005
 
 
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"no {name}")
+
+
 def anonymous() -> int:
     """Bytes that are this process's own; pages of mapped files are the kernel's to drop."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError("no RssAnon")
+    return _status("RssAnon")
+
+
+def forget_peak() -> None:
+    """Has the kernel note this process's peak anew, for `anonymous_peak`."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def anonymous_peak() -> int:
+    """The most `anonymous` bytes since `forget_peak`, in a block in which no file is mapped."""
+    return _status("VmHWM") - (_status("VmRSS") - _status("RssAnon"))
 
 
 def give_back_at_once() -> None:

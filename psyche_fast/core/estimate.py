@@ -245,8 +245,9 @@ def _bytes(parameter: Tensor) -> int:
 
 def _workspace(plan: ChunkPlan) -> int:
     """What `kernels.reference` keeps: coefficients, magnitudes, decoded chunks, their factors."""
-    slices = max(part.stop - part.start for part in plan.slices)
-    group = max(g[-1].stop - g[0].start for g in groups(plan))
+    # A rank may have no chunk of a class that others have.
+    slices = max((part.stop - part.start for part in plan.slices), default=0)
+    group = max((g[-1].stop - g[0].start for g in groups(plan)), default=0)
     numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
     return numbers * plan.compute_dtype.itemsize
 
