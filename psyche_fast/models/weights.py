@@ -55,7 +55,7 @@ class _TensorsReader:
         return tensor[part] if part else tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShapesReader:
     """Tensors without content, on the meta device."""
 
