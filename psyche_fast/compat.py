@@ -92,6 +92,30 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def without_values(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls an operator on tensors without content, where torch would want some (2.11 .. 2.13).
+
+    Questions are answered by yes, numbers are 0, `nonzero` finds all that there may be, and grouped
+    products are of any type.
+    """
+    import torch
+
+    aten = torch.ops.aten
+    if func is aten._local_scalar_dense.default:
+        return args[0].dtype == torch.bool or 0
+    if func is aten.nonzero.default:
+        return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+    if func is aten._grouped_mm.default:
+        a, b = args[:2]
+        if a.dim() == b.dim() == 2:
+            offsets = args[2] if len(args) > 2 else kwargs["offs"]
+            return a.new_empty(offsets.numel(), a.shape[0], b.shape[1])
+        if a.dim() == 2:
+            return a.new_empty(a.shape[0], b.shape[-1])
+        return a.new_empty(a.shape[1], b.shape[-1])
+    return func(*args, **kwargs)
+
+
 def allow_recompilations(count: int) -> None:
     """At least so many of one function by `torch.compile` (2.11 .. 2.13)."""
     import torch._dynamo  # takes a second

@@ -92,6 +92,16 @@ def part_of(tensor: DTensor, coordinate: Sequence[int] | None = None) -> Ranges:
     return tuple(slice(start, stop) for start, stop in ranges)
 
 
+def is_cut_over(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether the ranks of a mesh dimension's group hold different parts of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return False
+    ranks = dist.get_process_group_ranks(group)
+    axes = [axis for _, axis in cuts(tensor)]
+    groups = [tensor.device_mesh.get_group(axis) for axis in axes]
+    return any(dist.get_process_group_ranks(other) == ranks for other in groups)
+
+
 def sharing_group(tensor: DTensor) -> dist.ProcessGroup:
     """The ranks that hold different parts of a tensor; a collective where it does not exist yet."""
     mesh = tensor.device_mesh

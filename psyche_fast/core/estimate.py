@@ -28,6 +28,7 @@ from psyche_fast.compat import (
     TorchDispatchMode,
     storage_key,
     tree_leaves,
+    without_values,
 )
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
@@ -106,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         """Runs an operator and looks at the storages that it takes and gives."""
         if DTensor in types:
             return NotImplemented  # what it does inside passes this method again
-        result = func(*args, **(kwargs or {}))
+        result = without_values(func, args, kwargs or {})
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and (key := storage_key(t)) not in self._created:
                 self._given.add(key)
@@ -183,6 +184,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         rest = sum(map(_bytes, module.parameters())) - sum(largest)
         if topology.shard_mesh is not None:
             parallel.shard(module, topology.shard_mesh)
+        everything = list(module.parameters())
         named = {n: p for n, p in sorted(module.named_parameters()) if p.requires_grad}
         own = sum(map(_bytes, named.values()))
         elements = own // dtype.itemsize
@@ -199,7 +201,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
             optimizer = chunks * (master + getattr(torch, run.optimizer.delta_dtype).itemsize)
             if device_type == "cpu":
-                workspace = max(map(_workspace, layout.plans))
+                workspace = max(map(_workspace, layout.plans), default=0)
             if run.optimizer.offload_delta:
                 optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
@@ -216,8 +218,8 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
     most = max([*largest, 0])
     unsharded = 2 * most + rest + most + most * 4 // dtype.itemsize if sharded else 0
     return Estimate(
-        total_parameters=sum(p.numel() for p in named.values()),
-        parameters=own,
+        total_parameters=sum(p.numel() for p in everything),
+        parameters=sum(map(_bytes, everything)),
         gradients=elements * (4 if run.training.grad_accum_in_fp32 else dtype.itemsize),
         optimizer=optimizer,
         activations=activations,
@@ -272,11 +274,20 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
         )  # fmt: skip
         for parameter in module.parameters():
             # Counted apart; in this pass each lives as long as it takes to be added.
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         model.train()
         tokens = torch.zeros(run.training.micro_batch, run.model.sequence_length, dtype=torch.int64)
-        with LiveBytes() as bytes_:
-            model.loss(Batch(tokens)).backward()
+        try:
+            with LiveBytes() as bytes_:
+                model.loss(Batch(tokens)).backward()
+        # An architecture that reads values fails in any way; what it would hold is not known.
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"estimate: {type(module).__name__} cannot be gone through without values, so "
+                f"there is no estimate: {type(error).__name__}: {why}"
+            ) from error
     return bytes_.peak
 
 

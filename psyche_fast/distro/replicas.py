@@ -28,6 +28,7 @@ class PendingCheck:
     step: int
     _names: Sequence[str]
     _hashes: exchange.Pending
+    _who: str
 
     def finish(self) -> None:
         """Wait for the other replicas' hashes and compare, without waiting for the device.
@@ -41,12 +42,14 @@ class PendingCheck:
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise ReplicasDiffer(
-                f"step {self.step}: replicas are no longer bit-identical in {len(names)} of "
+                f"step {self.step}: {self._who} are no longer bit-identical in {len(names)} of "
                 f"{len(self._names)} parameters: {shown}"
             )
 
 
-def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) -> PendingCheck:
+def start(
+    tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int, who: str = "replicas"
+) -> PendingCheck:
     """Begin to compare this rank's tensors with its counterparts in the other replicas.
 
     Hashes take as long as several round trips, and on NCCL they queue behind results under way:
@@ -57,7 +60,8 @@ def start(tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int) ->
         tensors: this rank's parts, by name; the same names on every peer.
         peers: the group to compare with.
         step: for the message.
+        who: for the message, what the peers are.
     """
     hashes = [hash_bits(tensor) for tensor in tensors.values()]
     own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
-    return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None))
+    return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None), who)

@@ -122,8 +122,9 @@ class CausalLM:
         """Checks a batch and makes its documents explicit; see `packing.prepare`.
 
         `loss` and `forward` do it too; doing it to a whole batch before it is cut finds errors
-        before anything has changed. The first packed batch is preceded by two tiny forwards that
-        find out whether the architecture keeps documents apart, so all ranks have to take part.
+        before anything has changed. The first packed batch is preceded by tiny forwards that find
+        out whether the architecture gives a document in a row what it gives it alone, so all ranks
+        have to take part.
 
         Returns:
             the batch on this model's device; its `real_tokens()` are those that `loss` counts.
@@ -137,8 +138,9 @@ class CausalLM:
             self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
         if batch.position_ids is not None and not self._keeps_documents_apart:
             raise ValueError(
-                f"{self._class_name} lets packed documents see one another; train it without "
-                "position_ids and sequence_lengths, one document a row"
+                f"{self._class_name} lets packed documents see one another, or counts positions "
+                "its own way; train it without position_ids and sequence_lengths, one document a "
+                "row"
             )
         return batch.to(self.device)
 
@@ -300,11 +302,23 @@ class CausalLM:
     def _mean(self, total: Tensor, targets: Tensor, output: Any) -> Tensor:
         count = (targets != IGNORE).sum()
         loss = total / count.clamp(min=1)
-        module: Any = self.module
         balance = getattr(output, "aux_loss", None)
         if balance is not None:  # asked for by output_router_logits
-            loss = loss + module.config.router_aux_loss_coef * balance * (count > 0)
+            loss = loss + self._balance_coefficient() * balance * (count > 0)
         return loss
+
+    def _balance_coefficient(self) -> float:
+        """What the model multiplies its `aux_loss` by."""
+        config: Any = self.module.config
+        for owner in (self.module, config, config.get_text_config()):
+            for name in ("router_aux_loss_coef", "aux_loss_coef"):
+                value = getattr(owner, name, None)
+                if isinstance(value, (int, float)):
+                    return value
+        raise ValueError(
+            f"{self._class_name} does not say what its aux_loss is multiplied by; set "
+            "output_router_logits to false in config.json"
+        )
 
     def _go_by_documents(self) -> bool:
         """Changes to attention without masks for good, if the architecture goes along with it.
@@ -326,24 +340,32 @@ class CausalLM:
 
     @torch.no_grad()
     def _probe_documents(self) -> bool:
-        """Whether a document's logits stay the same when the document before it changes."""
+        """Whether a document's logits in a packed row are those that it has alone."""
         was_training = self.module.training
         self.module.eval()
         ids = torch.arange(1, 13, device=self.device).reshape(3, 4)
         ids = ids % (vocabulary_size(self.config) or 13)
-        positions = torch.arange(4, device=self.device).repeat(2)[None]
-        found = []
-        for first in ids[:2]:
-            row = torch.cat([first, ids[2]])[None]
-            packed = Batch(row, position_ids=positions, documents=[[4, 4]])
-            output = self._call(packed, labels=row)
-            found.append(_field(output, "logits")[0, 4:].float())
+        own = torch.arange(4, device=self.device)[None]
+
+        def last(rows: Tensor, positions: Tensor | None) -> Tensor:
+            row = rows.reshape(1, -1)
+            packed = Batch(row, position_ids=positions, documents=[[4] * len(rows)])
+            return _field(self._call(packed, labels=row), "logits")[0, -4:].float()
+
+        after = [last(ids[[first, 2]], own.repeat(1, 2)) for first in range(2)]
+        counted, alone = last(ids[2:], own), last(ids[2:], None)
+        self._reshard()
         self.module.train(was_training)
-        one, two = found
         # Expert models batch other tokens together when the first document changes, which rounds
-        # otherwise; anything beyond rounding is a leak.
+        # otherwise, and attention over a longer row does so in every layer; anything beyond
+        # rounding is a leak, or another count of positions.
         epsilon = torch.finfo(next(self.module.parameters()).dtype).eps
-        return bool((one - two).abs().max() <= max(2.5 * epsilon, 1e-4) * one.abs().max())
+        return all(
+            bool((one - two).abs().max() <= max(times * epsilon, 1e-4) * two.abs().max())
+            for one, two, times in (
+                (after[0], after[1], 2.5), (counted, alone, 2.5), (after[0], alone, 8)
+            )
+        )  # fmt: skip
 
     @torch.no_grad()
     def full_state_dict_iter(self) -> Iterator[tuple[str, Tensor | None]]:

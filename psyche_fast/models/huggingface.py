@@ -48,12 +48,25 @@ def build(
     # Each architecture validates in its own way, and the classes of errors differ as much.
     except Exception as error:
         raise ValueError(f"--model: config.json: {' '.join(str(error).split())}") from error
+    for name, value in config.get_text_config().to_dict().items():
+        if "z_loss" in name and value:
+            raise ValueError(
+                f"--model: config.json wants {name} {value} beside the cross-entropy, which is not "
+                "supported; set it to 0"
+            )
     model = _construct(config, param_dtype, attn_implementation)
     raised = copy.deepcopy(config)
     text = raised.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    if sequence_length is None or limit is None or sequence_length <= limit:
-        return model
+    for name in ("max_target_positions", "max_seq_len"):
+        most = getattr(text, name, None)
+        if limit is None and sequence_length and most and sequence_length > most:
+            raise ValueError(
+                f"--sequence-length {sequence_length} is more than the {name} of {most} in "
+                "config.json; shorten it, or raise the number where no weights hang on it"
+            )
+    if sequence_length is None or not limit or limit < 0 or sequence_length <= limit:
+        return model  # some say -1 for no limit
     text.max_position_embeddings = sequence_length
     longer = _construct(raised, param_dtype, attn_implementation)
     shapes = {name: tensor.shape for name, tensor in _tensors(model)}

@@ -85,15 +85,15 @@ def load_model(
             config = module.config.to_dict()
         if liger:
             _apply_liger(module, device, tensor_mesh)
-        if compile_blocks:
-            _compile_blocks(module)
-        if activation_checkpointing:
-            _checkpoint_activations(module)
         if tensor_mesh is not None:
             tensor_parallel(
                 module, tensor_mesh, getattr(module, "config", None), aliases,
                 in_compiled_blocks=compile_blocks,
             )  # fmt: skip
+        if compile_blocks:
+            _compile_blocks(module)
+        if activation_checkpointing:
+            _checkpoint_activations(module)
         if shard_mesh is not None:
             parallel.shard(module, shard_mesh)
         building.materialise(module, device, aliases)

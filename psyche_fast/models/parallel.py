@@ -57,8 +57,15 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     Gradients are averaged over the mesh, in fp32 whatever the parameters' type.
 
     Raises:
-        ValueError: the model's parameters are of different types.
+        ValueError: the model's parameters are of different types, or a layer has a backward of its
+            own, in which FSDP2 would not gather them.
     """
+    for name, child in module.named_modules():
+        if hasattr(child, "backward_pass"):
+            raise ValueError(
+                f"--data-parallelism: {name}, a {type(child).__name__}, computes its backward "
+                "itself, outside of FSDP2's; train it with --replicas"
+            )
     by_dtype: dict[torch.dtype, str] = {}
     for name, param in module.named_parameters():
         by_dtype.setdefault(param.dtype, name)

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from psyche_fast.compat import AsyncCollectiveTensor, tree_map_only
+from psyche_fast.models.tensor_flow import partial_gradients
 from psyche_fast.sharding import local_tensor
 
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep"}
@@ -80,10 +81,11 @@ def tensor_parallel(
     parameters = dict(module.named_parameters())
     for name, style in chosen.items():
         _check_size(name, modules.get(name, parameters.get(name)), style, mesh.size())
+    partial_ones = _partial_gradients(module, chosen, mesh.size())
     for name, style in chosen.items():
         if name in parameters:
             owner, _, leaf = name.rpartition(".")
-            _split(modules[owner], leaf, mesh, dim=max(parameters[name].dim() - 2, 0))
+            _split(modules[owner], leaf, mesh, dim=_cut(parameters[name]))
         elif style in _DENSE:
             parallelize_module(modules[name], mesh, _DENSE[style](), src_data_rank=None)
         elif style == _EXPERTS:
@@ -94,12 +96,44 @@ def tensor_parallel(
             _with_parameters(modules[name], partial(_sum_gradient, group=mesh.get_group()))
         elif style == _LATENT:
             _sum_rotary_gradient(modules[name], config.get_text_config().qk_rope_head_dim, mesh)
+    for name in partial_ones:
+        owner, _, leaf = name.rpartition(".")
+        _with_parameters(modules[owner], partial(_sum_gradient, group=mesh.get_group()), {leaf})
     for name in chosen:
         if in_compiled_blocks and name in modules:
             _keep_out_of_graphs(modules[name])
     for alias, name in aliases.items():
         owner, _, leaf = alias.rpartition(".")
         setattr(module.get_submodule(owner), leaf, module.get_parameter(name))
+
+
+def _partial_gradients(module: nn.Module, chosen: dict[str, str], ranks: int) -> set[str]:
+    """The parameters of no style of the plan that meet only a rank's part of activations."""
+    modules = dict(module.named_modules())
+
+    def named(*styles: str) -> set[str]:
+        return {name for name, style in chosen.items() if style in styles and name in modules}
+
+    own = dict(module.named_parameters())
+    handled = {f"{owner}.{leaf}" for owner in named(_SUM_GRADIENT, _OWN_PARAMETERS)
+               for leaf in modules[owner]._parameters}  # fmt: skip
+    return (
+        partial_gradients(
+            module,
+            ranks,
+            columns=named("colwise"),
+            rows=named(*_DENSE, _EXPERTS) - named(*_COLWISE, "embedding_rowwise"),
+            whole=named(*_COLWISE - {"colwise"}, "embedding_rowwise"),
+            added=named(_LATENT),
+            parameters={name: _cut(own[name]) for name in chosen if name in own},
+        )
+        - handled
+    )
+
+
+def _cut(parameter: Tensor) -> int:
+    """The dimension that a parameter of no layer is split in."""
+    return max(parameter.dim() - 2, 0)
 
 
 def _keep_out_of_graphs(part: nn.Module) -> None:
@@ -275,14 +309,16 @@ def _sum_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @contextmanager
-def _replaced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Other tensors in the place of a module's own parameters.
+def _replaced(
+    module: nn.Module, replace: Callable[[Tensor], Tensor], names: set[str] | None = None
+) -> Iterator[None]:
+    """Other tensors in the place of a module's own parameters, or of those of the names.
 
     At each call, since FSDP2 puts other tensors there around it.
     """
     parameters = dict(module._parameters)
     for name, parameter in parameters.items():
-        if parameter is not None:
+        if parameter is not None and (names is None or name in names):
             module._parameters[name] = replace(parameter)  # type: ignore[assignment]
     try:
         yield
@@ -290,11 +326,13 @@ def _replaced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterato
         module._parameters.update(parameters)
 
 
-def _with_parameters(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
+def _with_parameters(
+    module: nn.Module, replace: Callable[[Tensor], Tensor], names: set[str] | None = None
+) -> None:
     forward = module.forward
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        with _replaced(module, replace):
+        with _replaced(module, replace, names):
             return forward(*args, **kwargs)
 
     module.forward = replaced  # type: ignore[method-assign]

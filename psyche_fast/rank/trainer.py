@@ -29,6 +29,7 @@ from psyche_fast.rank.gradients import (
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.topology import Topology
 from psyche_fast.schedules import LearningRateSchedule
+from psyche_fast.sharding import is_cut_over
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Trainer:
         # Until the last micro-batch each rank holds the gradient of all of the replica's (or its
         # slice's) parameters, in fp32.
         self._defers = options.defer_grad_sync and isinstance(model.module, FSDPModule)
-        self._check: replicas.PendingCheck | None = None
+        self._checks: list[replicas.PendingCheck] = []
         self.stats: dict[str, Tensor] = {}
         """Norms of gradient and momentum per parameter, with `optim_stats`: 0-d, on the device."""
         model.train()
@@ -207,6 +208,8 @@ class Trainer:
     def check_replicas(self, step: int) -> None:
         """Compares the parameters' bits with the other replicas', where there are any.
 
+        Those that tensor-parallel ranks hold whole are compared among them too.
+
         Raises:
             ReplicasDiffer: they are not the same.
         """
@@ -216,13 +219,21 @@ class Trainer:
             self._finish_check()
 
     def _start_check(self, step: int) -> None:
-        if self.topology.peers is not None:
-            self._optimizer.plain()
-            self._check = replicas.start(local_parts(self.parameters), self.topology.peers, step)
+        place, parts = self.topology, local_parts(self.parameters)
+        if place.peers is None and place.tensor_mesh is None:
+            return
+        self._optimizer.plain()
+        if place.peers is not None:
+            self._checks.append(replicas.start(parts, place.peers, step))
+        if place.tensor_mesh is not None:
+            group = place.tensor_mesh.get_group()
+            whole = {n: parts[n] for n, p in self.parameters.items() if not is_cut_over(p, group)}
+            who = "tensor-parallel ranks"
+            self._checks.append(replicas.start(whole, group, step, who))
 
     def _finish_check(self) -> None:
-        check, self._check = self._check, None
-        if check is not None:
+        checks, self._checks = self._checks, []
+        for check in checks:
             check.finish()
 
     def _statistics(self) -> dict[str, Tensor]:

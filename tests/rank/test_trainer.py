@@ -414,8 +414,8 @@ def test_a_replica_that_sends_damaged_results_is_left_out_by_name(folder: Path) 
         assert moved
 
 
-def _diverging(rank: int, folder: Path) -> str:
-    topology = Topology.build(1, 1, torch.device("cpu"))
+def _diverging(rank: int, folder: Path, tp: int) -> str:
+    topology = Topology.build(1, tp, torch.device("cpu"))
     tested = trainer(folder, DISTRO, topology=topology, check_every=2)
     for step in (1, 2, 3, 4, 5):
         tested.train(step, Batch(random_tokens(2, 10, seed=step)))
@@ -430,10 +430,11 @@ def _diverging(rank: int, folder: Path) -> str:
 
 
 @pytest.mark.processes
-def test_replicas_that_diverge_end_the_run_on_every_rank(folder: Path) -> None:
-    for said in run_ranks(_diverging, 2, folder):
+@pytest.mark.parametrize(("tp", "who"), [(1, "replicas"), (2, "tensor-parallel ranks")])
+def test_copies_that_diverge_end_the_run_on_every_rank(folder: Path, tp: int, who: str) -> None:
+    for said in run_ranks(_diverging, 2, folder, tp):
         # Compared at step 4, and looked at a step later.
-        assert said.startswith("5: step 4: replicas are no longer bit-identical")
+        assert said.startswith(f"5: step 4: {who} are no longer bit-identical in 1 of")
         assert "model.norm.weight" in said
 
 
