@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from psyche_fast.kernels.backends import implementation
+from psyche_fast.kernels.definition import MOST_ENTRIES
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
 
@@ -44,19 +45,26 @@ def apply(
 
     Args:
         plan: the chunk class.
-        parameters: one tensor per member, updated in place.
-        entries: all peers' entries side by side. The result does not depend on their order but for
-            the rounding of means of floats by the `torch` backend.
+        parameters: one tensor per member, of the class's dtype or float32, updated in place.
+        entries: all peers' entries side by side, at most 65535 of a chunk. The result is the same
+            on any hardware, in whatever order they are (`psyche_fast.kernels.definition`).
         learning_rates: one per member.
         shrinks: factors on the parameters (weight decay); None for 1.
-        ahead: one tensor per member, written to; none of `parameters`' memory.
+        ahead: one tensor per member, of the class's dtype, written to; none of `parameters`'
+            memory.
         delta: state `[chunks, h, w]`, read; given with `ahead` only.
         backend: resolved backend name.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device than the class (Triton backends).
+        ValueError: more entries; a tensor of another shape, dtype or device than the class (Triton
+            backends).
         RuntimeError: the class is in use on another CUDA stream.
     """
+    if entries.indices.shape[1] > MOST_ENTRIES:
+        raise ValueError(
+            f"{entries.indices.shape[1]} entries of a chunk: apply takes up to {MOST_ENTRIES}; "
+            "lower compression_topk, or use fewer replicas"
+        )
     assert (ahead is None) == (delta is None)
     implementation(backend, "apply").apply(
         plan, parameters, entries, learning_rates, shrinks, ahead, delta
@@ -76,10 +84,10 @@ def lookahead(
 
     Args:
         plan: the chunk class.
-        parameters: one tensor per member, read.
+        parameters: one tensor per member, of the class's dtype or float32, read.
         delta: state `[chunks, h, w]`, read.
         learning_rates: one per member.
-        ahead: one tensor per member, written to.
+        ahead: one tensor per member, of the class's dtype, written to.
         backend: resolved backend name.
 
     Raises:

@@ -19,6 +19,7 @@ from psyche_fast.kernels.triton.arithmetic import (
     sign_times,
     times_right,
 )
+from psyche_fast.kernels.triton.exact import exact_product, exact_row_means, load_limbs
 
 
 @triton.jit
@@ -217,10 +218,10 @@ def apply_rows(
     ahead_members,
     ahead_table,
     delta,
-    split_basis,
+    basis,
     indices,
     values,
-    scratch,
+    words,
     rates,
     shrinks,
     chunks,
@@ -234,29 +235,31 @@ def apply_rows(
     L: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """As `apply_tiles`, with `split_basis` as of `encode_rows`."""
+    """As `apply_tiles`, with `basis` the limbs of `B^T` and words `[programs, R * W]`."""
     pid = tl.program_id(0)
     j = tl.arange(0, W)[None, :]
-    own = scratch + pid.to(tl.int64) * (2 * R * W)
+    own = words + pid.to(tl.int64) * (R * W)
     for first in range(pid * R, chunks, tl.num_programs(0) * R):
         chunk = first + tl.arange(0, R)
         live = chunk < chunks
         inside = live[:, None] & (j < L)
-        x, _ = mean_row_coefficients(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
-        x = times_right(x, split_basis + 2 * W * W, False, W)
+        c_high, c_low = exact_row_means(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
+        right_high, right_low = load_limbs(basis, W)
+        x = exact_product(c_high, c_low, right_high, right_low)
         p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
         rate = tl.load(rates + member * rate_step)[:, None]
         shrink = tl.load(shrinks + member * shrink_step)[:, None]
-        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
-        p = tl.fma(p, tl.broadcast_to(shrink, p.shape), sign_times(x, -rate)).to(PARAMETER)
+        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32) * shrink
+        p = (p + sign_times(x, -rate)).to(PARAMETER)
         if AHEAD:
             d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
-            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
+            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(COPY)
             a_at, _, _ = locate_rows(
-                ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+                ahead_members, ahead_table, chunk, live, j, COPY, STRIDED, ALIGNED
             )
             tl.store(a_at, ahead, mask=inside)
         tl.store(p_at, p, mask=inside)
@@ -276,6 +279,7 @@ def lookahead_rows(
     L: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -287,13 +291,13 @@ def lookahead_rows(
         inside = live[:, None] & (j < L)
         p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
         a_at, _, _ = locate_rows(
-            ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+            ahead_members, ahead_table, chunk, live, j, COPY, STRIDED, ALIGNED
         )
         p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
         rate = tl.load(rates + member * rate_step)[:, None]
         p += sign_times(d.to(tl.float32), -rate)
-        tl.store(a_at, p.to(PARAMETER), mask=inside)
+        tl.store(a_at, p.to(COPY), mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks", "m"])
