@@ -306,9 +306,9 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
 def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) -> None:
     """Say which kernels run here and why, or tune them for this machine's GPU."""
     if not autotune:
-        from psyche_fast.kernels.here import describe, what_runs_here
+        from psyche_fast.kernels.backends import describe, summary
 
-        for line in describe(what_runs_here()):
+        for line in describe(summary()):
             click.echo(line)
         return
     from psyche_fast.kernels import autotune as tuner

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from psyche_fast.distro.optimizer import DistroStep
-from psyche_fast.distro.results import DistroResult, collect, collect_own, to_results
+from psyche_fast.distro.results import (
+    DistroResult,
+    collect,
+    collect_own,
+    own_results,
+    to_results,
+    whole_results,
+)
 
 
 class Distro(DistroStep):
@@ -110,7 +117,7 @@ class Distro(DistroStep):
 
         For exchanges that know nothing of shards. A collective over the ranks of a replica.
         """
-        return self.parts.whole_results(results)
+        return whole_results(self.parts, results)
 
     def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
         """This rank's part of results over whole parameters.
@@ -118,4 +125,4 @@ class Distro(DistroStep):
         Raises:
             ValueError: they are not over these parameters.
         """
-        return self.parts.own_results(results)
+        return own_results(self.parts, results)

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.plan import ChunkPlan, Entries
+from psyche_fast.sharding import full_tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +155,39 @@ def check_form(
                 f"{who}, parameter {p.name}: dtype of sparse_val is {r.sparse_val.dtype}, "
                 f"expected {p.dtype} or torch.bool"
             )
+
+
+def whole_results(parts: Parts, results: Sequence[DistroResult]) -> list[DistroResult]:
+    """Results over whole parameters from each rank's own; a collective."""
+    return [
+        replace(
+            r,
+            sparse_idx=full_tensor(parts.whole(i, r.sparse_idx)),
+            sparse_val=full_tensor(parts.whole(i, r.sparse_val)),
+            xshape=whole.xshape,
+        )
+        for i, (r, whole) in enumerate(zip(results, parts.wholes, strict=True))
+    ]
+
+
+def own_results(parts: Parts, results: Sequence[DistroResult]) -> list[DistroResult]:
+    """This rank's part of results over whole parameters.
+
+    Raises:
+        ValueError: they are not over these parameters.
+    """
+    if not any(isinstance(p, DTensor) for p in parts.parameters):
+        return list(results)
+    check_form(results, parts.wholes, "whole results")
+    return [
+        replace(
+            r,
+            sparse_idx=parts.own(i, r.sparse_idx).view(layout.index_shape),
+            sparse_val=parts.own(i, r.sparse_val).view(layout.value_shape),
+            xshape=layout.xshape,
+        )
+        for i, (r, layout) in enumerate(zip(results, parts.layouts, strict=True))
+    ]
 
 
 def _gather(plan: ChunkPlan, results: Sequence[Sequence[DistroResult]]) -> Entries:

@@ -10,8 +10,9 @@ Whole tensors exist for `state_dict` and for results that leave the replica only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from psyche_fast.distro.chunks import ParameterLayout
-from psyche_fast.distro.results import DistroResult, check_form
-from psyche_fast.distro.scattered import Scattered, Slab, divided_layouts
 from psyche_fast.sharding import (
     cuts,
-    full_tensor,
     local_tensor,
     part_of,
     placed_like,
     sharing_group,
 )
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A shard: where it begins in the whole tensor, and its sizes."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 def is_aligned(whole: ParameterLayout, parameter: DTensor) -> bool:
@@ -95,12 +101,14 @@ class Parts:
         wholes: how the whole parameters are cut into chunks.
 
     Attributes:
+        parameters: as given.
+        wholes: as given.
         layouts: how this rank's part of each parameter is cut.
     """
 
     def __init__(self, parameters: Sequence[Tensor], wholes: Sequence[ParameterLayout]) -> None:
-        self._parameters = list(parameters)
-        self._wholes = list(wholes)
+        self.parameters = list(parameters)
+        self.wholes = list(wholes)
         self.layouts, shared = own_layouts(parameters, wholes)
         self._scattered: list[tuple[list[int], Scattered]] = []
         self._chunks: dict[int, Tensor] = {}
@@ -116,22 +124,17 @@ class Parts:
                     moved.layouts[number].shape, dtype=dtype, device=device
                 )
 
-    @property
-    def any_scattered(self) -> bool:
-        """Whether chunks of some parameter have been divided among ranks."""
-        return bool(self._scattered)
-
     def tensors(self) -> list[Tensor]:
         """This rank's part of each parameter, sharing the parameter's memory where it can."""
         return [
             self._chunks[i] if i in self._chunks else local_tensor(p.detach())
-            for i, p in enumerate(self._parameters)
+            for i, p in enumerate(self.parameters)
         ]
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's part of each gradient; a collective where chunks have been divided."""
         parts: list[Tensor | None] = []
-        for p in self._parameters:
+        for p in self.parameters:
             gradient = p.grad
             if isinstance(gradient, DTensor):
                 assert isinstance(p, DTensor)
@@ -140,7 +143,7 @@ class Parts:
                 gradient = gradient.to_local()
             parts.append(gradient)
         for members, moved in self._scattered:
-            dtype = self._parameters[members[0]].dtype
+            dtype = self.parameters[members[0]].dtype
             given = [g for i in members if (g := parts[i]) is not None]
             for gradient in given:
                 dtype = torch.promote_types(dtype, gradient.dtype)
@@ -155,7 +158,7 @@ class Parts:
     def pull(self) -> None:
         """Bring divided chunks up to date with the parameters; a collective."""
         for members, moved in self._scattered:
-            shards = [local_tensor(self._parameters[i].detach()) for i in members]
+            shards = [local_tensor(self.parameters[i].detach()) for i in members]
             for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
                 self._chunks[i].copy_(chunks)
 
@@ -164,7 +167,7 @@ class Parts:
         for members, moved in self._scattered:
             shards = moved.to_shards([self._chunks[i] for i in members])
             for i, shard in zip(members, shards, strict=True):
-                local_tensor(self._parameters[i].detach()).copy_(shard)
+                local_tensor(self.parameters[i].detach()).copy_(shard)
 
     def whole(self, position: int, part: Tensor) -> Tensor:
         """A tensor over all chunks of a parameter, of which each rank has its part.
@@ -177,7 +180,7 @@ class Parts:
             `[*chunks of the whole, ...]`: a DTensor for a shard that lies where the parameter does,
             else plain and the same on every rank. A collective for divided chunks.
         """
-        p, lead = self._parameters[position], self._wholes[position].lead
+        p, lead = self.parameters[position], self.wholes[position].lead
         if not isinstance(p, DTensor):
             return part
         shape = torch.Size((*lead, *part.shape[len(self.layouts[position].lead) :]))
@@ -188,44 +191,165 @@ class Parts:
 
     def own(self, position: int, whole: Tensor) -> Tensor:
         """This rank's part of a plain tensor over all chunks of a parameter; see `whole`."""
-        p = self._parameters[position]
+        p = self.parameters[position]
         if not isinstance(p, DTensor):
             return whole
         if position in self._where:
             moved, number = self._where[position]
-            rest = whole.shape[len(self._wholes[position].lead) :]
+            rest = whole.shape[len(self.wholes[position].lead) :]
             return moved.own(number, whole.reshape(-1, *rest))
         # src_data_rank=None: every rank holds the same whole tensor.
         shard = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
         return shard.to_local()
 
-    def whole_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
-        """Results over whole parameters from each rank's own; a collective."""
-        return [
-            replace(
-                r,
-                sparse_idx=full_tensor(self.whole(i, r.sparse_idx)),
-                sparse_val=full_tensor(self.whole(i, r.sparse_val)),
-                xshape=whole.xshape,
-            )
-            for i, (r, whole) in enumerate(zip(results, self._wholes, strict=True))
-        ]
 
-    def own_results(self, results: Sequence[DistroResult]) -> list[DistroResult]:
-        """This rank's part of results over whole parameters.
+class Scattered:
+    """The way of several parameters' elements from shards to whole chunks and back.
 
-        Raises:
-            ValueError: they are not over these parameters.
+    Of every parameter each rank gets a run of the chunks. All parameters travel in one collective.
+
+    Args:
+        wholes: how the whole parameters are cut into chunks.
+        slabs: this rank's shard of each.
+        group: the ranks that share them. Making this is a collective.
+        device: where index tables are kept: 8 bytes for every element of this rank's shards, and
+            as many for its chunks.
+
+    Attributes:
+        layouts: this rank's chunks of each parameter: `[n * h, w]`, or `[n * w]` of a vector.
+    """
+
+    def __init__(
+        self,
+        wholes: Sequence[ParameterLayout],
+        slabs: Sequence[Slab],
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._wholes, self._group = list(wholes), group
+        ranks, me = dist.get_world_size(group), dist.get_rank(group)
+        everyones: list[list[Slab]] = [[] for _ in range(ranks)]
+        dist.all_gather_object(everyones, list(slabs), group=group)
+        self._shapes = [s.shape for s in slabs]
+        self._bounds = _divide(wholes, ranks)
+        self._runs = [bounds[me] for bounds in self._bounds]
+        self.layouts = divided_layouts(wholes, ranks, me)
+        positions = [_positions(w, slab) for w, slab in zip(wholes, slabs, strict=True)]
+        gives = [self._route(positions, rank)[0] for rank in range(ranks)]
+        takes = []
+        for theirs in everyones:
+            lie = [_positions(w, slab) for w, slab in zip(wholes, theirs, strict=True)]
+            takes.append(self._route(lie, me)[1])
+        self._gives_to, self._takes_from = [len(g) for g in gives], [len(t) for t in takes]
+        self._gives, self._takes = torch.cat(gives).to(device), torch.cat(takes).to(device)
+
+    def _route(self, positions: Sequence[Tensor], owner: int) -> tuple[Tensor, Tensor]:
+        """Elements of a rank's shards that belong to the chunks of `owner`, in the shards' order.
+
+        Returns:
+            Their numbers in all shards one after the other, and in all of the owner's chunks.
         """
-        if not any(isinstance(p, DTensor) for p in self._parameters):
-            return list(results)
-        check_form(results, self._wholes, "whole results")
-        return [
-            replace(
-                r,
-                sparse_idx=self.own(i, r.sparse_idx).view(part.index_shape),
-                sparse_val=self.own(i, r.sparse_val).view(part.value_shape),
-                xshape=part.xshape,
+        local, chunk = [], []
+        shards = chunks = 0
+        for w, position, bounds in zip(self._wholes, positions, self._bounds, strict=True):
+            first, last = bounds[owner]
+            mine = (
+                ((position >= first * w.totalk) & (position < last * w.totalk)).nonzero().view(-1)
             )
-            for i, (r, part) in enumerate(zip(results, self.layouts, strict=True))
-        ]
+            local.append(mine + shards)
+            chunk.append(position[mine] - first * w.totalk + chunks)
+            shards += position.numel()
+            chunks += (last - first) * w.totalk
+        return torch.cat(local), torch.cat(chunk)
+
+    def zeros(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Zeros in the shape of this rank's shard of a parameter."""
+        return torch.zeros(self._shapes[number], dtype=dtype, device=self._gives.device)
+
+    def to_chunks(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's chunks from everybody's shards, all of one dtype; a collective."""
+        flat = torch.cat([s.reshape(-1) for s in shards])
+        sizes = [math.prod(p.shape) for p in self.layouts]
+        chunks = flat.new_empty(sum(sizes))
+        received = flat.new_empty(sum(self._takes_from))
+        dist.all_to_all_single(
+            received, flat[self._gives], self._takes_from, self._gives_to, group=self._group
+        )
+        chunks[self._takes] = received
+        parts = chunks.split(sizes)
+        return [c.view(p.shape) for c, p in zip(parts, self.layouts, strict=True)]
+
+    def to_shards(self, chunks: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's shards from everybody's chunks, all of one dtype; a collective."""
+        flat = torch.cat([c.reshape(-1) for c in chunks])
+        sizes = [math.prod(shape) for shape in self._shapes]
+        shards = flat.new_empty(sum(sizes))
+        received = flat.new_empty(sum(self._gives_to))
+        dist.all_to_all_single(
+            received, flat[self._takes], self._gives_to, self._takes_from, group=self._group
+        )
+        shards[self._gives] = received
+        parts = shards.split(sizes)
+        return [s.view(shape) for s, shape in zip(parts, self._shapes, strict=True)]
+
+    def own(self, number: int, whole: Tensor) -> Tensor:
+        """This rank's part of `[chunks, ...]`."""
+        first, last = self._runs[number]
+        return whole[first:last]
+
+    def gather(self, number: int, part: Tensor) -> Tensor:
+        """`[chunks, ...]` from the parts of all ranks; a collective."""
+        bounds = self._bounds[number]
+        most = max(b - a for a, b in bounds)
+        rest = part.shape[1:]
+        padded = part.new_zeros(most, *rest)
+        padded[: part.shape[0]] = part
+        parts = [torch.empty_like(padded) for _ in bounds]
+        dist.all_gather(parts, padded, group=self._group)
+        whole = part.new_empty(self._wholes[number].chunks, *rest)
+        for (a, b), piece in zip(bounds, parts, strict=True):
+            whole[a:b] = piece[: b - a]
+        return whole
+
+
+def divided_layouts(
+    wholes: Sequence[ParameterLayout], ranks: int, me: int
+) -> list[ParameterLayout]:
+    """One rank's chunks of each parameter: `[n * h, w]`, or `[n * w]` of a vector."""
+    layouts = []
+    for w, bounds in zip(wholes, _divide(wholes, ranks), strict=True):
+        first, last = bounds[me]
+        n = last - first
+        layouts.append(w.part((n * w.w,) if len(w.shape) < 2 else (n * w.h, w.w)))
+    return layouts
+
+
+def _divide(wholes: Sequence[ParameterLayout], ranks: int) -> list[list[tuple[int, int]]]:
+    # Rotated, so that many parameters of a few chunks do not all fall to the same rank.
+    return [
+        [_bounds(w.chunks, (rank + number) % ranks, ranks) for rank in range(ranks)]
+        for number, w in enumerate(wholes)
+    ]
+
+
+def _bounds(chunks: int, turn: int, ranks: int) -> tuple[int, int]:
+    return chunks * turn // ranks, chunks * (turn + 1) // ranks
+
+
+def _positions(whole: ParameterLayout, slab: Slab) -> Tensor:
+    """For every element of a shard its number when the whole is chunk after chunk."""
+    sizes = (*whole.lead, whole.h, whole.w) if len(whole.shape) > 1 else (*whole.lead, whole.w)
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    inner = 2 if len(whole.shape) > 1 else 1  # dimensions of a chunk
+    outer = len(sizes) - inner
+    position = torch.zeros((), dtype=torch.int64)
+    for dim, (start, size) in enumerate(zip(slab.start, slab.shape, strict=True)):
+        at = torch.arange(start, start + size)
+        number = dim - (len(slab.shape) - inner)  # of the chunk's dimension, if it is one
+        if number >= 0:
+            side = sizes[outer + number]
+            at = at // side * strides[dim] + at % side * strides[outer + number]
+        else:
+            at = at * strides[dim]
+        position = position.unsqueeze(-1) + at
+    return position.reshape(-1)

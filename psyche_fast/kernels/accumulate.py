@@ -1,7 +1,7 @@
 """fp32 sums of micro-batches' gradients and squared norms, over all tensors in one launch.
 
 Pointers change from call to call, sizes do not: an `AccumulationPlan` holds what stays. Nothing
-here waits for the device, and results are the same bits whenever inputs are.
+waits for the device, and results are the same bits whenever inputs are.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def accumulate(
         that are fresh and got no gradient count nothing. Otherwise None.
 
     Raises:
-        TypeError: a dtype that is not taken.
+        TypeError: a dtype of another kind.
         ValueError: a tensor of another size or on another device, or a sum with gaps or of another
             shape than its gradient.
     """
@@ -123,7 +123,7 @@ def squared_norms(
         float32 `[plan.group_count]`; arithmetic is done in float32.
 
     Raises:
-        TypeError: a dtype that is not taken.
+        TypeError: a dtype of another kind.
         ValueError: a tensor of another size or on another device.
     """
     assert len(tensors) == len(plan.numels)

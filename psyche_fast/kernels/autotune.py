@@ -9,10 +9,8 @@ age, must agree. What comes out is a table as `kernels/tuning.toml` has it; `wri
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,20 +122,16 @@ def tune(
     timer: Callable[[Callable[[], object], torch.device], float],
     record: Callable[[Trial], None] | None = None,
 ) -> dict[str, Options]:
-    """`autotune` on any backend that runs the kernels, of any size, by any timer.
+    """`autotune` on any device, of any size, by any timer; for tests and dry runs.
 
     Args:
-        device: where.
-        kernels: which; all where None.
-        budget_s: seconds to spend.
+        device: see `autotune`, as for `kernels`, `budget_s`, `record` and what is raised.
+        kernels: see `autotune`.
+        budget_s: see `autotune`.
         backend: "triton" or "interpret".
         chunks: number of chunks of 64 x 64 that most kernels work on.
         timer: milliseconds of a call.
-        record: is called with every trial.
-
-    Raises:
-        ValueError: an unknown kernel.
-        RuntimeError: every kernel fails as it is, or a setting has left the GPU unusable.
+        record: see `autotune`.
     """
     names = list(SEARCH) if kernels is None else list(kernels)
     for name in names:
@@ -146,8 +140,8 @@ def tune(
     gpu = gpu_name(device)
     table = {name: tuning.options(name, device) for name in SEARCH}
     failed: dict[str, str | None] = {}
-    show = _Progress(sum(1 + sum(map(len, SEARCH[name])) for name in names))
-    with tempfile.TemporaryDirectory() as folder, show:
+    total, shown = sum(1 + sum(map(len, SEARCH[name])) for name in names), count(1)
+    with tempfile.TemporaryDirectory() as folder:
         files = (Path(folder) / f"{number}.toml" for number in count())
         begun = time.monotonic()
         for done, name in enumerate(names):
@@ -161,7 +155,7 @@ def tune(
                     return timer(work.run, device), work.bits()
 
             for trial in _search(name, table, attempt, time.monotonic() + share):
-                show.tell(trial)
+                _show(trial, next(shown), total)
                 if record is not None:
                     record(trial)
                 if trial.milliseconds is None:
@@ -196,17 +190,17 @@ def _search(
         if time.monotonic() > deadline:
             return
         try:
-            taken, result = attempt(candidate)
+            milliseconds, result = attempt(candidate)
         except Exception as error:  # registers or shared memory do not suffice, say
             yield Trial(kernel, changes, None, _first_line(error))
             continue
         if not all(_same_bits(a, b) for a, b in zip(result, expected, strict=True)):
-            yield Trial(kernel, changes, taken, "other bits than without tuning")
+            yield Trial(kernel, changes, milliseconds, "other bits than without tuning")
             continue
-        if taken < _MARGIN * fastest:
-            fastest = taken
+        if milliseconds < _MARGIN * fastest:
+            fastest = milliseconds
             table[kernel] = candidate
-        yield Trial(kernel, changes, taken)
+        yield Trial(kernel, changes, milliseconds)
 
 
 def _first_line(error: Exception) -> str:
@@ -217,7 +211,7 @@ def write(path: Path, gpu: str, table: dict[str, Options]) -> None:
     """Store a table in a tuning file, beside what other GPUs' sections it has.
 
     Args:
-        path: the file; made where missing, otherwise rewritten without its comments.
+        path: the file; created where missing, otherwise rewritten without its comments.
         gpu: as `torch.cuda.get_device_name` gives it.
         table: options per kernel.
 
@@ -274,32 +268,9 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-class _Progress:
-    """Every trial as a line; a bar below them where tqdm is installed and somebody watches."""
-
-    def __init__(self, total: int) -> None:
-        self._bar: Any = None
-        if importlib.util.find_spec("tqdm") is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="settings")
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def tell(self, trial: Trial) -> None:
-        """Show a trial."""
-        changes = ", ".join(f"{k} = {v!r}" for k, v in trial.changes.items()) or "as it is"
-        taken = "failed" if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
-        text = f"{trial.kernel:>10}  {taken:>12}  {changes}"
-        if trial.fault:
-            text += f"  ({trial.fault})"
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.update()
-            self._bar.write(text)
+def _show(trial: Trial, number: int, total: int) -> None:
+    """Print a trial as a line."""
+    changes = ", ".join(f"{k} = {v!r}" for k, v in trial.changes.items()) or "as it is"
+    result = "failed" if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
+    fault = f"  ({trial.fault})" if trial.fault else ""
+    print(f"{trial.kernel:>10} {number:>3}/{total}  {result:>12}  {changes}{fault}", flush=True)

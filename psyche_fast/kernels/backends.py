@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -121,6 +123,37 @@ def hindrance(h: int, w: int, dtype: torch.dtype) -> str | None:
     if max(h, w) > MAX_SIDE:
         return f"chunks are {h} x {w}, the kernels take sides of up to {MAX_SIDE}"
     return None
+
+
+def summary() -> dict[str, Any]:
+    """Which kernels run on this machine, why, and in which versions.
+
+    Returns:
+        `backend`, `reason`, `device`, `triton` (None where it is not installed) and `torch`.
+    """
+    cuda = torch.cuda.is_available()
+    backend, reason = explain(torch.device("cuda" if cuda else "cpu"))
+    name = "cpu"
+    if cuda:
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
+    installed = importlib.util.find_spec("triton") is not None
+    return {
+        "backend": backend,
+        "reason": reason,
+        "device": name,
+        "triton": importlib.metadata.version("triton") if installed else None,
+        "torch": torch.__version__,
+    }
+
+
+def describe(machine: dict[str, Any]) -> list[str]:
+    """What `summary` returned, as lines for a user."""
+    return [
+        f"kernels     {machine['backend']}: {machine['reason']}",
+        f"device      {machine['device']}",
+        f"versions    triton {machine['triton'] or 'none'}, torch {machine['torch']}",
+    ]
 
 
 @functools.cache  # once in a process

@@ -3,7 +3,7 @@
 The `k` ascending indices of a chunk are written in Elias and Fano's code (Elias, "Efficient storage
 and retrieval by content and address of static files", J. ACM 21, 1974): the low `l` bits of each as
 they are, what is left of the i-th as bit `(index >> l) + i` of a bit vector. `l` is what gives the
-fewest bits; where a plain bit per coefficient is shorter, that is taken, and where all coefficients
+fewest bits; where a plain bit per coefficient is shorter, that is used, and where all coefficients
 are kept, nothing. A chunk of 64 x 64 takes 51, 95 and 319 bits for 4, 8 and 32 entries with their
 signs; the floor, `log2(binomial(4096, k)) + k`, is 47.4, 88.7 and 298.
 

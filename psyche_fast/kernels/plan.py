@@ -49,7 +49,7 @@ def index_dtype(totalk: int) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One parameter's place in a chunk class.
+    """One parameter's part of a chunk class.
 
     Attributes:
         position: index of the parameter in the optimiser's list.

@@ -24,7 +24,7 @@ class Workload:
     """What a kernel is timed on.
 
     Attributes:
-        run: calls the kernel; returns what it has made.
+        run: calls the kernel; returns its results.
         state: what it changes, or writes to.
     """
 
@@ -108,13 +108,13 @@ def _encode(random: _Random, backend: str, chunks: int) -> Workload:
     own = [random.entries(plan, 1, signs=False) for plan in plans]
 
     def run() -> list[Tensor]:
-        made: list[Tensor] = []
+        results: list[Tensor] = []
         for plan, previous in zip(plans, own, strict=True):
             result = encode(
                 plan, delta, [gradient], [_RATE], decay=_DECAY, previous=previous, backend=backend
             )
-            made += [result.indices, result.values]
-        return made
+            results += [result.indices, result.values]
+        return results
 
     return Workload(run, [delta])
 
@@ -127,9 +127,11 @@ def _rows(random: _Random, backend: str, chunks: int) -> Workload:
     received = random.entries(plan, 16, signs=True)
 
     def run() -> list[Tensor]:
-        made = encode(plan, delta, [gradient], [_RATE], decay=_DECAY, previous=own, backend=backend)
+        entries = encode(
+            plan, delta, [gradient], [_RATE], decay=_DECAY, previous=own, backend=backend
+        )
         apply(plan, [parameter], received, [_RATE], backend=backend)
-        return [made.indices, made.values]
+        return [entries.indices, entries.values]
 
     return Workload(run, [delta, parameter])
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from psyche_fast import config
 from psyche_fast.batch import Batch
 from psyche_fast.distro import DistroResult, DistroStep
-from psyche_fast.distro.results import collect, collect_own, to_results
+from psyche_fast.distro.results import (
+    collect,
+    collect_own,
+    own_results,
+    to_results,
+    whole_results,
+)
 from psyche_fast.models import CausalLM
 from psyche_fast.psyche.messages import Hyperparameters, Optimize, Train, read_optimizer
 from psyche_fast.rank.optimizers import AdamWOptimizer, Optimizer, distro_options
@@ -46,9 +52,9 @@ class ReceivedDistro(DistroStep, Optimizer):
         Raises:
             ValueError: a result is malformed.
         """
-        previous = collect_own([self.parts.own_results(r) for r in self.received], self.layout)
+        previous = collect_own([own_results(self.parts, r) for r in self.received], self.layout)
         own = to_results(self.layout, self.compress(previous, lr, grad_scale=factor))
-        self.generated = self.parts.whole_results(own)
+        self.generated = whole_results(self.parts, own)
 
     def step(self, lr: float) -> None:
         """Apply all peers' results of the previous step.
@@ -57,7 +63,7 @@ class ReceivedDistro(DistroStep, Optimizer):
             ValueError: a result is malformed.
         """
         if self.received:
-            own = [self.parts.own_results(peer) for peer in self.received]
+            own = [own_results(self.parts, peer) for peer in self.received]
             self.update(collect(own, self.layout), lr)
 
 

@@ -17,9 +17,12 @@ from psyche_fast.kernels.plan import Entries
 pytest.importorskip("triton")
 
 SETTINGS = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=16,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-SHAPES = [(64, 64), (1, 64), (50, 50), (1, 1), (3, 5), (16, 17), (1, 13), (8, 8), (300, 300)]
+SHAPES = [(64, 64), (1, 64), (50, 50), (1, 1), (3, 5), (16, 17), (300, 300)]
 
 
 def make_plan(h, w, k, chunks, device, dtype=torch.float32):
@@ -74,7 +77,8 @@ def read_chunk(plan, data, values, chunk):
 
 def draw_plan(data, device):
     h, w = data.draw(st.sampled_from(SHAPES))
-    k = data.draw(st.integers(1, min(h * w, 70)) | st.just(h * w if h * w < 300 else 8))
+    # Few; a word's bits and one; all or, of many, several words; one.
+    k = min(data.draw(st.sampled_from([8, 33, 300 if h * w < 300 else 70, 1])), h * w)
     return make_plan(h, w, k, data.draw(st.integers(1, 20)), device)
 
 

@@ -17,7 +17,7 @@ from tests.kernels.support import f64, largest, one_class, transform
 
 SIDE, K = 64, 32
 ROWS, COLUMNS = 16 * SIDE, 64 * SIDE
-FEW = 16
+FEW = 8
 """Tiles that the interpreter gets through in a second."""
 AGREEMENT = 0.9999
 BASIS = torch.from_numpy(oracles.dct_basis(SIDE))
@@ -122,7 +122,7 @@ def test_the_coefficients_that_are_kept(tiles, delta_dtype, device, backend):
     assert 1 - (exact[kept] ** 2).sum() / (exact[wanted] ** 2).sum() < 1e-9
 
 
-CHUNK, TOPK, PEERS, STEPS, DECAY, WEIGHT_DECAY = 8, 4, 4, 40, 0.95, 0.1
+CHUNK, TOPK, PEERS, STEPS, DECAY, WEIGHT_DECAY = 8, 4, 4, 20, 0.95, 0.1
 SHAPES = {"matrix": (6, 8), "vector": (40,)}
 """One chunk, and five of a vector."""
 
@@ -140,7 +140,7 @@ def gradients(shape):
 
 
 def train(weight, dtype, device, backend, *, shuffle):
-    """Parameters and look-ahead of every peer, `[PEERS, *shape]`, after 40 steps.
+    """Parameters and look-ahead of every peer, `[PEERS, *shape]`, after 20 steps.
 
     The peers are the members of one class, which spares launches; each takes all results, with
     `shuffle` in an order of its own.
@@ -186,7 +186,7 @@ def train_in_float64(weight):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("matrix", torch.float32), ("vector", torch.bfloat16)])
-def test_forty_steps(name, dtype, device, backend):
+def test_twenty_steps(name, dtype, device, backend):
     """Four peers that hear of each other in different orders stay the same to the bit, and end
     where float64 does, within the error that the reference backend makes in that dtype."""
     rng = np.random.default_rng(0)
@@ -204,4 +204,4 @@ def test_forty_steps(name, dtype, device, backend):
     assert between.max() <= own.max()
     assert error.max() <= 1.1 * own.max()
     assert math.sqrt((error**2).mean()) <= 1.1 * math.sqrt((own**2).mean())
-    assert np.abs(exact - weight).mean() > 4 * learning_rate(0)
+    assert np.abs(exact - weight).mean() > 2 * learning_rate(0)

@@ -108,23 +108,23 @@ def check(shapes, k, device, backend, *, chunk, place="whole", missing=(), seed=
 
 @pytest.mark.parametrize(
     ("kind", "k", "chunks"),
-    [("vector", 3, n) for n in (1, 63, 64, 65, 128, 129, 5 * ROWS_PER_TILE + 1)]
-    + [("vector", 8, 65), ("columns", 3, 1), ("columns", 3, 65), ("columns", 3, 129)],
+    [("vector", 3, n) for n in (1, 64, 2 * ROWS_PER_TILE + 1)]
+    + [("vector", 8, 65), ("columns", 3, 1), ("columns", 3, 129)],
 )
 def test_tiles_that_are_not_full(kind, k, chunks, device, backend):
     shapes = [(chunks * 8,)] if kind == "vector" else [(8, 1)] * chunks
     check(shapes, k, device, backend, chunk=8)
 
 
-@pytest.mark.parametrize("place", support.PLACES)
-@pytest.mark.parametrize("missing", [(), (1,), (0, 3)])
+@pytest.mark.parametrize(
+    ("place", "missing"), [("whole", ()), ("rows", (1,)), ("columns", (0, 3)), ("odd", (0, 3))]
+)
 def test_parameters_that_share_a_tile(missing, place, device, backend):
     shapes = [(24,), (11, 16), (8,), (2, 13, 8), (1, 8), (64,)]
     check(shapes, 3, device, backend, chunk=8, missing=missing, place=place)
 
 
-@pytest.mark.parametrize("place", support.PLACES)
-@pytest.mark.parametrize("missing", [(), (1,)])
+@pytest.mark.parametrize(("place", "missing"), [("whole", ()), ("columns", (1,)), ("odd", (1,))])
 def test_columns_that_share_a_tile(missing, place, device, backend):
     shapes = [(16, 11), (8, 1), (2, 8, 13)]
     check(shapes, 3, device, backend, chunk=8, missing=missing, place=place)
@@ -135,7 +135,7 @@ def test_chunks_of_one_element(shapes, device, backend):
     check(shapes, 1, device, backend, chunk=8)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["vector", "rows", "columns"]),
     length=st.integers(2, 64),

@@ -138,7 +138,7 @@ KINDS = [
 @pytest.mark.parametrize(
     ("kind", "h", "w", "k"),
     [(kind, 22, 38, 9) for kind in KINDS]  # padded to 32 x 64
-    + [(kind, 3, 5, 15) for kind in KINDS]  # all are taken
+    + [(kind, 3, 5, 15) for kind in KINDS[-2:]]  # all of them
     + [("few magnitudes of either sign", 64, 64, 32), ("random", 2, 64, 64)],
 )
 def test_selection(way, kind, h, w, k, device, backend):

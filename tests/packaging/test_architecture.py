@@ -50,7 +50,12 @@ def modules() -> dict[str, Path]:
 
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+    return ast.parse(source(module))
+
+
+@cache
+def source(module: str) -> str:
+    return modules()[module].read_text(encoding="utf-8")
 
 
 def part(module: str) -> str:
@@ -188,12 +193,77 @@ def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
 
 
 OPERATIONS = {"encode", "apply", "accumulate", "pack"}
+STEP = ("psyche_fast.distro.optimizer", "psyche_fast.distro.exchange")
+
+
+def definitions(module: str) -> list[str]:
+    """Names of a module's public functions and methods."""
+    return [
+        n.name for n in tree(module).body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"
+    ]
 
 
 def test_each_operation_has_twins_of_one_name() -> None:
+    """Files of one name, and in them a function for every one that dispatches to it."""
     for operation in OPERATIONS:
-        for place in ("", "reference.", "triton."):
-            assert f"psyche_fast.kernels.{place}{operation}" in modules()
+        public, *twins = (
+            f"psyche_fast.kernels.{package}{operation}" for package in ("", "reference.", "triton.")
+        )
+        dispatched = set(
+            re.findall(rf'implementation\(backend, "{operation}"\)\.(\w+)', source(public))
+        )
+        assert dispatched
+        for twin in twins:
+            assert dispatched <= set(definitions(twin)), twin
+
+
+def test_no_backend_knows_the_other() -> None:
+    for module in modules():
+        for one, other in (("triton", "reference"), ("reference", "triton")):
+            if module.startswith(f"psyche_fast.kernels.{one}"):
+                others = f"psyche_fast.kernels.{other}"
+                assert not any(i.startswith(others) for i in imports(module)), module
+
+
+def road() -> set[str]:
+    """The modules that a gradient passes on a GPU.
+
+    From `.grad` to the bytes that are sent, and from those received to the updated parameter.
+    Counted is every module of ours that is reached by imports from `distro/optimizer.py` (the step)
+    and `distro/exchange.py` (messages, sent and received), at whatever level, through the dispatch
+    of `kernels/` to the Triton backend. Left out are the files at the bottom that know nothing of
+    gradients (`compat`, `devices` and so on, but not `sharding`), packages' `__init__.py`, which
+    run nothing, and the repair of Triton's interpreter, which no GPU has.
+    """
+    reached: set[str] = set()
+    left = set(STEP)
+    while left:
+        module = left.pop()
+        reached.add(module)
+        following = set(imports(module))
+        if part(module) == "kernels":
+            dispatched = re.findall(r'implementation\(backend, "(\w+)"\)', source(module))
+            following |= {f"psyche_fast.kernels.triton.{name}" for name in dispatched}
+        left |= {
+            name
+            for name in following - reached - {"psyche_fast.kernels.interpreter"}
+            if part(name) not in BOTTOM - {"sharding"} and modules()[name].name != "__init__.py"
+        }
+    return reached
+
+
+def test_the_gradients_road_is_short() -> None:
+    assert {part(module) for module in road()} == {"distro", "kernels", "sharding"}
+    assert len(road()) <= 18, sorted(road())
+    for package in ("kernels", "kernels.triton", "kernels.reference"):
+        assert definitions(f"psyche_fast.{package}") == [], "a package that only hands on"
+        assert imports(f"psyche_fast.{package}") == frozenset()
+
+
+def test_the_package_stays_small() -> None:
+    lines = {module: source(module).count("\n") for module in modules()}
+    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4500
+    assert sum(lines.values()) < 17_700
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -1,1 +1,1 @@
-"""What the kernels cost on GPUs that need not be there: compiled, counted, held to limits."""
+"""What the kernels cost on GPUs that need not be present: compiled, counted, held to limits."""

@@ -68,7 +68,7 @@ class Measurement:
         kernel: name of the kernel.
         variant: rest of the case's name.
         target: name of the target.
-        refused: why it cannot run there; the numbers are then None.
+        refused: why it cannot run on the target; the numbers are then None.
         registers: 32-bit registers per thread (AMD: vector registers per lane).
         scalars: AMD: scalar registers per wave.
         spills: bytes of local memory per thread, on the stack: what registers did not hold.
@@ -196,10 +196,10 @@ def _warp_instructions(case: Case, program: sass.Program, compiled: Any) -> dict
 
 def _read_nvidia(case: Case, compiled: Any) -> dict[str, Any]:
     usage = _disassemble(compiled, "cuobjdump", "--dump-resource-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if match is None:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
-    registers, stack, local = map(int, found.groups())
+    registers, stack, local = map(int, match.groups())
     program = sass.Program(_disassemble(compiled, "cuobjdump", "-sass"))
     read: dict[str, Any] = {
         "registers": registers,
@@ -219,7 +219,7 @@ def parse_amd(assembly: str) -> dict[str, int]:
     """Registers, spills and matrix instructions from AMD's assembly and the metadata at its end.
 
     Raises:
-        RuntimeError: the metadata are not there.
+        RuntimeError: the metadata are missing.
     """
     fields = {
         "registers": "vgpr_count",
@@ -228,10 +228,10 @@ def parse_amd(assembly: str) -> dict[str, int]:
     }
     read = {}
     for name, key in fields.items():
-        found = re.search(rf"^\s*-?\s*\.{key}:\s*(\d+)\s*$", assembly, re.MULTILINE)
-        if found is None:
+        match = re.search(rf"^\s*-?\s*\.{key}:\s*(\d+)\s*$", assembly, re.MULTILINE)
+        if match is None:
             raise RuntimeError(f"no .{key} in the assembly's metadata")
-        read[name] = int(found[1])
+        read[name] = int(match[1])
     read["mma"] = len(re.findall(r"^\s*v_s?mfma_", assembly, re.MULTILINE))
     return read
 
@@ -273,17 +273,17 @@ def attribute(case: Case, target: Target) -> list[SourceLine]:
     opcodes = defaultdict(lambda: defaultdict(float))
     for instruction in program.code:
         if n := times.get(instruction.address):
-            place = lines.get(instruction.address, ("?", 0))
-            opcodes[place][instruction.kind] += n
-    found = [SourceLine(file, line, dict(mix)) for (file, line), mix in opcodes.items()]
-    return sorted(found, key=lambda line: -line.instructions)
+            location = lines.get(instruction.address, ("?", 0))
+            opcodes[location][instruction.kind] += n
+    lines_of_code = [SourceLine(file, line, dict(mix)) for (file, line), mix in opcodes.items()]
+    return sorted(lines_of_code, key=lambda line: -line.instructions)
 
 
 # ------------------------------------------------------------------------------ worker processes
 
 
 def _compile_only() -> None:
-    """Prepares a worker: kernels are compiled there, whatever this process does with them."""
+    """Prepares a worker: kernels are compiled in it, whatever this process does with them."""
     os.environ.pop("TRITON_INTERPRET", None)
 
 
@@ -402,7 +402,7 @@ def attribute_one(kernel: str, target: str, provider: str = PROVIDER) -> list[So
     target = _target(target).name
     with _pool(1) as pool:
         names = pool.submit(_names, provider).result()
-        found = [kernel] if kernel in names else _select(names, [kernel], "--lines")
-        if len(found) > 1:
-            raise ValueError(f"--lines {kernel!r} names several kernels: {'; '.join(found)}")
-        return pool.submit(_attribute, provider, found[0], target).result()
+        matching = [kernel] if kernel in names else _select(names, [kernel], "--lines")
+        if len(matching) > 1:
+            raise ValueError(f"--lines {kernel!r} names several kernels: {'; '.join(matching)}")
+        return pool.submit(_attribute, provider, matching[0], target).result()

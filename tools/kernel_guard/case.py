@@ -25,7 +25,7 @@ class Loop:
         inner: the loops in its body.
         marker: (part of an opcode, how many of these one iteration has outside of inner loops), for
             example ("LDG", 1): by it a loop that the compiler has unrolled by a factor is
-            recognised, and one that it has left out. Without one a loop in the binary is taken to
+            recognised, and one that it has left out. Without one a loop in the binary is assumed to
             be not unrolled.
     """
 

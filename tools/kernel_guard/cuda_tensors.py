@@ -1,6 +1,6 @@
 """CPU tensors that say they are on `cuda:0`, for finding faults of devices without a GPU.
 
-A `CudaTensor` has its elements in the CPU's memory and is worked on there, but its device is
+A `CudaTensor` has its elements in the CPU's memory and is worked on in it, but its device is
 `cuda:0`. As on a GPU,
 
 - tensors of both devices in one operation are refused;
@@ -94,9 +94,9 @@ class CudaTensor(torch.Tensor):
         """The tensor of a CPU tensor's memory."""
         assert not isinstance(plain, CudaTensor)
         with torch._C.DisableTorchFunction():
-            made = torch.Tensor._make_subclass(CudaTensor, plain.detach())
-            made.plain = plain.detach()
-        return made
+            result = torch.Tensor._make_subclass(CudaTensor, plain.detach())
+            result.plain = plain.detach()
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -210,8 +210,8 @@ def _construct(
         raise RuntimeError(f"CUDA error: invalid device ordinal ({device})")
     requires_grad = options.pop("requires_grad", False)
     with torch._C.DisableTorchFunction():
-        made = function(*tree_map(_plain, arguments), **{**options, "device": _CPU})
-    return (_wrapped(made) if cuda else made).requires_grad_(requires_grad)
+        result = function(*tree_map(_plain, arguments), **{**options, "device": _CPU})
+    return (_wrapped(result) if cuda else result).requires_grad_(requires_grad)
 
 
 def _to(source: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -232,8 +232,8 @@ def _to(source: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if not asynchronous:
             _wait(f"a copy from {source.device} to {device}")
         changes["copy"] = True
-        made = _plain(source.detach()).to(**changes)
-        return CudaTensor.of(made) if device.type == "cuda" else made
+        result = _plain(source.detach()).to(**changes)
+        return CudaTensor.of(result) if device.type == "cuda" else result
 
 
 def interpret_launches() -> None:
@@ -281,7 +281,7 @@ _STREAM = _Stream()
 
 
 def enter() -> None:
-    """Pretend, from here on, that there is one GPU."""
+    """Pretend, from now on, that there is one GPU."""
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1

@@ -35,7 +35,7 @@ HEADER = """\
 #   round_barriers  barriers of the block in the rounds of the selection: none
 #   refused         why the kernel cannot run on this GPU; it is an error if it then compiles
 #
-# They hold for the version of Triton named here. A version without such a file is held to the
+# They hold for the version of Triton named below. A version without such a file is held to the
 # highest limit in any of them, and registers may then be 15 % more, spills 384 bytes, shared memory
 # 25 %, instructions and matrix instructions 40 %: nothing was measured with it, and it is only to
 # show what has gone badly wrong.
@@ -52,7 +52,7 @@ FOREIGN: dict[str, tuple[float, int]] = {
     "mma": (1.4, 0),
     "round_barriers": (1.0, 0),
 }
-"""Factor and addend on a limit under a Triton that none were taken with, and on a ceiling under
+"""Factor and addend on a limit under a Triton that none were measured with, and on a ceiling under
 another than the kernels were designed with."""
 
 DESIGNED_WITH = "3.7.1"
@@ -210,8 +210,8 @@ def allowed(known: Mapping[str, Limits], triton: str) -> Limits:
     for limits in known.values():
         for name, lines in limits.cases.items():
             for target, line in lines.items():
-                there = merged.setdefault(name, {}).get(target)
-                merged[name][target] = line if there is None else _highest(there, line)
+                before = merged.setdefault(name, {}).get(target)
+                merged[name][target] = line if before is None else _highest(before, line)
     return Limits("", merged)
 
 
@@ -233,9 +233,9 @@ def check(measured: Sequence[Measurement], limits: Limits, *, whole: bool = True
     foreign = limits.triton == ""  # no version's own
     faults = [fault for one in measured for fault in _faults(one, limits, foreign)]
     if whole:
-        there = {(one.name, one.target) for one in measured}
+        current = {(one.name, one.target) for one in measured}
         for name, lines in limits.cases.items():
-            stale = [target for target in lines if (name, target) not in there]
+            stale = [target for target in lines if (name, target) not in current]
             if stale:
                 faults.append(f"{name} on {', '.join(stale)}: limits of a case that is gone")
         for ceiling in CEILINGS:

@@ -41,7 +41,7 @@ NEVER_WAIT = (
     "psyche_fast.distro.message:MessageFormat.begin_unpack",
 )
 """What a step calls between the gradient and the updated parameter. In the order of imports: a
-module is imported here before those that take its functions by name."""
+module is imported before those that import its functions by name."""
 
 
 def pytest_configure() -> None:

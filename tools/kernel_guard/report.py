@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from psyche_fast.kernels.here import describe, what_runs_here
+from psyche_fast.kernels.backends import describe, summary
 from tools.kernel_guard import aot, limits
 
 _COLUMNS = {
@@ -50,18 +50,18 @@ def report(
         ValueError: an argument is wrong, or nothing can be compiled for want of Triton.
         RuntimeError: a limit is exceeded.
     """
-    here = what_runs_here()
+    machine = summary()
     if not as_json:
-        for line in describe(here):
+        for line in describe(machine):
             click.echo(line)
-    if here["triton"] is None:
+    if machine["triton"] is None:
         raise ValueError("triton is not installed, so nothing can be compiled")
     if lines is not None:
         _print_lines(aot.attribute_one(lines, targets[0] if targets else "sm_90", provider))
         return
     measured = _measure(targets, kernels, provider)
     whole = not targets and not kernels
-    known, version = limits.read_all(folder), here["triton"]
+    known, version = limits.read_all(folder), machine["triton"]
     if update_limits:
         old = known.get(version, limits.Limits())
         known[version] = limits.updated(old, measured, version, whole=whole)
@@ -69,8 +69,10 @@ def report(
     allowed = limits.allowed(known, version)
     faults = limits.check(measured, allowed, whole=whole) if check else []
     if as_json:
-        found = [dataclasses.asdict(one) for one in measured]
-        click.echo(json.dumps({**here, "measurements": found, "faults": faults}, indent=1))
+        measurements = [dataclasses.asdict(one) for one in measured]
+        click.echo(
+            json.dumps({**machine, "measurements": measurements, "faults": faults}, indent=1)
+        )
     else:
         _print_tables(measured)
         if update_limits:
@@ -121,16 +123,16 @@ def _print_tables(measured: Sequence[aot.Measurement]) -> None:
             click.echo(f"{one.name:{width}}{cells}{note}")
 
 
-def _print_lines(found: Sequence[aot.SourceLine]) -> None:
-    total = sum(line.instructions for line in found)
+def _print_lines(source_lines: Sequence[aot.SourceLine]) -> None:
+    total = sum(line.instructions for line in source_lines)
     click.echo(f"\n{'instr/tile':>10} {'share':>6}  line")
-    for line in found:
+    for line in source_lines:
         mix = sorted(line.opcodes.items(), key=lambda item: -item[1])
         opcodes = " ".join(f"{kind}:{n:.0f}" for kind, n in mix[:5])
         source = linecache.getline(line.file, line.line).strip()
-        place = f"{Path(line.file).name}:{line.line}"
+        location = f"{Path(line.file).name}:{line.line}"
         click.echo(
-            f"{line.instructions:10,.0f} {line.instructions / total:6.1%}  {place:20} "
+            f"{line.instructions:10,.0f} {line.instructions / total:6.1%}  {location:20} "
             f"{source[:60]:60}  {opcodes}"
         )
     click.echo(f"{total:10,.0f}         in all")

@@ -54,18 +54,18 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Address in the last operand."""
-        found = _ADDRESS.search(self.operands)
-        return int(found[1], 16) if found else None
+        match = _ADDRESS.search(self.operands)
+        return int(match[1], 16) if match else None
 
 
 @dataclass(frozen=True)
-class FoundLoop:
+class ActualLoop:
     """A loop in the code: address of its first block, its blocks, its instructions, its loops."""
 
     header: int
     blocks: frozenset[int]
     code: tuple[Instruction, ...]
-    inner: tuple[FoundLoop, ...]
+    inner: tuple[ActualLoop, ...]
 
     @property
     def waits(self) -> bool:
@@ -73,7 +73,7 @@ class FoundLoop:
         return len(self.code) <= _LONGEST_WAIT and any(i.kind in _WAITING for i in self.code)
 
 
-def describe(loops: Iterable[FoundLoop], markers: Sequence[str] = ()) -> str:
+def describe(loops: Iterable[ActualLoop], markers: Sequence[str] = ()) -> str:
     """Loops on one line: address and instructions of each, those inside in braces.
 
     Args:
@@ -81,7 +81,7 @@ def describe(loops: Iterable[FoundLoop], markers: Sequence[str] = ()) -> str:
         markers: parts of opcodes that are counted too.
     """
 
-    def one(loop: FoundLoop) -> str:
+    def one(loop: ActualLoop) -> str:
         counts = {text: sum(text in i.opcode for i in loop.code) for text in markers}
         marks = "".join(f", {n} {text}" for text, n in counts.items())
         busy = describe(loop.inner, markers)
@@ -108,8 +108,8 @@ def source_lines(listing: str) -> dict[int, tuple[str, int]]:
     lines: dict[int, tuple[str, int]] = {}
     current: tuple[str, int] | None = None
     for text in listing.splitlines():
-        if (found := _LINE.match(text)) is not None:
-            current = (found[1], int(found[2]))
+        if (match := _LINE.match(text)) is not None:
+            current = (match[1], int(match[2]))
         elif (instruction := _INSTRUCTION.match(text)) is not None and current is not None:
             lines[int(instruction[1], 16)] = current
     return lines
@@ -128,7 +128,7 @@ def _successors(code: Sequence[Instruction]) -> tuple[list[list[int]], set[int]]
     addresses = [instruction.address for instruction in code]
 
     def at(address: int) -> int | None:
-        """Position of the instruction at an address, or behind it if a NOP stands there."""
+        """Position of the instruction at an address, or behind it if that is a NOP."""
         position = bisect_left(addresses, address)
         return position if position < len(code) else None
 
@@ -196,7 +196,7 @@ class Program:
         self.graph = self.graph.subgraph(reachable).copy()
 
     @cached_property
-    def loops(self) -> tuple[FoundLoop, ...]:
+    def loops(self) -> tuple[ActualLoop, ...]:
         """The outermost loops in order of address."""
         return self._loops(frozenset(self.graph), self.entry)
 
@@ -206,7 +206,7 @@ class Program:
         region.remove_edges_from(list(region.in_edges(entry)))
         return region
 
-    def _loops(self, blocks: frozenset[int], entry: int) -> tuple[FoundLoop, ...]:
+    def _loops(self, blocks: frozenset[int], entry: int) -> tuple[ActualLoop, ...]:
         region = self._region(blocks, entry)
         loops = []
         for members in nx.strongly_connected_components(region):
@@ -219,7 +219,7 @@ class Program:
             header = headers.pop()
             inside = frozenset(members)
             code = tuple(i for block in sorted(inside) for i in self.blocks[block])
-            loops.append(FoundLoop(header, inside, code, self._loops(inside, header)))
+            loops.append(ActualLoop(header, inside, code, self._loops(inside, header)))
         return tuple(sorted(loops, key=lambda loop: loop.header))
 
     def executions(self, trips: dict[int, float]) -> dict[int, float]:
@@ -242,7 +242,7 @@ class Program:
         self,
         blocks: frozenset[int],
         entry: int,
-        loops: Sequence[FoundLoop],
+        loops: Sequence[ActualLoop],
         trips: dict[int, float],
     ) -> dict[int, float]:
         """How often each block on the dearest way through a body runs."""
@@ -265,48 +265,48 @@ class Program:
         return max(best.values(), key=lambda entry: entry[0])[1]
 
 
-def _factor(loop: Loop, found: FoundLoop) -> int | None:
+def _factor(loop: Loop, actual: ActualLoop) -> int | None:
     """Iterations that one trip of the loop in the code does; None if it is another loop."""
     if loop.marker is None:
         return 1
-    seen = _marks(loop, found)
+    seen = _marks(loop, actual)
     each = loop.marker[1]
     return seen // each if seen and seen % each == 0 else None
 
 
-def _marks(loop: Loop, found: FoundLoop) -> int:
-    """How often a loop's marker stands in a loop found, not counting the loops inside."""
+def _marks(loop: Loop, actual: ActualLoop) -> int:
+    """How often a loop's marker stands in an actual loop, not counting the loops inside."""
     assert loop.marker is not None
-    inside = {instruction.address for inner in found.inner for instruction in inner.code}
-    return sum(loop.marker[0] in i.opcode for i in found.code if i.address not in inside)
+    inside = {instruction.address for inner in actual.inner for instruction in inner.code}
+    return sum(loop.marker[0] in i.opcode for i in actual.code if i.address not in inside)
 
 
 def _assignments(
-    expected: tuple[Loop, ...], found: tuple[FoundLoop, ...]
+    expected: tuple[Loop, ...], actual: tuple[ActualLoop, ...]
 ) -> Iterator[dict[int, tuple[Loop, int]]]:
-    """All ways in which the loops found can be those expected, with factors of unrolling."""
+    """All ways in which the actual loops can be those expected, with factors of unrolling."""
     if not expected:
-        if not found:
+        if not actual:
             yield {}
         return
     loop, rest = expected[0], expected[1:]
-    if found and (factor := _factor(loop, found[0])) is not None:
-        inner = tuple(inside for inside in found[0].inner if not inside.waits)
+    if actual and (factor := _factor(loop, actual[0])) is not None:
+        inner = tuple(inside for inside in actual[0].inner if not inside.waits)
         for inside in _assignments(loop.inner, inner):
-            for beside in _assignments(rest, found[1:]):
-                yield {found[0].header: (loop, factor), **inside, **beside}
+            for beside in _assignments(rest, actual[1:]):
+                yield {actual[0].header: (loop, factor), **inside, **beside}
     if not loop.inner or loop.trips == 1:  # unrolled whole
-        yield from _assignments(loop.inner + rest, found)
+        yield from _assignments(loop.inner + rest, actual)
 
 
 def match_loops(
-    expected: tuple[Loop, ...], found: tuple[FoundLoop, ...]
+    expected: tuple[Loop, ...], actual: tuple[ActualLoop, ...]
 ) -> dict[int, tuple[Loop, int]]:
     """Finds the author's loops in the code.
 
     Args:
         expected: the outermost loops of the source.
-        found: the outermost loops of the code.
+        actual: the outermost loops of the code.
 
     Returns:
         By address of a loop's header: which loop it is, and how many of its iterations one trip in
@@ -315,7 +315,7 @@ def match_loops(
     Raises:
         CountError: the loops do not fit, or fit in more than one way.
     """
-    fits = list(_assignments(expected, tuple(loop for loop in found if not loop.waits)))
+    fits = list(_assignments(expected, tuple(loop for loop in actual if not loop.waits)))
     # A loop of one iteration is hardly ever left as a loop.
     single = [sum(loop.trips == 1 for loop, _ in fit.values()) for fit in fits]
     fits = [fit for fit, n in zip(fits, single, strict=True) if n == min(single)]
@@ -325,7 +325,7 @@ def match_loops(
     markers = {loop.marker[0] for loop in _all(expected) if loop.marker is not None}
     fault = "do not fit" if not fits else f"fit in {len(fits)} ways (give markers)"
     raise CountError(
-        f"loops {fault}: expected {_names(expected)}; found {describe(found, sorted(markers))}"
+        f"loops {fault}: expected {_names(expected)}; found {describe(actual, sorted(markers))}"
     )
 
 
@@ -359,21 +359,21 @@ def barriers_in(
     path = _path(name, expected)
     if path is None:
         return None
-    found: dict[int, FoundLoop] = {}
+    actual: dict[int, ActualLoop] = {}
 
-    def walk(loops: Iterable[FoundLoop]) -> None:
+    def walk(loops: Iterable[ActualLoop]) -> None:
         for loop in loops:
             if loop.header in matched:
-                found[id(matched[loop.header][0])] = loop
+                actual[id(matched[loop.header][0])] = loop
             walk(loop.inner)
 
     walk(program.loops)
-    if (whole := found.get(id(path[-1]))) is not None:
+    if (whole := actual.get(id(path[-1]))) is not None:
         code = whole.code
     else:
         if (marker := path[-1].marker) is None:
             raise CountError(f"the loop {name!r} is unrolled and has no marker")
-        around = next((found[id(loop)] for loop in path[::-1] if id(loop) in found), None)
+        around = next((actual[id(loop)] for loop in path[::-1] if id(loop) in actual), None)
         body = program.code if around is None else around.code
         inner = program.loops if around is None else around.inner
         elsewhere = {instruction.address for loop in inner for instruction in loop.code}

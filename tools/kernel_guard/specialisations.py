@@ -1,7 +1,7 @@
 """What a launch has Triton compile, and compiling that for sm_90 without a GPU.
 
 A specialisation is a kernel with what Triton compiles anew for: types of arguments, whether they
-are divisible by 16, constants (an integer of 1 is one), and launch options. It is taken from a
+are divisible by 16, constants (an integer of 1 is one), and launch options. It is derived from a
 launch by the code that Triton itself uses on a GPU.
 """
 
@@ -36,10 +36,10 @@ class Specialisation:
 
     Attributes:
         module: where the kernel is defined.
-        kernel: its name there.
+        kernel: its name in the module.
         signature: (argument, type as Triton writes it) of every argument.
-        constants: (place of an argument, value) of those that are constants.
-        attributes: (place of an argument, what Triton knows of it) of the others.
+        constants: (position of an argument, value) of those that are constants.
+        attributes: (position of an argument, what Triton knows of it) of the others.
         options: (name, value) of the launch options given.
     """
 
@@ -178,7 +178,7 @@ def compile_all(
         until: the last of `STAGES` that is gone through.
         workers: processes; None for one per CPU.
     """
-    left = sorted(wanted, key=str)  # one order, so that a compiler's crash is met at one place
+    left = sorted(wanted, key=str)  # one order, so that a compiler's crash is met at one point
     cpus = len(os.sched_getaffinity(0))  # Linux, as all that Triton runs on
     workers = workers or min(cpus, 1 + len(left) // _WORTH_A_PROCESS)
     outcome = Outcome(0, 0, {})
@@ -239,7 +239,7 @@ def _pool(workers: int, until: str) -> ProcessPoolExecutor:
 
 
 def _compile_only(until: str) -> None:
-    """Prepares a worker: kernels are compiled there, whatever this process does with them."""
+    """Prepares a worker: kernels are compiled in it, whatever this process does with them."""
     os.environ.pop("TRITON_INTERPRET", None)
     if until == "llir":
         os.environ["DISABLE_LLVM_OPT"] = "1"  # a sixth of the time, and nothing comes after it

@@ -26,9 +26,9 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
         index = indices.to(torch.int64)
         shifts = torch.arange(code.low, device=index.device)
         parts.append(((index.unsqueeze(2) >> shifts) & 1).view(chunks, -1).to(torch.uint8))
-        place = (index >> code.low) + code.gap * torch.arange(k, device=index.device)
+        position = (index >> code.low) + code.gap * torch.arange(k, device=index.device)
         upper = torch.zeros(chunks, code.upper, dtype=torch.uint8, device=index.device)
-        parts.append(upper.scatter_(1, place, 1))
+        parts.append(upper.scatter_(1, position, 1))
     if signs is not None:
         parts.append((signs if signs.dtype == torch.bool else signs < 0).to(torch.uint8))
     groups = len(planes)
@@ -66,7 +66,7 @@ def unpack(
     low = bits[..., :low_bits].reshape(peers, chunks, k, code.low).to(torch.int64)
     low = (low << torch.arange(code.low, device=low.device)).sum(3)
     upper = bits[..., low_bits : code.bits].to(torch.int64)
-    # The i-th set bit goes to place i; those beyond the k-th to a place that is cut off.
+    # The i-th set bit goes to position i; those beyond the k-th to a position that is cut off.
     rank = (upper.cumsum(2) - 1).clamp_(max=k)
     rank.masked_fill_(upper == 0, k)
     high = low.new_zeros(peers, chunks, k + 1)

@@ -20,16 +20,16 @@ def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple
     `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's
     bits, which for non-negative floats are ordered like their values, above the reversed index. To
     keep the keys few, only the `k` runs of neighbouring coefficients with the largest maxima are
-    looked into: an entry outside of them is preceded by at least `k` others. These runs are found
-    in the same way. NaN counts as larger than any number.
+    looked into: an entry outside of them is preceded by at least `k` others. These runs are
+    determined in the same way. NaN counts as larger than any number.
 
     Args:
         coefficients: `[n, totalk]`, contiguous, float32 or float64.
         k: how many, `1 <= k <= totalk`.
-        maxima: what `run_maxima` has made of them, where that is known already.
+        maxima: what `run_maxima` returns of them, where that is known already.
 
     Returns:
-        Indices, int64 `[n, k]`, ascending in each row, and the values there.
+        Indices, int64 `[n, k]`, ascending in each row, and their values.
     """
     n, totalk = coefficients.shape
     if k == totalk:

@@ -46,6 +46,6 @@ def _sandwich(left: Tensor, x: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(x.view(n, w), right, out=out.view(n, w))
     elif w == 1:
         torch.mm(x.view(n, h), left.t(), out=out.view(n, h))
-    else:  # batches of small products run faster here than one tall product
+    else:  # batches of small products are faster than one tall product
         rows = torch.bmm(x, right.expand(n, w, w), out=scratch(ROWS, (n, h, w), x))
         torch.bmm(left.expand(n, h, h), rows, out=out)

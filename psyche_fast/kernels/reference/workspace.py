@@ -29,7 +29,7 @@ group's coefficients, sums of entries."""
 
 
 def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A contiguous tensor of unspecified content, valid until the slot is taken again.
+    """A contiguous tensor of unspecified content, valid until the slot is used again.
 
     Args:
         slot: which buffer; two that are in use at once need two slots.

@@ -225,7 +225,7 @@ def _row(gradient: Tensor | None, total: Tensor | None, read_sum: bool) -> tuple
 
 def _dtypes(tensors: Sequence[Tensor | None]) -> int:
     present = {t.dtype for t in tensors if t is not None}
-    # Where there is no gradient at all any will do: none is read.
+    # Without any gradient the dtype is of no account: none is read.
     return sum(1 << GRADIENT_DTYPES.index(dtype) for dtype in present) or 1
 
 

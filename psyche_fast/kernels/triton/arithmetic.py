@@ -233,23 +233,13 @@ def store_sorted(index, bits, at, live, indices, values, K: tl.constexpr, KP: tl
 
 @triton.jit
 def largest_in_rounds(
-    coefficients,
-    maxima,
-    at,
-    live,
-    indices,
-    values,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    w: tl.constexpr,
-    HINT: tl.constexpr,
-):
+    coefficients, maxima, at, live, indices, values,
+    K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    w: tl.constexpr, HINT: tl.constexpr,
+):  # fmt: skip
     """Select from `T` tiles at once, one round per entry.
 
-    Each round takes the row with the largest maximum, reads it again, and finds the entry and the
+    Each round reads the row with the largest maximum again, for the entry in it and the
     row's next maximum. With one warp per tile (T = number of warps) a round has no barrier.
 
     Args:
@@ -279,20 +269,20 @@ def largest_in_rounds(
         if w != W:
             key = tl.where(columns < w, key, -1)
         equal = key == most[:, None]
-        # After a tie within the row, the columns up to the last entry have been taken.
-        taken = tl.where((last == most) & (last_row == row), last_column, -1)
+        # After a tie within the row, the columns up to the last entry are done.
+        done = tl.where((last == most) & (last_row == row), last_column, -1)
         # The column and the sign in one reduction.
-        found = tl.min(
-            tl.where(equal & (columns > taken[:, None]), (columns << 1) | ((x >> 31) & 1), 2 * W), 1
+        packed = tl.min(
+            tl.where(equal & (columns > done[:, None]), (columns << 1) | ((x >> 31) & 1), 2 * W), 1
         )
-        column = found >> 1
+        column = packed >> 1
         rest = (key < most[:, None]) | (equal & (columns > column[:, None]))
         following = tl.max(tl.where(rest, key, -1), 1)
         maxima = tl.where(row_numbers == row[:, None], following[:, None], maxima)
         last, last_row, last_column = most, row, column
-        here = slot == j
-        index = tl.where(here, (row * w + column)[:, None], index)
-        bits = tl.where(here, (most | (found << 31))[:, None], bits)
+        current = slot == j
+        index = tl.where(current, (row * w + column)[:, None], index)
+        bits = tl.where(current, (most | (packed << 31))[:, None], bits)
     store_sorted(index, bits, at, live, indices, values, K, KP)
 
 
@@ -321,9 +311,9 @@ def largest_by_threshold(c, index, valid, at, live, indices, values, K: tl.const
     above = key > threshold[:, None]
     equal = key == threshold[:, None]
     wanted = K - tl.sum(above.to(tl.int32), 1)
-    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
-    to = at[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
-    taken &= live[:, None]
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
+    to = at[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+    chosen &= live[:, None]
     shown = tl.broadcast_to(index, c.shape).to(indices.dtype.element_ty)
-    tl.store(indices + to, shown, mask=taken)
-    tl.store(values + to, c.to(values.dtype.element_ty), mask=taken)
+    tl.store(indices + to, shown, mask=chosen)
+    tl.store(values + to, c.to(values.dtype.element_ty), mask=chosen)

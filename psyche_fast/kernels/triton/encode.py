@@ -33,18 +33,10 @@ from psyche_fast.kernels.triton.rows import encode_rows
 
 @triton.jit
 def decode_own(
-    previous_indices,
-    previous_values,
-    rows_h,
-    rows_w,
-    at,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    MC: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    previous_indices, previous_values, rows_h, rows_w, at,
+    M: tl.constexpr, MP: tl.constexpr, MC: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     w: tl.constexpr,
-):
+):  # fmt: skip
     """`F_h C F_w^T` for `M` entries with distinct indices, as a sum of outer products `[H, W]`.
 
     Rows of the transposed bases are gathered; nothing is scattered.
@@ -66,40 +58,13 @@ def decode_own(
 
 @triton.jit(do_not_specialize=["tiles", "rate_step"])
 def encode_tiles(
-    members,
-    table,
-    delta,
-    split_basis,
-    rows_h,
-    rows_w,
-    zeros,
-    previous_indices,
-    previous_values,
-    indices,
-    values,
-    scratch,
-    rates,
-    scale,
-    decay,
-    tiles,
-    rate_step,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    MC: tl.constexpr,
-    T: tl.constexpr,
-    h: tl.constexpr,
-    w: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    SELECT_ROWS: tl.constexpr,
-    STREAM: tl.constexpr,
-    KEEP: tl.constexpr,
-):
+    members, table, delta, split_basis, rows_h, rows_w, zeros, previous_indices, previous_values,
+    indices, values, scratch, rates, scale, decay, tiles, rate_step,
+    K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MC: tl.constexpr,
+    T: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
+    SELECT_ROWS: tl.constexpr, STREAM: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
     """One program handles groups of `T` tiles; a tile is one chunk `h x w` padded to `H x W`.
 
     Args:
@@ -109,7 +74,7 @@ def encode_tiles(
         split_basis: bfloat16, `F_h^T` and `F_w` as `sandwich` wants them.
         rows_h: float32 `[H, H]`, `F_h^T`.
         rows_w: float32 `[W, W]`, `F_w^T`.
-        zeros: what is read instead of a gradient that is not there.
+        zeros: what is read instead of a missing gradient.
         previous_indices: `[tiles, M]`, distinct in each tile.
         previous_values: `[tiles, M]`.
         indices: `[tiles, K]`, written.
@@ -118,7 +83,17 @@ def encode_tiles(
         rates: float32, learning rate of member i at `i * rate_step`.
         scale: float32, one factor on all gradients; gradients are left out if it is not finite.
         decay: factor on the state.
-        tiles: how many there are.
+        tiles: number of tiles.
+        rate_step: see `rates`.
+        K: entries that are selected of each tile; `KP` is the power of two above.
+        M: entries that are decoded of each tile, `MC` at once; `MP` is the multiple of it above.
+        T: tiles that are selected from together.
+        GRADIENT: dtype of the gradients.
+        ALIGNED: their rows begin at multiples of 16 bytes.
+        ROUNDS: select entry by entry, else by bisection.
+        SELECT_ROWS: keep rows out of scratch memory that cannot hold a selected entry.
+        STREAM: eviction policy of what is read and written once.
+        KEEP: eviction policy of the coefficients.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
@@ -138,11 +113,11 @@ def encode_tiles(
             address = tl.load(members + 2 * member)
             stride = tl.load(members + 2 * member + 1)
             rate = tl.load(rates + member * rate_step) * factor
-            there = finite & (address != 0)
-            rate = tl.where(there, rate, 0.0)
-            address = tl.where(there, address, zeros.to(tl.int64))
-            stride = tl.where(there, stride, 0)
-            offset = tl.where(there, offset, 0)
+            present = finite & (address != 0)
+            rate = tl.where(present, rate, 0.0)
+            address = tl.where(present, address, zeros.to(tl.int64))
+            stride = tl.where(present, stride, 0)
+            offset = tl.where(present, offset, 0)
             g_at = address.to(tl.pointer_type(GRADIENT))
             stride = stride.to(tl.int32)
             if ALIGNED:
@@ -156,18 +131,9 @@ def encode_tiles(
                 d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
             if M > 0:
                 d -= decode_own(
-                    previous_indices,
-                    previous_values,
-                    rows_h,
-                    rows_w,
-                    tl.cast(tile, tl.int64) * M,
-                    M,
-                    MP,
-                    MC,
-                    H,
-                    W,
-                    w,
-                )
+                    previous_indices, previous_values, rows_h, rows_w, tl.cast(tile, tl.int64) * M,
+                    M, MP, MC, H, W, w,
+                )  # fmt: skip
             # Not earlier: registers are short while the decode runs.
             if WHOLE:
                 g = tl.load(g_at, eviction_policy=STREAM).to(tl.float32)
@@ -199,38 +165,22 @@ def encode_tiles(
                 else:
                     tl.store(to, c, eviction_policy=KEEP)
             else:
-                place = tl.arange(0, H * W)[None, :]
-                row = place // W
-                column = place - row * W
+                position = tl.arange(0, H * W)[None, :]
+                row = position // W
+                column = position - row * W
                 largest_by_threshold(
-                    tl.reshape(c, [1, H * W]),
-                    row * w + column,
-                    (row < h) & (column < w),
+                    tl.reshape(c, [1, H * W]), row * w + column, (row < h) & (column < w),
                     tl.cast(tile, tl.int64) * K + tl.zeros([1], tl.int64),
-                    tl.full([1], True, tl.int1),
-                    indices,
-                    values,
-                    K,
-                )
+                    tl.full([1], True, tl.int1), indices, values, K,
+                )  # fmt: skip
         if ROUNDS:
             tl.debug_barrier()
             t_all = tl.arange(0, T)
             of_rows = tl.load(maxima + t_all[:, None] * H + tl.arange(0, H)[None, :])
             largest_in_rounds(
-                coefficients,
-                of_rows,
-                (group + t_all).to(tl.int64) * K,
-                (group + t_all) < tiles,
-                indices,
-                values,
-                K,
-                KP,
-                T,
-                H,
-                W,
-                w,
-                KEEP,
-            )
+                coefficients, of_rows, (group + t_all).to(tl.int64) * K, (group + t_all) < tiles,
+                indices, values, K, KP, T, H, W, w, KEEP,
+            )  # fmt: skip
             tl.debug_barrier()
 
 
@@ -244,102 +194,53 @@ def encode(
     previous: Entries | None,
 ) -> Entries:
     """See `psyche_fast.kernels.encode.encode`."""
-    indices = torch.empty(plan.chunks, plan.k, dtype=plan.index_dtype, device=plan.device)
-    values = torch.empty(plan.chunks, plan.k, dtype=plan.dtype, device=plan.device)
-    own = Entries(indices, values, unique=True)
+    device, k = plan.device, plan.k
+    indices = torch.empty(plan.chunks, k, dtype=plan.index_dtype, device=device)
+    values = torch.empty(plan.chunks, k, dtype=plan.dtype, device=device)
+    entries = Entries(indices, values, unique=True)
     if plan.chunks == 0:
-        return own
-    if previous is not None and not _decodable(plan, previous):
+        return entries
+    if previous is not None and not _decodable(previous):
         subtract(plan, delta, previous)
         previous = None
     ready = planned(plan)
     gradients = _uniform(gradients)  # by name: copies have to live until the launch
     sources = ready.members(gradients, "gradient")
-    rate, rate_step = rates(learning_rates, plan.device)
+    rate, rate_step = rates(learning_rates, device)
     scale = gradient_scale
     if not isinstance(scale, Tensor):
-        scale, _ = rates([1.0 if scale is None else scale], plan.device)
-    sent = own if previous is None else previous
-    m = 0 if previous is None else previous.indices.shape[1]
+        scale, _ = rates([1.0 if scale is None else scale], device)
+    sent, m = (entries, 0) if previous is None else (previous, previous.indices.shape[1])
+    options, own = launch_options("rows" if ready.is_rows else "encode", device)
+    together = ready.rows_per_tile if ready.is_rows else own["tiles"]
+    grid = (programs(device, own["ctas_per_sm"], triton.cdiv(plan.chunks, together)),)
+    bases: tuple[Tensor, ...] = (ready.forward_basis,)
     if ready.is_rows:
-        options, own_options = launch_options("rows", plan.device)
-        work = triton.cdiv(plan.chunks, ready.rows_per_tile)
-        grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
-        size = grid[0] * ready.rows_per_tile * ready.W
-        scratch = ready.scratch(torch.float32, size, plan.device)
-        with on_device(plan.device):
-            encode_rows[grid](
-                sources.addresses,
-                sources.table,
-                delta,
-                ready.forward_basis,
-                sent.indices,
-                sent.values,
-                indices,
-                values,
-                scratch,
-                rate,
-                scale,
-                decay,
-                plan.chunks,
-                rate_step,
-                MP=triton.next_power_of_2(max(m, 1)),
-                R=ready.rows_per_tile,
-                L=ready.length,
-                W=ready.W,
-                STRIDED=ready.strided,
-                K=plan.k,
-                M=m,
-                GRADIENT=sources.dtype,
-                ALIGNED=sources.aligned,
-                **options,
-            )
-        written(delta)
-        return own
-    options, own_options = launch_options("encode", plan.device)
-    together = own_options["tiles"]
-    work = triton.cdiv(plan.chunks, together)
-    grid = (programs(plan.device, own_options["ctas_per_sm"], work),)
-    scratch = ready.scratch(
-        torch.float32, grid[0] * together * (ready.H * ready.W + ready.H), plan.device
-    )
-    with on_device(plan.device):
-        encode_tiles[grid](
-            sources.addresses,
-            sources.table,
-            delta,
-            ready.forward_basis,
-            ready.rows_h,
-            ready.rows_w,
-            ready.zeros,
-            sent.indices,
-            sent.values,
-            indices,
-            values,
-            scratch,
-            rate,
-            scale,
-            decay,
-            plan.chunks,
-            rate_step,
-            T=together,
-            h=plan.h,
-            w=plan.w,
-            H=ready.H,
-            W=ready.W,
-            **encode_constants(plan.k, m),
-            SELECT_ROWS=own_options["select_rows"],
-            STREAM=own_options["stream"],
-            KEEP=own_options["keep"],
-            GRADIENT=sources.dtype,
-            ALIGNED=sources.aligned,
-            **options,
-        )
+        kernel, size = encode_rows, ready.W
+        constants = {
+            "K": k, "M": m, "MP": triton.next_power_of_2(max(m, 1)), "R": together,
+            "L": ready.length, "W": ready.W, "STRIDED": ready.strided,
+        }  # fmt: skip
+    else:
+        kernel, size = encode_tiles, ready.H * ready.W + ready.H
+        bases += (ready.rows_h, ready.rows_w, ready.zeros)
+        constants = {
+            **encode_constants(k, m), "T": together, "h": plan.h, "w": plan.w, "H": ready.H,
+            "W": ready.W, "SELECT_ROWS": own["select_rows"], "STREAM": own["stream"],
+            "KEEP": own["keep"],
+        }  # fmt: skip
+    scratch = ready.scratch(torch.float32, grid[0] * together * size, device)
+    with on_device(device):
+        kernel[grid](
+            sources.addresses, sources.table, delta, *bases, sent.indices, sent.values, indices,
+            values, scratch, rate, scale, decay, plan.chunks, rate_step,
+            GRADIENT=sources.dtype, ALIGNED=sources.aligned, **constants, **options,
+        )  # fmt: skip
     written(delta)
-    return own
+    return entries
 
 
-def _decodable(plan: ChunkPlan, entries: Entries) -> bool:
+def _decodable(entries: Entries) -> bool:
     """Whether encode can decode own entries by itself: distinct ones, and in order if all."""
     return entries.unique and entries.indices.is_contiguous() and entries.values.is_contiguous()
 

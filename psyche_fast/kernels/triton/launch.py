@@ -2,7 +2,7 @@
 
 Everything that does not change from step to step is worked out once per chunk class and kept for as
 long as its plan lives. Tables of addresses are kept by the addresses themselves: tensors that come
-back at the same place, as gradients do from a caching allocator, are not looked at again.
+back at the same address, as gradients do from a caching allocator, are not looked at again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROW_ENTRIES = 16
 
 @dataclass(frozen=True)
 class Members:
-    """The tensors of a class's members as a kernel finds them.
+    """The tensors of a class's members as a kernel reads them.
 
     Attributes:
         addresses: int64 `[members, 2]` on the device: address (0: none) and row stride.
@@ -181,7 +181,7 @@ class Planned:
             if row % 8:
                 aligned = False
         dtypes = {t.dtype for t in tensors if t is not None} or {torch.float32}
-        assert len(dtypes) == 1, f"{what}s of one class are of one dtype here"
+        assert len(dtypes) == 1, f"{what}s of one class are of one dtype"
         device_addresses = _upload(addresses, plan.device).view(-1, 2)
         table = self._table(plan, tuple(strides))
         return Members(device_addresses, table, DTYPES[dtypes.pop()], aligned)
@@ -224,7 +224,7 @@ _planned: weakref.WeakKeyDictionary[ChunkPlan, Planned] = weakref.WeakKeyDiction
 
 
 def planned(plan: ChunkPlan) -> Planned:
-    """The prepared class for a launch on the current stream, made on first use.
+    """The prepared class for a launch on the current stream, prepared on first use.
 
     Raises:
         RuntimeError: as `StreamOrder.enter`.

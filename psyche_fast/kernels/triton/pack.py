@@ -51,12 +51,12 @@ def pack_planes(
         sign_stride: see `signs`.
         K: entries per chunk.
         LOW: low bits per entry.
-        GAP: what rank adds to the place of an entry's upper bit.
+        GAP: what rank adds to the position of an entry's upper bit.
         UPPER: length of the bit vector.
         SIGNS: 0 for none, 1 for bytes that are 0 or 1, 2 for numbers.
         BITS: `K * LOW + UPPER`, and `K` more with `SIGNS`.
         G: groups per program.
-        TILE: bits that are made at once, up to 32.
+        TILE: bits that are written at once, up to 32.
         ENTRIES: entries that are read at once for the bit vector.
     """
     first_group = tl.program_id(0) * G
@@ -74,15 +74,15 @@ def pack_planes(
             bits = (index.to(tl.int32) >> (at % LOW)) & 1
             _store_bits(planes, bits, shift, group, start + lane, groups, K * LOW, BITS)
     for start in range(0, UPPER, TILE):
-        # The bits of a chunk as one integer: no two entries share a place, so adding joins them.
+        # The bits of a chunk as one integer: no two entries share a position, so adding joins them.
         word = tl.zeros([G, 8], tl.int32)
         for first in range(0, K, ENTRIES):
             entry = first + tl.arange(0, ENTRIES)[None, None, :]
             mask = live & (entry < K)
             index = tl.load(entries + entry, mask=mask, other=0).to(tl.int32)
-            place = (index >> LOW) + GAP * entry - start
-            named = mask & (place >= 0) & (place < TILE)
-            word += tl.sum(tl.where(named, 1 << (place & (TILE - 1)), 0), 2)
+            position = (index >> LOW) + GAP * entry - start
+            named = mask & (position >= 0) & (position < TILE)
+            word += tl.sum(tl.where(named, 1 << (position & (TILE - 1)), 0), 2)
         bits = (word[:, :, None] >> bit) & 1
         end = K * LOW + UPPER
         _store_bits(planes, bits, shift, group, K * LOW + start + lane, groups, end, BITS)
@@ -95,8 +95,8 @@ def pack_planes(
                 bits = value.to(tl.int32)
             else:
                 bits = (value.to(tl.float32) < 0).to(tl.int32)
-            place = K * LOW + UPPER + start + lane
-            _store_bits(planes, bits, shift, group, place, groups, BITS, BITS)
+            position = K * LOW + UPPER + start + lane
+            _store_bits(planes, bits, shift, group, position, groups, BITS, BITS)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def unpack_planes(
         TOTALK: coefficients of a chunk.
         K: entries per chunk and peer.
         LOW: low bits per entry.
-        GAP: what rank adds to the place of an entry's upper bit.
+        GAP: what rank adds to the position of an entry's upper bit.
         UPPER: length of the bit vector.
         SIGNS: read a sign per entry.
         CHECK: write `valid`.

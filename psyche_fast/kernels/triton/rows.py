@@ -1,9 +1,9 @@
 """The operations for chunks with one dimension: vectors, and chunks of height or width 1.
 
 A tile is `R` consecutive chunks of `L` elements, padded to `[R, W]`: one product with the basis
-transforms them all. Chunks of a tile may belong to different parameters, so everything about their
-place is read per chunk. `STRIDED` says that a chunk runs down a column (width 1): its elements then
-lie a row stride apart.
+transforms them all. Chunks of a tile may belong to different parameters, so that each has an
+address of its own. `STRIDED` says that a chunk runs down a column (width 1): its elements then lie
+a row stride apart.
 """
 
 from __future__ import annotations
@@ -24,20 +24,14 @@ from psyche_fast.kernels.triton.exact import exact_product, exact_row_means, loa
 
 @triton.jit
 def locate_rows(
-    members,
-    table,
-    chunk,
-    live,
-    j,
-    DTYPE: tl.constexpr,
-    STRIDED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Addresses `[R, W]` of the chunks' elements, their members `[R]`, and which are there."""
+    members, table, chunk, live, j,
+    DTYPE: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Addresses `[R, W]` of the chunks' elements, their members `[R]`, and which exist."""
     member = tl.load(table + 2 * chunk.to(tl.int64), mask=live, other=0).to(tl.int32)
     offset = tl.load(table + 2 * chunk.to(tl.int64) + 1, mask=live, other=0)
     address = tl.load(members + 2 * member, mask=live, other=0)
-    there = live & (address != 0)
+    present = live & (address != 0)
     at = (address.to(tl.pointer_type(DTYPE)) + offset)[:, None]
     if STRIDED:
         stride = tl.load(members + 2 * member + 1, mask=live, other=0)
@@ -46,35 +40,16 @@ def locate_rows(
         if ALIGNED:
             at = tl.multiple_of(at, (16, 16))
         at = at + j
-    return at, member, there
+    return at, member, present
 
 
 @triton.jit(do_not_specialize=["chunks", "rate_step"])
 def encode_rows(
-    members,
-    table,
-    delta,
-    split_basis,
-    previous_indices,
-    previous_values,
-    indices,
-    values,
-    scratch,
-    rates,
-    scale,
-    decay,
-    chunks,
-    rate_step,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    R: tl.constexpr,
-    L: tl.constexpr,
-    W: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    STRIDED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+    members, table, delta, split_basis, previous_indices, previous_values, indices, values, scratch,
+    rates, scale, decay, chunks, rate_step,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, GRADIENT: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """As `encode_tiles`, with `split_basis` the bfloat16 parts of `F` and then of `F^T`.
 
     Scratch is float32 `[programs, R * W]`, zero before and after.
@@ -89,13 +64,13 @@ def encode_rows(
         inside = live[:, None] & (j < L)
         state = delta + chunk.to(tl.int64)[:, None] * L + j
         d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-        g_at, member, there = locate_rows(
+        g_at, member, present = locate_rows(
             members, table, chunk, live, j, GRADIENT, STRIDED, ALIGNED
         )
-        there &= finite
-        g = tl.load(g_at, mask=there[:, None] & (j < L), other=0.0).to(tl.float32)
+        present &= finite
+        g = tl.load(g_at, mask=present[:, None] & (j < L), other=0.0).to(tl.float32)
         rate = tl.load(rates + member * rate_step) * factor
-        rate = tl.where(there, rate, 0.0)
+        rate = tl.where(present, rate, 0.0)
         if M > 0:
             at = chunk.to(tl.int64) * M
             if M == L:  # everything has been sent, and lies in order
@@ -106,12 +81,12 @@ def encode_rows(
                 sent = live[:, None] & (e < M)
                 index = tl.load(previous_indices + at[:, None] + e, mask=sent, other=0)
                 value = tl.load(previous_values + at[:, None] + e, mask=sent, other=0.0)
-                place = dense + tl.arange(0, R)[:, None] * W + index.to(tl.int32)
-                tl.store(place, value.to(tl.float32), mask=sent)
+                slot = dense + tl.arange(0, R)[:, None] * W + index.to(tl.int32)
+                tl.store(slot, value.to(tl.float32), mask=sent)
                 tl.debug_barrier()
                 x = tl.load(dense + tl.arange(0, R)[:, None] * W + j)
                 tl.debug_barrier()
-                tl.store(place, tl.zeros([R, MP], tl.float32), mask=sent)
+                tl.store(slot, tl.zeros([R, MP], tl.float32), mask=sent)
                 tl.debug_barrier()
             d -= times_right(x, split_basis + 2 * W * W, False, W)
         d = tl.fma(d, decay, g * rate[:, None])

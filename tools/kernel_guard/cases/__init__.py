@@ -8,7 +8,7 @@ from tools.kernel_guard.case import Case
 
 
 def compile_cases() -> list[Case]:
-    """The cases of every module here."""
+    """The cases of every module of this package."""
     from tools.kernel_guard.cases import accumulate, apply, encode, pack, rows
 
     modules = (accumulate, apply, encode, pack, rows)

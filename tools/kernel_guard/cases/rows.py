@@ -84,7 +84,12 @@ def _decode_cases(length: int, m: int) -> list[Case]:
     result = {"indices": "*u8", "values": "*u8"}
     counts = {"chunks": "i32", "m": "i32"}
     shape = {**_TILE, "L": length, "W": padded(length)}
-    place = {"PARAMETER": tl.float32, "COPY": tl.bfloat16, "STRIDED": False, "ALIGNED": length % 8 == 0}
+    addressing = {
+        "PARAMETER": tl.float32,
+        "COPY": tl.bfloat16,
+        "STRIDED": False,
+        "ALIGNED": length % 8 == 0,
+    }
     decoding = {"MB": ROW_ENTRIES, "SIGNS": True}
     common: dict[str, Any] = {
         "options": options,
@@ -109,7 +114,7 @@ def _decode_cases(length: int, m: int) -> list[Case]:
                 "rate_step": "i32",
                 "shrink_step": "i32",
             },
-            constexprs={**shape, **place, **decoding, "AHEAD": True},
+            constexprs={**shape, **addressing, **decoding, "AHEAD": True},
             loops=(Loop("tiles", 100, inner=(Loop("count", trips),)),),
             **common,
         ),
@@ -140,7 +145,7 @@ def _decode_cases(length: int, m: int) -> list[Case]:
                 "chunks": "i32",
                 "rate_step": "i32",
             },
-            constexprs={**shape, **place},
+            constexprs={**shape, **addressing},
             loops=(Loop("tiles", 100),),
             **common,
         ),
