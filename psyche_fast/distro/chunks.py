@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from psyche_fast.devices import indexed
-from psyche_fast.kernels.definition import cosine
+from psyche_fast.integers import cosine
 from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
 
 logger = logging.getLogger(__name__)

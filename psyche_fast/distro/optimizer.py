@@ -18,7 +18,7 @@ from psyche_fast.distro.chunks import (
 )
 from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.apply import apply, lookahead
-from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.backends import checked_backend
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, chunk_view, single
 from psyche_fast.sharding import full_tensor
@@ -132,7 +132,7 @@ class DistroStep:
             delta_dtype=delta_dtype,
             max_elements=MAX_OFFLOADED_ELEMENTS if offload_delta else None,
         )
-        self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
+        self.backends = tuple(checked_backend(plan, backend) for plan in self.layout.plans)
         self._delta = Momentum(self.layout, offload=offload_delta)
         self._master_dtype = master_dtype
         self._master: list[Tensor] = []

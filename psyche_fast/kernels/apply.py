@@ -1,4 +1,7 @@
-"""Apply: peers' results into the parameters, with the next look-ahead; and its parts alone."""
+"""Apply: peers' results into the parameters, with the next look-ahead; and its parts alone.
+
+The direction of an update is decided in integers, as `psyche_fast/integers.py` defines it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from psyche_fast.integers import MOST_ENTRIES
 from psyche_fast.kernels.backends import implementation
-from psyche_fast.kernels.definition import MOST_ENTRIES
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
 
@@ -47,7 +50,7 @@ def apply(
         plan: the chunk class.
         parameters: one tensor per member, of the class's dtype or float32, updated in place.
         entries: all peers' entries side by side, at most 65535 of a chunk. The result is the same
-            on any hardware, in whatever order they are (`psyche_fast.kernels.definition`).
+            on any hardware, in whatever order they are.
         learning_rates: one per member.
         shrinks: factors on the parameters (weight decay); None for 1.
         ahead: one tensor per member, of the class's dtype, written to; none of `parameters`'

@@ -1,5 +1,5 @@
 """The definition of apply's directions in numpy's int64, as plain as possible; see
-`psyche_fast.kernels.definition`, of which nothing is used."""
+`psyche_fast.integers`, of which nothing is used."""
 
 from __future__ import annotations
 

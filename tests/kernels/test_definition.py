@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from psyche_fast.integers import definition_hash, integer_basis
 from psyche_fast.kernels.apply import apply
-from psyche_fast.kernels.definition import digest, integer_basis
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.reference import direction
 from tests.kernels import definition
@@ -148,21 +148,14 @@ def test_magnitudes(scale, dtype):
 @pytest.mark.parametrize("peers", [1, 3, 24])
 @pytest.mark.parametrize("name", ["64x64", "33x7", "1x64"])
 def test_the_filter_leaves_nothing_wrong(name, peers, monkeypatch):
-    """Coefficients chosen so that elements come as near to zero as they can: all rows computed
-    exactly give the same, and the filter is at work at all."""
+    """Values chosen so that elements nearly vanish: the same as with all rows exact."""
     shape = SHAPES[name]
     plan = one_class([shape] * 4, k=8, device=torch.device("cpu"))
     for signs in (True, False):
         entries = nearly_zero(plan, entries_of(plan, "random", peers, signs=signs, seed=3))
         filtered = direction.descent(plan, entries, 0, plan.chunks).clone()
         with monkeypatch.context() as patch:
-            rows = []
-            limit = direction._Block._limit
-            patch.setattr(
-                direction._Block,
-                "_limit",
-                lambda *a, limit=limit: rows.append(limit(*a)) or torch.full_like(rows[-1], 1e30),
-            )
+            patch.setattr(direction._Block, "_limit", lambda *_: torch.tensor([[1e30]]))
             exact = direction.descent(plan, entries, 0, plan.chunks)
         assert torch.equal(filtered, exact)
         assert torch.equal(exact.to(torch.int64), -torch.from_numpy(wanted(plan, entries)))
@@ -205,6 +198,6 @@ def test_sums_of_limbs_are_exact_in_float32():
             assert (512 * low + 256 * high).sum(axis).max() <= 2**24
 
 
-def test_the_digest_knows_the_tables():
-    assert digest([64, 64, 1]) == digest([1, 64])
-    assert digest([64]) != digest([63])
+def test_the_hash_knows_the_tables():
+    assert definition_hash([64, 64, 1]) == definition_hash([1, 64])
+    assert definition_hash([64]) != definition_hash([63])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
 from psyche_fast.kernels.reference.decode import Decoder
-from psyche_fast.kernels.reference.direction import descent
+from psyche_fast.kernels.reference.direction import descent, exact_product
 from psyche_fast.kernels.reference.transform import ieee_matmul
 from psyche_fast.kernels.reference.update import (
     Factors,
@@ -21,6 +21,12 @@ from psyche_fast.kernels.reference.update import (
     signed_step,
 )
 from psyche_fast.kernels.reference.workspace import groups
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """`P(A, B)` of limbs, float32 `[2, N, N]`, as `apply` comes to it."""
+    with ieee_matmul():
+        return exact_product(*a, *b)
 
 
 def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:

@@ -1,4 +1,4 @@
-"""The direction of an update by `psyche_fast.kernels.definition`: float32 where it is sure enough.
+"""The direction of an update as `integers.py` defines it: by float32 where that is sure.
 
 Float32 products of the same integers are off by at most a bound; where a row of the result has an
 element within it, and only there, the row is computed as the definition has it.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from psyche_fast.kernels import definition
+from psyche_fast.integers import BITS, LIMB, integer_basis, limbs
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 from psyche_fast.kernels.reference.workspace import (
     DENSE,
@@ -73,7 +73,7 @@ class _Block:
         self._count = count
 
     def dense(self, *, exact: bool) -> Tensor:
-        """Coefficients `[n, h * w]`, unless exact with an error of 2^-24 per entry that names it."""
+        """Coefficients `[n, h * w]`; unless exact, off by 2^-24 for each entry that names one."""
         if self._is_dense:
             return self.c
         dense = scratch(DENSE, (len(self.c), self._plan.totalk), self.c).zero_()
@@ -136,11 +136,11 @@ class _Block:
         c = self.c.index_select(0, chunk)
         # 512 P(A, D) = A D - lo(A) lo(D)
         terms = left.basis.take(frequency).mul_(c)
-        terms.sub_(left.low.take(frequency).mul_(definition.limbs(c)[1]))
+        terms.sub_(left.low.take(frequency).mul_(limbs(c)[1]))
         if not self._unique:
             terms.div_(self._count.index_select(0, chunk))
         z = terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
-        return z.div_(definition.LIMB).round_().float()
+        return z.div_(LIMB).round_().float()
 
     def _sandwich(self, dense: Tensor, out: Tensor) -> Tensor:
         """`-B_h C B_w^T / 2^36` into `out`; the largest magnitudes of rows of `B_h C / 2^18`."""
@@ -168,10 +168,10 @@ class _Block:
         """How far float32 may be from what the definition takes the sign of, `[n, 1]` or `[n, h]`.
 
         In units of `B_h C B_w^T / 2^36`, for any order of additions: sums of n terms are off by
-        (n + 4) 2^-24 of the sum of magnitudes, coefficients by one more per entry that names them. The definition leaves out products of low parts
-        (1/4 per coefficient, `low_reach` of the right product) and rounds `Z'` (2^-24) and `Z`
-        (2^-18 of the row's largest magnitude). Without entries, or where they cancel, all is zero
-        and nothing in doubt.
+        (n + 4) 2^-24 of the sum of magnitudes, coefficients by one more per entry that names them.
+        The definition leaves out products of low parts (1/4 per coefficient, `low_reach` of the
+        right product) and rounds `Z'` (2^-24) and `Z` (2^-18 of the row's largest magnitude).
+        Without entries, or where they cancel, all is zero and nothing in doubt.
 
         Args:
             size: largest magnitudes of rows of `B_h C / 2^18`.
@@ -223,9 +223,9 @@ class _Tables:
 
 @cache
 def _tables(n: int, device: torch.device) -> _Tables:
-    basis = definition.integer_basis(n).to(device)
-    high, low = (part.to(_exact_dtype(n)) for part in definition.limbs(basis))
-    side = (basis * 2.0**-definition.BITS).float()
+    basis = integer_basis(n).to(device)
+    high, low = (part.to(_exact_dtype(n)) for part in limbs(basis))
+    side = (basis * 2.0**-BITS).float()
     rows = side.t().contiguous()
     reach, low_reach = (float(t.abs().sum(1).max()) for t in (side, low))
     return _Tables(basis, side, -side, rows, -rows, high, low, reach, low_reach)
@@ -244,7 +244,7 @@ def _words(values: Tensor) -> tuple[Tensor, float]:
     if values.dtype == torch.bool:
         dtype = torch.int32 if values.shape[1] < 1 << 15 else torch.int64
         minus, plus = (torch.tensor(n, dtype=dtype, device=values.device) for n in (-65535, 65537))
-        return torch.where(values, minus, plus), 2.0 ** (definition.BITS - 16) * _AWAY
+        return torch.where(values, minus, plus), 2.0 ** (BITS - 16) * _AWAY
     values = values.double()
     largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
     exponent = torch.frexp(largest.float())[1].clamp_(min=-126)
@@ -268,26 +268,29 @@ def _split(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
     return row, index.sub(row, alpha=w)
 
 
+def exact_product(a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
+    """`P(A, B)` of limbs, in their dtype."""
+    return (a_low @ b_high).add_(a_high @ b_low).add_(a_high @ b_high, alpha=LIMB)
+
+
 def _exact_left(plan: ChunkPlan, c: Tensor, row: Tensor | None) -> Tensor:
     """`P(B_h, C)` of dense coefficients `[n, h * w]`, or its rows `row`: float32 `[.., w]`."""
     left = _tables(plan.h, c.device)
-    high, low = definition.limbs(c.view(-1, plan.h, plan.w).to(left.high.dtype))
+    high, low = limbs(c.view(-1, plan.h, plan.w).to(left.high.dtype))
     left_high, left_low = left.high, left.low
     if row is not None:
         left_high, left_low = left_high[row].unsqueeze(1), left_low[row].unsqueeze(1)
-    small = (left_low @ high).add_(left_high @ low)
-    return small.add_(left_high @ high, alpha=definition.LIMB).float().view(-1, plan.w)
+    return exact_product(left_high, left_low, high, low).float().view(-1, plan.w)
 
 
 def _right(z: Tensor) -> Tensor:
     """Minus the sign of `P(Z, B_w^T)` for integers `[n, w]` of up to 18 bits, float32."""
     right = _tables(z.shape[1], z.device)
-    high, low = definition.limbs(z.to(right.high.dtype))
-    small = (low @ right.high.t()).add_(high @ right.low.t())
-    return small.add_(high @ right.high.t(), alpha=definition.LIMB).neg_().sign_().float()
+    high, low = limbs(z.to(right.high.dtype))
+    return exact_product(high, low, right.high.t(), right.low.t()).neg_().sign_().float()
 
 
 def _in_18_bits(z: Tensor) -> Tensor:
     """Rows of integers, each by a power of two of its own, rounded."""
     exponent = torch.frexp(z.abs().amax(1, keepdim=True).clamp_(min=1.0))[1]
-    return z.mul(_power_of_two(definition.BITS - exponent).float()).round_()
+    return z.mul(_power_of_two(BITS - exponent).float()).round_()

@@ -89,9 +89,9 @@ def signed_step(
 ) -> None:
     """`parameter = shrink * parameter + rate * direction` for the chunks of one slice.
 
-    Two roundings to the compute dtype, as on a GPU. `direction` is `[part.stop - part.start, h, w]` in the compute dtype. That it is wider than a
-    half-precision parameter matters: the arithmetic is then done in the wider dtype and rounded
-    once, learning rate included.
+    Two roundings to the compute dtype, as on a GPU, and one to the parameter's. `direction` is
+    `[part.stop - part.start, h, w]` in the compute dtype, in which all arithmetic then is, learning
+    rate included.
     """
     views = parameter_views(plan, part, parameters)
     directions = chunk_views(plan, part, direction)

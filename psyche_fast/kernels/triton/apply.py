@@ -12,12 +12,15 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 from psyche_fast.kernels.triton.arithmetic import (
+    exact_means,
+    exact_product,
+    exact_sandwich,
+    load_limbs,
     mean_coefficients,
     power_of_two,
     sandwich,
     sign_times,
 )
-from psyche_fast.kernels.triton.exact import exact_means, exact_sandwich
 from psyche_fast.kernels.triton.launch import (
     ROW_ENTRIES,
     Planned,
@@ -210,6 +213,25 @@ def subtract_tiles(
         half = shift >> 1
         d -= x * power_of_two(-half) * power_of_two(half - shift)
         tl.store(d_at, d.to(delta.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_of_limbs(a, b, out, N: tl.constexpr):
+    """`P(A, B)` of limbs `[2, N, N]` into float32 `[N, N]`."""
+    a_high, a_low = load_limbs(a, N)
+    b_high, b_low = load_limbs(b, N)
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + at, exact_product(a_high, a_low, b_high, b_low))
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """`P(A, B)` of limbs, float32 `[2, N, N]`, as `apply` comes to it."""
+    out = torch.empty_like(a[0])
+    with on_device(a.device):
+        product_of_limbs[(1,)](
+            a.half(), b.half(), out, N=a.shape[-1], num_warps=4, enable_fp_fusion=False
+        )
+    return out
 
 
 def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from psyche_fast.kernels import definition, tuning
+from psyche_fast.integers import integer_basis, limbs
+from psyche_fast.kernels import tuning
 from psyche_fast.kernels.plan import ChunkPlan, Member, Rates
 
 DTYPES = {
@@ -97,14 +98,14 @@ class Planned:
             basis = plan.basis_h if self.strided else plan.basis_w
             parts = [_split(basis, self.W), _split(basis.t(), self.W)]
             self.forward_basis = self.inverse_basis = torch.cat(parts)
-            limbs = [_limbs(self.length, self.W, transposed=True)]
+            tables = [_limbs(self.length, self.W, transposed=True)]
         else:
             parts = [_split(plan.basis_h.t(), self.H), _split(plan.basis_w, self.W)]
             self.forward_basis = torch.cat(parts)
             parts = [_split(plan.basis_h, self.H), _split(plan.basis_w.t(), self.W)]
             self.inverse_basis = torch.cat(parts)
-            limbs = [_limbs(plan.h, self.H), _limbs(plan.w, self.W, transposed=True)]
-        self.limbs = torch.cat(limbs).to(plan.device)
+            tables = [_limbs(plan.h, self.H), _limbs(plan.w, self.W, transposed=True)]
+        self.limbs = torch.cat(tables).to(plan.device)
         self.rows_h = _pad(plan.rows_h, self.H)
         self.rows_w = _pad(plan.rows_w, padded(plan.w))
         self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
@@ -154,7 +155,10 @@ class Planned:
                     raise ValueError(
                         f"{where} has shape {list(tensor.shape)}, its parameter {list(wanted)}"
                     )
-                wanted_dtypes = {"look-ahead": [plan.dtype], "parameter": [plan.dtype, torch.float32]}
+                wanted_dtypes = {
+                    "look-ahead": [plan.dtype],
+                    "parameter": [plan.dtype, torch.float32],
+                }
                 if tensor.dtype not in wanted_dtypes.get(what, DTYPES):
                     raise ValueError(f"{where} is {tensor.dtype}, its class {plan.dtype}")
             if tensor is None or tensor.numel() == 0:
@@ -359,8 +363,8 @@ def _pad(matrix: Tensor, side: int) -> Tensor:
 
 def _limbs(n: int, side: int, *, transposed: bool = False) -> Tensor:
     """Limbs of `B_n` or its transpose, fp16 `[2 * side * side]`."""
-    basis = definition.integer_basis(n)
-    parts = definition.limbs(basis.t() if transposed else basis)
+    basis = integer_basis(n)
+    parts = limbs(basis.t() if transposed else basis)
     return torch.cat([_pad(part.float(), side).half().view(-1) for part in parts])
 
 

@@ -1,8 +1,9 @@
-"""The direction of an update as a function of the bytes received: integers alone decide its sign.
+"""The direction of an update, decided in integers: the definition that all replicas share.
 
-Replicas have to agree on every sign, whatever they compute on, so that `sign(decode(mean))` is not
-left to floating point. For chunks of `h x w` (RNE: nearest, ties to even; `hi(a) = RNE(a / 512)`,
-`lo(a) = a - 512 hi(a)`):
+It is a function of the bytes received. Replicas have to agree on every sign, so that `sign(decode(
+mean))` is not left to floating point, which adds up otherwise on every processor.
+
+For chunks of `h x w` (RNE: nearest, ties to even; `hi(a) = RNE(a / 512)`, `lo(a) = a - 512 hi(a)`):
 
 1. `B_n[j, b] = RNE(2^18 g_b cos(pi (2j + 1) b / 2n))`, `g_0 = sqrt(1/2)`, else 1.
 2. Per coefficient: `N` entries name it, `S` is the sum of their integers: signs are +-1; values `v`
@@ -66,7 +67,7 @@ def limbs(a: Tensor) -> tuple[Tensor, Tensor]:
     return high, a.sub(high, alpha=LIMB)
 
 
-def digest(sides: Iterable[int]) -> int:
+def definition_hash(sides: Iterable[int] = range(1, 65)) -> int:
     """64 bits that differ where replicas would decide signs by another definition.
 
     Args:
