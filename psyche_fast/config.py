@@ -187,9 +187,6 @@ class Parallelism(Section, frozen=True, kw_only=True):
             "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
         ),
     ] = "auto"  # fmt: skip
-    mixed_gpus: Annotated[
-        bool, _help("let replicas try GPUs of several generations; see README")
-    ] = False
 
     @property
     def ranks_per_replica(self) -> int:
@@ -357,6 +354,10 @@ FLAGS: Mapping[str, Flag] = _flags()
 """Every option by its name, in the order of the sections."""
 
 
+_GONE = frozenset({"mixed_gpus"})
+"""Options of earlier versions, which files of their runs may have; they changed no numbers."""
+
+
 def read_toml(path: str) -> dict[str, Any]:
     """Reads `--config`: flags by name, in tables by section or without; `-` and `_` are the same.
 
@@ -378,6 +379,8 @@ def read_toml(path: str) -> dict[str, Any]:
             raise ValueError(f"{what}: there is no table [{key}]{_near(key, sections=True)}")
         else:
             for inner, content in value.items():
+                if inner in _GONE:
+                    continue
                 name = _add(values, inner, content, f"{what}: [{key}]")
                 if FLAGS[name].section != key:
                     raise ValueError(

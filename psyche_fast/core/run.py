@@ -120,11 +120,7 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     timeout = timedelta(seconds=config.machines.timeout)
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.
-    check_processors(
-        [processor(device), *processors(ranks.store, parallelism.world_size, timeout)],
-        parallelism.ranks_per_replica,
-        mixed=parallelism.mixed_gpus,
-    )
+    check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
     core = Core(plan, output, trainer, sender, stop, console, PhaseTimer())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psyche_fast.devices import indexed
+from psyche_fast.integers import cosine
 from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
 
 logger = logging.getLogger(__name__)
@@ -289,21 +290,9 @@ def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     Returns:
         `[n, n]`, shared between callers: not to be written to.
     """
-    rows = [[_scale(n, b) * _cosine((2 * j + 1) * b, n) for b in range(n)] for j in range(n)]
+    rows = [[_scale(n, b) * cosine((2 * j + 1) * b, n) for b in range(n)] for j in range(n)]
     return torch.tensor(rows, dtype=torch.float64).to(device=device, dtype=dtype)
 
 
 def _scale(n: int, b: int) -> float:
     return math.sqrt((1 if b == 0 else 2) / n)
-
-
-def _cosine(m: int, n: int) -> float:
-    """`cos(pi m / 2n)` for a whole number m."""
-    m %= 4 * n
-    if m > 2 * n:
-        m = 4 * n - m
-    if m == n:
-        return 0.0
-    if m > n:
-        return -math.cos(math.pi * (2 * n - m) / (2 * n))
-    return math.cos(math.pi * m / (2 * n))

@@ -24,9 +24,9 @@ from psyche_fast.distro.chunks import (
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import GradientGuard, check_dense
 from psyche_fast.kernels.apply import apply, subtract
-from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.backends import checked_backend
 from psyche_fast.kernels.encode import encode
-from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, single
 
 logger = logging.getLogger(__name__)
 
@@ -330,10 +330,15 @@ class _Class:
     own: Entries | None = None
 
     def per_member(
-        self, groups: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | Tensor]
+        self,
+        groups: list[dict[str, Any]],
+        value: Callable[[dict[str, Any], float | Tensor], float | Tensor],
     ) -> Rates:
         """A value of every member's parameter group: numbers, or a tensor if any of them is."""
-        values = [value(group) for group in groups]
+        rates = [group["lr"] for group in groups]
+        if self.plan.compute_dtype == torch.float32:
+            rates = [single(rate) for rate in rates]
+        values = [value(group, rate) for group, rate in zip(groups, rates, strict=True)]
         if not any(isinstance(v, Tensor) for v in values):
             return [float(values[group]) for group in self.groups]
         tensors = [
@@ -379,7 +384,7 @@ class _Plan:
                 check_delta_shape(layout, optimizer.state[p]["delta"])
                 delta.copy_(optimizer.state[p]["delta"])
             optimizer.state[p]["delta"] = delta
-        backends = [backend_of(plan, optimizer.backend)[0] for plan in self.layout.plans]
+        backends = [checked_backend(plan, optimizer.backend) for plan in self.layout.plans]
         self.format = MessageFormat(self.layout, backends, signs=False) if layouts else None
         self.classes = [
             _Class(
@@ -393,12 +398,12 @@ class _Plan:
         ]
 
 
-def _learning_rate(group: dict[str, Any]) -> float | Tensor:
-    return group["lr"]  # type: ignore[no-any-return]
+def _learning_rate(group: dict[str, Any], rate: float | Tensor) -> float | Tensor:
+    return rate
 
 
-def _shrink(group: dict[str, Any]) -> float | Tensor:
-    return 1.0 - group["lr"] * group["weight_decay"]  # type: ignore[no-any-return]
+def _shrink(group: dict[str, Any], rate: float | Tensor) -> float | Tensor:
+    return 1.0 - rate * group["weight_decay"]  # type: ignore[no-any-return]
 
 
 def _name(group: dict[str, Any], i: int, position: int) -> str:

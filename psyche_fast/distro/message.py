@@ -6,12 +6,12 @@ other (`psyche_fast.kernels.pack`), and zeros up to a multiple of 8 bytes:
 | bytes | what |
 | --- | --- |
 | 0 to 3 | `PFDR` |
-| 4, 5 | version of this format, 1 |
+| 4, 5 | version of this format, 2 |
 | 6 | values: 0 signs, else bits of a value's dtype: 16 bfloat16, 17 float16, 32, 64 |
 | 7 | 0 |
 | 8 to 15 | bytes after the header |
 | 16 to 23 | hash of the layout: names, shapes, chunks, k and dtypes |
-| 24 to 31 | 0 |
+| 24 to 31 | hash of the definition of directions (`psyche_fast.integers`) |
 | 32 to 39 | checksum of the bytes after the header, as `hash_bits` gives it of int64 words |
 """
 
@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from psyche_fast.distro.chunks import Layout
+from psyche_fast.integers import definition_hash
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import Entries
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"PFDR"
-_FIELDS = struct.Struct("<4sHBxQQ8x")  # all but the checksum
+_FIELDS = struct.Struct("<4sHBxQQQ")  # all but the checksum
 _HEADER = _FIELDS.size + 8
 _VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32, torch.float64: 64}
 
@@ -67,7 +68,10 @@ class MessageFormat:
         )
         digest = hashlib.blake2b(described.encode(), digest_size=8).digest()
         code = 0 if signs else max((_VALUES[p.dtype] for p in self._plans), default=0)
-        fields = _FIELDS.pack(_MAGIC, VERSION, code, payload, int.from_bytes(digest, "little"))
+        definition = definition_hash(side for p in self._plans for side in (p.h, p.w))
+        fields = _FIELDS.pack(
+            _MAGIC, VERSION, code, payload, int.from_bytes(digest, "little"), definition
+        )
         device = self._plans[0].device
         self._fields = torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(device)
 
@@ -181,7 +185,7 @@ class MessageFormat:
 
     def _what_differs(self, header: bytes) -> str:
         wanted = _FIELDS.unpack(bytes(self._fields.tolist()))
-        names = ("magic", "version", "kind of values", "size", "layout hash")
+        names = ("magic", "version", "kind of values", "size", "layout hash", "definition hash")
         for name, mine, theirs in zip(names, wanted, _FIELDS.unpack(header), strict=True):
             if mine != theirs:
                 return f"its header has the {name} {theirs!r}, wanted {mine!r}"

@@ -18,9 +18,9 @@ from psyche_fast.distro.chunks import (
 )
 from psyche_fast.distro.shards import GradientGuard, Parts, check_dense
 from psyche_fast.kernels.apply import apply, lookahead
-from psyche_fast.kernels.backends import backend_of
+from psyche_fast.kernels.backends import checked_backend
 from psyche_fast.kernels.encode import encode
-from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
+from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, chunk_view, single
 from psyche_fast.sharding import full_tensor
 
 MAX_OFFLOADED_ELEMENTS = 1 << 26
@@ -71,6 +71,9 @@ class DistroStep:
         undecayed: names of parameters without weight decay.
         delta_dtype: dtype of delta, torch.float32 or torch.bfloat16.
         offload_delta: keep delta in host memory, and on the device only what is being worked on.
+        master_dtype: dtype of the master copy of bfloat16 and float16 parameters, torch.float32 or
+            torch.bfloat16 (which stands for the parameters' own): in their own, what a step changes
+            by less than half a unit in the last place is lost.
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
@@ -96,9 +99,14 @@ class DistroStep:
         undecayed: Container[str] = (),
         delta_dtype: torch.dtype = torch.float32,
         offload_delta: bool = False,
+        master_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
+        if master_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}"
+            )
         if delta_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"delta_dtype must be torch.float32 or torch.bfloat16, got {delta_dtype}"
@@ -127,8 +135,9 @@ class DistroStep:
             delta_dtype=delta_dtype,
             max_elements=MAX_OFFLOADED_ELEMENTS if offload_delta else None,
         )
-        self.backends = tuple(backend_of(plan, backend)[0] for plan in self.layout.plans)
+        self.backends = tuple(checked_backend(plan, backend) for plan in self.layout.plans)
         self._delta = Momentum(self.layout, offload=offload_delta)
+        self._master_dtype = master_dtype
         self._master: list[Tensor] = []
         self._looking_ahead = False
         self._ahead_rate: float | Tensor | None = None  # None: delta has changed since
@@ -155,11 +164,7 @@ class DistroStep:
             if _same(self._ahead_rate, prev_lr):
                 return
             self.plain()
-        self.parts.pull()
-        tensors = self.parts.tensors()
-        if not self._master:
-            self._master = [torch.empty_like(t) for t in tensors]
-        torch._foreach_copy_(self._master, tensors)
+        tensors = self._take_up()
         for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
             lookahead(
                 plan,
@@ -178,11 +183,11 @@ class DistroStep:
 
         For evaluation, export and checkpoints between steps. The next `look_ahead` begins anew.
         """
+        self._finish_decay()
         if self._looking_ahead:
             torch._foreach_copy_(self.parts.tensors(), self._master)
             self.parts.push()
             self._looking_ahead = False
-        self._finish_decay()
 
     @torch.no_grad()
     def compress(
@@ -225,7 +230,8 @@ class DistroStep:
         else:
             grad_scale = self._guard.scale((p.grad for p in self._parameters), grad_scale)
         self._finish_decay()
-        self._shrink = None if self.weight_decay == 0.0 else 1.0 - lr * self.weight_decay
+        if self.weight_decay != 0.0:
+            self._shrink = 1.0 - self._rate(lr) * self.weight_decay
         gradients = self.parts.gradients()
         sent: Sequence[Entries | None] = previous or [None] * len(self.layout.plans)
         entries = []
@@ -261,10 +267,7 @@ class DistroStep:
             lr: learning rate.
         """
         ahead = self._looking_ahead
-        if not ahead:
-            self.parts.pull()
-        tensors = self.parts.tensors()
-        plain = self._master if ahead else tensors
+        plain, tensors = self._begin(), self.parts.tensors()
         for at, (plan, backend, e) in enumerate(
             zip(self.layout.plans, self.backends, entries, strict=True)
         ):
@@ -278,9 +281,55 @@ class DistroStep:
                 delta=self._delta.fetch(at) if ahead else None,
                 backend=backend,
             )
-        self.parts.push()
+        self._end()
         self._shrink = None
         self._ahead_rate = lr if ahead else None
+
+    def _begin(self) -> list[Tensor]:
+        """The plain parameters, to be changed in place; then `_end`."""
+        if self._looking_ahead:
+            return self._master
+        if any(map(self._is_wide, self._parameters)):
+            self._take_up()
+            return self._master
+        self.parts.pull()
+        return self.parts.tensors()
+
+    def _end(self) -> None:
+        """Bring the parameters up to date with what `_begin` gave, or with their look-ahead."""
+        if not self._looking_ahead and any(map(self._is_wide, self._parameters)):
+            torch._foreach_copy_(self.parts.tensors(), self._master)
+        self.parts.push()
+
+    def _take_up(self) -> list[Tensor]:
+        """Make the master copy that of the parameters, which are plain; returns them.
+
+        Where it is wider, it keeps what is more than the parameters hold: all but what somebody
+        else has changed since they were rounded from it. Nothing is waited for.
+        """
+        self.parts.pull()
+        tensors = self.parts.tensors()
+        if not self._master:
+            self._master = [
+                t.to(torch.float32 if self._is_wide(t) else t.dtype, copy=True) for t in tensors
+            ]
+            return tensors
+        for master, t in zip(self._master, tensors, strict=True):
+            if self._is_wide(t):
+                torch.where(master.to(t.dtype) == t, master, t.to(master.dtype), out=master)
+            else:
+                master.copy_(t)
+        return tensors
+
+    def _is_wide(self, parameter: Tensor) -> bool:
+        """Whether a parameter's master copy is wider than it."""
+        return self._master_dtype == torch.float32 and parameter.dtype.itemsize < 4
+
+    def _rate(self, rate: float | Tensor) -> float | Tensor:
+        """A learning rate in the precision of the kernels."""
+        if any(plan.compute_dtype == torch.float64 for plan in self.layout.plans):
+            return rate
+        return single(rate)
 
     def zero_momentum(self) -> None:
         """Forget all momentum: delta becomes zero."""
@@ -303,18 +352,34 @@ class DistroStep:
         """A copy of the state on the CPU: `{"delta": {name: tensor in the encoded shape}}`.
 
         The encoded shape is `[..., R/h, C/w, h, w]`, `[N/w, w]` for a vector. Parameters are not
-        part of it. That of a sharded parameter is whole on every rank; a collective then.
+        part of it, but for a master copy that is wider than they, `"master"`, where there is one by
+        now. That of a sharded parameter is whole on every rank; a collective then.
         """
-        return {
-            "delta": {
-                name: full_tensor(self._whole_delta(i)).to("cpu", copy=True)
+        self._finish_decay()
+        state = {"delta": {name: self._whole_delta(i) for i, name in enumerate(self.names)}}
+        if self._master:
+            state["master"] = {
+                name: self.parts.whole(i, self._chunks_of(i).contiguous())
                 for i, name in enumerate(self.names)
+                if self._is_wide(self._parameters[i])
             }
+        return {
+            kind: {name: full_tensor(t).to("cpu", copy=True) for name, t in tensors.items()}
+            for kind, tensors in state.items()
+            if tensors
         }
+
+    def _chunks_of(self, position: int) -> Tensor:
+        """A view of a parameter's master copy in the encoded shape."""
+        layout, master = self.parts.layouts[position], self._master[position]
+        return chunk_view(master, layout.h, layout.w).view(layout.xshape)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned; deltas of another dtype are converted.
+
+        A master copy goes on from where it was for parameters that are still what it rounds to;
+        load them before the next step. Without one in the state, or in this run, they are it.
 
         Raises:
             ValueError: a parameter is missing, unknown or cut otherwise; nothing has been changed
@@ -323,14 +388,23 @@ class DistroStep:
         if "delta" not in state_dict:
             raise ValueError(f"a Distro state has the key delta, got {sorted(state_dict)}")
         saved: Mapping[str, Tensor] = state_dict["delta"]
-        for name in sorted(set(saved) ^ set(self.names)):
-            where = "no such parameter" if name in saved else "missing from the saved state"
-            raise ValueError(f"delta of parameter {name}: {where}")
+        masters: Mapping[str, Tensor] = state_dict.get("master", {})
+        for kind, found in (("delta", set(saved)), ("master", set(masters))):
+            for name in sorted(found ^ set(self.names) if kind == "delta" else found - set(saved)):
+                where = "no such parameter" if name in found else "missing from the saved state"
+                raise ValueError(f"{kind} of parameter {name}: {where}")
         for p in self._wholes:
-            check_delta_shape(p, saved[p.name])
+            for tensors in (saved, masters):
+                if p.name in tensors:
+                    check_delta_shape(p, tensors[p.name])
         self.plain()
+        if masters:
+            self._take_up()
         for i, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
             self._delta.set(i, self.parts.own(i, saved[name].to(parameter.device)))
+            if name in masters and self._is_wide(parameter):
+                own = self.parts.own(i, masters[name].to(parameter.device))
+                self._chunks_of(i).copy_(own.view(self.parts.layouts[i].xshape))
 
     def _decayed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Of tensors, one per parameter, those that weight decay is for."""
@@ -355,12 +429,9 @@ class DistroStep:
         """Do the weight decay that no `update` has done in passing."""
         if self._shrink is None:
             return
-        if self._looking_ahead:
-            torch._foreach_mul_(self._decayed(self._master), self._shrink)
-        else:
-            self.parts.pull()
-            torch._foreach_mul_(self._decayed(self.parts.tensors()), self._shrink)
-            self.parts.push()
+        torch._foreach_mul_(self._decayed(self._begin()), self._shrink)
+        if not self._looking_ahead:
+            self._end()
         self._shrink = None
 
 

@@ -1,4 +1,7 @@
-"""Apply: peers' results into the parameters, with the next look-ahead; and its parts alone."""
+"""Apply: peers' results into the parameters, with the next look-ahead; and its parts alone.
+
+The direction of an update is decided in integers, as `psyche_fast/integers.py` defines it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from psyche_fast.integers import MOST_ENTRIES
 from psyche_fast.kernels.backends import implementation
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 
@@ -44,19 +48,26 @@ def apply(
 
     Args:
         plan: the chunk class.
-        parameters: one tensor per member, updated in place.
-        entries: all peers' entries side by side. The result does not depend on their order but for
-            the rounding of means of floats by the `torch` backend.
+        parameters: one tensor per member, of the class's dtype or float32, updated in place.
+        entries: all peers' entries side by side, at most 65535 of a chunk. The result is the same
+            on any hardware, in whatever order they are.
         learning_rates: one per member.
         shrinks: factors on the parameters (weight decay); None for 1.
-        ahead: one tensor per member, written to; none of `parameters`' memory.
+        ahead: one tensor per member, of the class's dtype, written to; none of `parameters`'
+            memory.
         delta: state `[chunks, h, w]`, read; given with `ahead` only.
         backend: resolved backend name.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device than the class (Triton backends).
+        ValueError: more entries; a tensor of another shape, dtype or device than the class (Triton
+            backends).
         RuntimeError: the class is in use on another CUDA stream.
     """
+    if entries.indices.shape[1] > MOST_ENTRIES:
+        raise ValueError(
+            f"{entries.indices.shape[1]} entries of a chunk: apply takes up to {MOST_ENTRIES}; "
+            "lower compression_topk, or use fewer replicas"
+        )
     assert (ahead is None) == (delta is None)
     implementation(backend, "apply").apply(
         plan, parameters, entries, learning_rates, shrinks, ahead, delta
@@ -76,10 +87,10 @@ def lookahead(
 
     Args:
         plan: the chunk class.
-        parameters: one tensor per member, read.
+        parameters: one tensor per member, of the class's dtype or float32, read.
         delta: state `[chunks, h, w]`, read.
         learning_rates: one per member.
-        ahead: one tensor per member, written to.
+        ahead: one tensor per member, of the class's dtype, written to.
         backend: resolved backend name.
 
     Raises:

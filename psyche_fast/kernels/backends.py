@@ -110,6 +110,39 @@ def backend_of(plan: ChunkPlan, backend: str) -> tuple[str, str]:
     return name, reason
 
 
+def checked_backend(plan: ChunkPlan, backend: str) -> str:
+    """The backend of `backend_of`, once its device has shown that it adds up integers exactly.
+
+    Raises:
+        ValueError: as `backend_of`; or it does not.
+    """
+    name, _ = backend_of(plan, backend)
+    _check_products(plan.device, name)
+    return name
+
+
+@functools.cache  # once in a process
+def _check_products(device: torch.device, backend: str) -> None:
+    """Compare products of limbs (see `psyche_fast.integers`), random and largest, with int64."""
+    products = implementation(backend, "apply").exact_products
+    generator = torch.Generator().manual_seed(0)
+    most = torch.tensor([512, 256]).view(2, 1, 1)
+    for largest in (False, True):
+        signs = 1 - 2 * torch.randint(2, (2, 2, 64, 64), generator=generator)
+        sizes = torch.randint(513, signs.shape, generator=generator) % (most + 1)
+        a, b = signs * most if largest else signs * sizes
+        if largest:  # along one row and one column nothing cancels
+            a[:, 0], b[..., 0] = most[:, 0], most[:, 0]
+        wanted = (512 * (a[0] @ b[0]) + a[0] @ b[1] + a[1] @ b[0]).float()
+        got = products(a.to(device, torch.float32), b.to(device, torch.float32)).cpu()
+        wrong = int((got != wanted).sum())
+        if wrong:
+            raise ValueError(
+                f"{device} (backend {backend!r}) gets {wrong} of 4096 sums of products of integers "
+                "wrong, by which replicas decide signs: do not train with others on this device"
+            )
+
+
 def hindrance(h: int, w: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot take chunks of `h` x `w`; None where they can.
 

@@ -30,6 +30,15 @@ INDEX_DTYPES: tuple[tuple[int, torch.dtype], ...] = (
 )
 
 
+def single(rate: float | Tensor) -> float | Tensor:
+    """A rate as float32 has it.
+
+    What follows from it in float64 is then the same on all machines, though their cosines of a
+    schedule may differ in the last bit.
+    """
+    return rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32).item()
+
+
 def index_dtype(totalk: int) -> torch.dtype:
     """Smallest unsigned integer dtype that holds the flat indices `0 .. totalk - 1` of a chunk."""
     for limit, dtype in INDEX_DTYPES:

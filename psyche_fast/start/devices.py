@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from psyche_fast.integers import definition_hash
 from psyche_fast.start.cluster import Launched
 
 
@@ -94,17 +95,19 @@ def choose_gpu(spec: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Processor:
-    """What a rank computes on.
+    """What a rank computes on, and by which definition it decides DisTrO's signs.
 
     Attributes:
         kind: `cuda` or `cpu`.
         name: for a user.
-        generation: processors of one kind and generation come to the same bits in DisTrO's step.
+        generation: for a user.
+        definition: hash of `psyche_fast.integers`; 0 of a version that had none.
     """
 
     kind: str
     name: str
     generation: str
+    definition: int = 0
 
     def __str__(self) -> str:
         """For a message."""
@@ -112,43 +115,36 @@ class Processor:
 
 
 def processor(device: torch.device) -> Processor:
-    """Looks at a device.
-
-    The tensor cores of two generations of GPUs add up in different orders, as do vector units of
-    different widths; sizes of memory and numbers of multiprocessors change no bit.
-    """
+    """Looks at a device."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return Processor("cuda", torch.cuda.get_device_name(device), f"sm_{major}{minor}")
-    return Processor(device.type, "CPU", torch.backends.cpu.get_cpu_capability())
+        name, generation = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+    else:
+        name, generation = "CPU", torch.backends.cpu.get_cpu_capability()
+    return Processor(device.type, name, generation, definition_hash())
 
 
-def check_processors(
-    processors: Sequence[Processor], ranks_per_replica: int, *, mixed: bool
-) -> None:
+def check_processors(processors: Sequence[Processor]) -> None:
     """Refuses ranks that cannot work together.
 
     Args:
         processors: of all ranks, in rank order.
-        ranks_per_replica: ranks that together hold one copy of the model. They may be of several
-            generations, as long as each one's counterparts in the other replicas are like it.
-        mixed: let replicas try it with several generations.
 
     Raises:
-        ValueError: CPUs beside GPUs, or replicas on several generations; two of them are named.
+        ValueError: CPUs beside GPUs, or ranks of different versions; two of them are named.
     """
+    first = processors[0]
     for rank, other in enumerate(processors):
-        peer = rank % ranks_per_replica
-        if other.kind != processors[0].kind:
+        if other.kind != first.kind:
             raise ValueError(
-                f"rank 0 computes on {processors[0]}, rank {rank} on {other}: all ranks of a run "
+                f"rank 0 computes on {first}, rank {rank} on {other}: all ranks of a run "
                 "need GPUs, or none (--device, and --backend of `sidecar`)"
             )
-        if other.generation != processors[peer].generation and not mixed:
+        if other.definition != first.definition:
             raise ValueError(
-                f"rank {peer} computes on {processors[peer]}, rank {rank} on {other}: replicas on "
-                "several generations of processors do not come to the same bits (--mixed-gpus "
-                "tries it all the same)"
+                f"rank {rank} decides the signs of DisTrO's updates by the definition "
+                f"{other.definition:016x}, rank 0 by {first.definition:016x}: install the same "
+                "version of psyche_fast on all machines"
             )
 
 

@@ -89,30 +89,10 @@ needs_vectors = pytest.mark.skipif(
 
 
 @needs_vectors
-def test_a_machine_of_another_generation_is_refused_in_one_line(
-    place: Path, tmp_path: Path
-) -> None:
+def test_several_generations_train_together(place: Path, tmp_path: Path) -> None:
+    """The check of replicas at every step ends a run whose parameters differ by a bit."""
     port = free_port()
-    core = start(place, tmp_path / "run", port)
-    other = Command(*flags(port), environment=OLDER)
-    _, said = core.communicate(timeout=100)
-    assert core.returncode == 2
-    here = torch.backends.cpu.get_cpu_capability()
-    assert said.splitlines()[-1].startswith(
-        f"psyche-fast: error: rank 0 computes on CPU ({here}), rank 2 on CPU (DEFAULT): replicas on"
-    )
-    assert "--mixed-gpus" in said.splitlines()[-1]
-    _, errors = other.communicate(timeout=30)
-    assert other.returncode == 1
-    assert "lost another rank" in errors
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@needs_vectors
-def test_several_generations_may_be_tried(place: Path, tmp_path: Path) -> None:
-    port = free_port()
-    # Without the check: whether two generations come to the same bits is not what is tested.
-    core = start(place, tmp_path / "run", port, "--mixed-gpus", "--check-every", "0")
+    core = start(place, tmp_path / "run", port, "--check-every", "1")
     other = Command(*flags(port), environment=OLDER)
     _, said = core.communicate(timeout=100)
     _, errors = other.communicate(timeout=30)

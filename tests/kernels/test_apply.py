@@ -243,7 +243,8 @@ def test_magnitudes_of_values(shape, peers, scale, device, backend):
     if device.type == "cuda":
         values = torch.where(values.abs() < support.TINY, 0.0, values)  # which a GPU may flush
     entries = Entries(indices.to(device, plan.index_dtype), values.to(device))
-    check([shape], device, backend, entries=entries)
+    if scale > 1e-40:  # smaller ones have too few bits left
+        check([shape], device, backend, entries=entries)
     delta = torch.zeros(plan.chunks, plan.h, plan.w, device=device)
     subtract(plan, delta, entries, backend=backend)
     exact, size = support.decoded(entries, plan)

@@ -164,7 +164,7 @@ def test_apply_follows_float64(name, k, kind):
         for i, (p, was) in enumerate(zip(parameters, before, strict=True)):
             stop = start + plan.members[i].count
             update = from_chunks(dense[start:stop], shapes[i])
-            sure = np.abs(update) > 1e-12
+            sure = np.abs(update) > 1e-5  # the definition's own error: 18 bits
             assert sure.mean() > 0.8
             exact = wanted[i] * was.numpy() - rates[i] * np.sign(update)
             np.testing.assert_allclose(p.numpy()[sure], exact[sure], atol=TIGHT)

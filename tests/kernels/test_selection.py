@@ -10,11 +10,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_fast.kernels.triton import arithmetic
+from psyche_fast.kernels.triton import encode, rows
 
-largest_in_rounds = arithmetic.largest_in_rounds
-largest_by_threshold = arithmetic.largest_by_threshold
-store_sorted = arithmetic.store_sorted
+largest_in_rounds = encode.largest_in_rounds
+largest_by_threshold = rows.largest_by_threshold
+store_sorted = encode.store_sorted
 TILES = 4
 
 

@@ -12,12 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
-BOTTOM = {"batch", "compat", "config", "devices", "errors", "schedules", "sharding", "strict"}
+BOTTOM = {
+    *("batch", "compat", "config", "devices", "errors", "integers"),
+    *("schedules", "sharding", "strict"),
+}
 ALLOWED = {
     "batch": set(),
     "compat": set(),
     "devices": set(),
     "errors": set(),
+    "integers": set(),
     "sharding": set(),
     "strict": set(),
     "schedules": {"strict"},

@@ -109,7 +109,8 @@ CEILINGS = (
     Ceiling("instructions", 4800, r"encode 64x64 k=8 .* gradient$"),
     Ceiling("instructions", 7200, r"encode 64x64 k=32 .* gradient$"),
     # 128 entries: 16 peers with 8 each.
-    Ceiling("instructions", 4250, r"apply 64x64 128 signs, bf16 .*, fp32 delta, look-ahead$"),
+    Ceiling("instructions", 4250, r"apply 64x64 128 signs, bf16 .*, fp32 delta, bf16 look-ahead$"),
+    Ceiling("instructions", 4600, r"apply 64x64 128 signs, fp32 .*, fp32 delta, bf16 look-ahead$"),
 )
 
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
 from psyche_fast.kernels.reference.decode import Decoder
+from psyche_fast.kernels.reference.direction import descent, exact_product
 from psyche_fast.kernels.reference.transform import ieee_matmul
 from psyche_fast.kernels.reference.update import (
     Factors,
+    add_scaled,
+    chunk_views,
+    of_pieces,
     parameter_views,
     per_member,
     signed_step,
 )
 from psyche_fast.kernels.reference.workspace import groups
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """`P(A, B)` of limbs, float32 `[2, N, N]`, as `apply` comes to it."""
+    with ieee_matmul():
+        return exact_product(*a, *b)
 
 
 def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
@@ -40,14 +51,12 @@ def apply(
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
-        for group in groups(plan):
-            mean = Decoder(plan, entries, group[0].start, group[-1].stop)
-            for part in group:
-                direction = mean.chunks(part.start, part.stop).sign_()
-                signed_step(plan, part, parameters, direction, rates, factors)
-                if ahead is not None:
-                    assert delta is not None
-                    _look_ahead(plan, part, parameters, delta, rates, ahead)
+        for part in plan.slices:
+            direction = descent(plan, entries, part.start, part.stop)
+            signed_step(plan, part, parameters, direction, rates, factors)
+            if ahead is not None:
+                assert delta is not None
+                _look_ahead(plan, part, parameters, delta, rates, ahead)
 
 
 def lookahead(
@@ -71,10 +80,15 @@ def _look_ahead(
     rates: Factors,
     ahead: Sequence[Tensor],
 ) -> None:
-    """`ahead = parameter - rate * sign(delta)` for one slice."""
-    for target, source in zip(
-        parameter_views(plan, part, ahead), parameter_views(plan, part, parameters), strict=True
-    ):
-        target.copy_(source)
+    """`ahead = parameter - rate * sign(delta)` for one slice, rounded once to ahead's dtype."""
+    targets, sources = (parameter_views(plan, part, tensors) for tensors in (ahead, parameters))
     direction = delta[part.start : part.stop].sign().to(plan.compute_dtype)
-    signed_step(plan, part, ahead, direction, rates)
+    negative = [-rate for rate in rates]
+    if ahead and ahead[0].dtype == parameters[0].dtype:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        signed_step(plan, part, ahead, direction, negative)
+        return
+    wide = [source.to(plan.compute_dtype, copy=True) for source in sources]
+    add_scaled(wide, chunk_views(plan, part, direction), of_pieces(part, negative))
+    torch._foreach_copy_(targets, wide)

@@ -87,21 +87,22 @@ def signed_step(
     rates: Factors,
     shrinks: Factors | None = None,
 ) -> None:
-    """`parameter = shrink * parameter - rate * direction` for the chunks of one slice.
+    """`parameter = shrink * parameter + rate * direction` for the chunks of one slice.
 
-    `direction` is `[part.stop - part.start, h, w]` in the compute dtype. That it is wider than a
-    half-precision parameter matters: the arithmetic is then done in the wider dtype and rounded
-    once, learning rate included.
+    Two roundings to the compute dtype, as on a GPU, and one to the parameter's. `direction` is
+    `[part.stop - part.start, h, w]` in the compute dtype, in which all arithmetic then is, learning
+    rate included.
     """
     views = parameter_views(plan, part, parameters)
     directions = chunk_views(plan, part, direction)
-    negative = [-rate for rate in of_pieces(part, rates)]
+    factors = of_pieces(part, rates)
     if shrinks is None:
-        add_scaled(views, directions, negative)
+        add_scaled(views, directions, factors)
         return
-    wide = views if plan.dtype == plan.compute_dtype else [v.to(plan.compute_dtype) for v in views]
+    compute = plan.compute_dtype
+    wide = views if views and views[0].dtype == compute else [v.to(compute) for v in views]
     for view, shrink in zip(wide, of_pieces(part, shrinks), strict=True):
         view.mul_(shrink)
-    add_scaled(wide, directions, negative)
+    add_scaled(wide, directions, factors)
     if wide is not views:
         torch._foreach_copy_(views, wide)

@@ -23,9 +23,9 @@ _local = threading.local()
 # are far shorter, and are done for a group at a time lest their calls cost more than their work.
 _GROUP_ELEMENTS = 1 << 21
 
-ROWS, RESULT, DENSE, LEFT, RIGHT, COEFFICIENTS = range(6)
+ROWS, RESULT, DENSE, LEFT, RIGHT, COEFFICIENTS, SUMS = range(7)
 """Slots: row products or magnitudes, decoded chunks, dense coefficients, factors of a product, a
-group's coefficients."""
+group's coefficients, sums of entries."""
 
 
 def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates
 from psyche_fast.kernels.triton.arithmetic import (
+    exact_means,
+    exact_product,
+    exact_sandwich,
+    load_limbs,
     mean_coefficients,
     power_of_two,
     sandwich,
@@ -52,10 +56,11 @@ def apply_tiles(
     ahead_members,
     ahead_table,
     delta,
-    split_basis,
+    basis,
     indices,
     values,
-    scratch,
+    words,
+    planes,
     rates,
     shrinks,
     tiles,
@@ -72,9 +77,12 @@ def apply_tiles(
     H: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """`p = shrink * p - rate * sign(x)`, and the look-ahead `p - rate * sign(delta)`.
+    """`p = shrink * p - rate * direction`, and the look-ahead `p - rate * sign(delta)`.
+
+    Product and sum are rounded one by one, as on a CPU; a step of 0 is one of +0.
 
     Args:
         members: int64 `[members, 2]`: address of the parameter and its row stride.
@@ -82,60 +90,62 @@ def apply_tiles(
         ahead_members: like `members`, of the look-ahead (AHEAD).
         ahead_table: like `table`, of the look-ahead.
         delta: state `[tiles, h, w]` (AHEAD).
-        split_basis: bfloat16, `F_h` and `F_w^T` as `sandwich` wants them.
+        basis: fp16, limbs of `B_h` and `B_w^T` as `exact_sandwich` wants them.
         indices: `[tiles, m]`.
         values: `[tiles, m]`.
-        scratch: int32 `[programs, 2, H * W]`, zero before and after.
+        words: `[programs, H * W]`, see `exact_means`.
+        planes: fp16 `[programs, 2, H * W]`, see `exact_means`.
         rates: float32, learning rate of member i at `i * rate_step`.
         shrinks: float32, factor on member i at `i * shrink_step` (SHRINK).
         tiles: how many there are.
         m: entries per tile.
         AHEAD: whether there is a look-ahead to write.
+        PARAMETER: dtype of the parameters.
+        COPY: dtype of the look-ahead.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
     j = tl.arange(0, W)[None, :]
-    WHOLE: tl.constexpr = (h == H) and (w == W)
     inside = (i < h) & (j < w)
-    own = scratch + pid.to(tl.int64) * (2 * H * W)
+    own_words = words + pid.to(tl.int64) * (H * W)
+    own_planes = planes + pid.to(tl.int64) * (2 * H * W)
     for tile in range(pid, tiles, tl.num_programs(0)):
         p_at, member = locate(members, table, tile, i, j, PARAMETER, ALIGNED)
         d_at = delta + tl.cast(tile, tl.int64) * (h * w) + i * w + j
-        # Early, to be on their way while entries are counted; where registers are too few for
-        # both, delta comes later.
+        # Early, to be on its way while entries are counted, where there are the registers for it.
         EARLY: tl.constexpr = tl.float32 != PARAMETER
-        if WHOLE:
-            p = tl.load(p_at)
-            if EARLY and AHEAD:
-                d = tl.load(d_at)
-        else:
+        if EARLY:
             p = tl.load(p_at, mask=inside, other=0.0)
-            if EARLY and AHEAD:
-                d = tl.load(d_at, mask=inside, other=0.0)
-        x, _ = mean_coefficients(
-            indices, values, tl.cast(tile, tl.int64) * m, m, own, E, ONE_PASS, SIGNS, H, W, w
+        c_high, c_low = exact_means(
+            indices,
+            values,
+            tl.cast(tile, tl.int64) * m,
+            m,
+            own_words,
+            own_planes,
+            E,
+            ONE_PASS,
+            SIGNS,
+            H,
+            W,
+            w,
         )
-        x = sandwich(x, split_basis, False, H, W)  # only its sign counts, not its scale
-        if not EARLY and AHEAD:
+        x = exact_sandwich(c_high, c_low, basis, H, W)
+        if not EARLY:
+            p = tl.load(p_at, mask=inside, other=0.0)
+        if AHEAD:
             d = tl.load(d_at, mask=inside, other=0.0)
         rate = tl.load(rates + member * rate_step)
         step = sign_times(x, -rate)
+        p = p.to(tl.float32)
         if SHRINK:
-            p = tl.fma(p.to(tl.float32), tl.load(shrinks + member * shrink_step), step)
-        else:
-            p = p.to(tl.float32) + step
-        p = p.to(PARAMETER)
+            p *= tl.load(shrinks + member * shrink_step)
+        p = (p + step).to(PARAMETER)
         if AHEAD:
-            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
-            a_at, _ = locate(ahead_members, ahead_table, tile, i, j, PARAMETER, ALIGNED)
-            if WHOLE:
-                tl.store(a_at, ahead)
-            else:
-                tl.store(a_at, ahead, mask=inside)
-        if WHOLE:
-            tl.store(p_at, p)
-        else:
-            tl.store(p_at, p, mask=inside)
+            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(COPY)
+            a_at, _ = locate(ahead_members, ahead_table, tile, i, j, COPY, ALIGNED)
+            tl.store(a_at, ahead, mask=inside)
+        tl.store(p_at, p, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tiles", "rate_step"])
@@ -153,6 +163,7 @@ def lookahead_tiles(
     H: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """`ahead = p - rate * sign(delta)`; arguments as of `apply_tiles`."""
@@ -161,12 +172,12 @@ def lookahead_tiles(
     inside = (i < h) & (j < w)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         p_at, member = locate(members, table, tile, i, j, PARAMETER, ALIGNED)
-        a_at, _ = locate(ahead_members, ahead_table, tile, i, j, PARAMETER, ALIGNED)
+        a_at, _ = locate(ahead_members, ahead_table, tile, i, j, COPY, ALIGNED)
         d_at = delta + tl.cast(tile, tl.int64) * (h * w) + i * w + j
         p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(d_at, mask=inside, other=0.0).to(tl.float32)
         p += sign_times(d, -tl.load(rates + member * rate_step))
-        tl.store(a_at, p.to(PARAMETER), mask=inside)
+        tl.store(a_at, p.to(COPY), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tiles", "m"])
@@ -204,13 +215,34 @@ def subtract_tiles(
         tl.store(d_at, d.to(delta.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def product_of_limbs(a, b, out, N: tl.constexpr):
+    """`P(A, B)` of limbs `[2, N, N]` into float32 `[N, N]`."""
+    a_high, a_low = load_limbs(a, N)
+    b_high, b_low = load_limbs(b, N)
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + at, exact_product(a_high, a_low, b_high, b_low))
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """`P(A, B)` of limbs, float32 `[2, N, N]`, as `apply` comes to it."""
+    out = torch.empty_like(a[0])
+    with on_device(a.device):
+        product_of_limbs[(1,)](
+            a.half(), b.half(), out, N=a.shape[-1], num_warps=4, enable_fp_fusion=False
+        )
+    return out
+
+
 def subtract(plan: ChunkPlan, delta: Tensor, entries: Entries) -> None:
     """See `psyche_fast.kernels.apply.subtract`."""
     m = entries.indices.shape[1]
     if plan.chunks == 0 or m == 0:
         return
     ready = planned(plan)
-    grid, scratch, constants, options = _decoding(plan, ready, m)
+    grid, constants, options = _decoding(plan, ready, m)
+    elements = (ready.rows_per_tile if ready.is_rows else ready.H) * ready.W
+    scratch = ready.scratch(torch.int32, grid[0] * 2 * elements, plan.device)
     kernel = subtract_rows if ready.is_rows else subtract_tiles
     with on_device(plan.device):
         kernel[grid](
@@ -246,13 +278,21 @@ def apply(
     copies = targets if ahead is None else ready.members(ahead, "look-ahead")
     rate, rate_step = rates(learning_rates, plan.device)
     shrink, shrink_step = rates(shrinks, plan.device)
-    grid, scratch, constants, options = _decoding(plan, ready, m)
+    grid, constants, options = _decoding(plan, ready, m)
+    signs = entries.values.dtype == torch.bool
+    elements = grid[0] * (ready.rows_per_tile if ready.is_rows else ready.H) * ready.W
+    narrow = signs and m < 1 << 15
+    words = ready.scratch(torch.int32 if narrow else torch.int64, elements, plan.device)
     if ready.is_rows:
         kernel = apply_rows
         constants["STRIDED"] = ready.strided
+        scratch = (words,)
     else:
         kernel = apply_tiles
         constants["SHRINK"] = shrinks is not None
+        # One pass wants zeros, the other way leaves whatever it was.
+        planes = 2 * elements + 8 * (not constants["ONE_PASS"])
+        scratch = (words, ready.scratch(torch.float16, planes, plan.device))
     with on_device(plan.device):
         kernel[grid](
             targets.addresses,
@@ -260,19 +300,20 @@ def apply(
             copies.addresses,
             copies.table,
             shrink if delta is None else delta,  # not read where there is no look-ahead
-            ready.inverse_basis,
+            ready.limbs,
             entries.indices.contiguous(),
             _values(entries),
-            scratch,
+            *scratch,
             rate,
             shrink,
             plan.chunks,
             m,
             rate_step,
             shrink_step,
-            SIGNS=entries.values.dtype == torch.bool,
+            SIGNS=signs,
             AHEAD=ahead is not None,
             PARAMETER=targets.dtype,
+            COPY=copies.dtype,
             ALIGNED=targets.aligned and copies.aligned,
             **constants,
             **options,
@@ -311,6 +352,7 @@ def lookahead(
             plan.chunks,
             rate_step,
             PARAMETER=targets.dtype,
+            COPY=copies.dtype,
             ALIGNED=targets.aligned and copies.aligned,
             **constants,
             **options,
@@ -328,18 +370,16 @@ def _shape(plan: ChunkPlan, ready: Planned) -> tuple[dict[str, Any], int]:
 
 def _decoding(
     plan: ChunkPlan, ready: Planned, m: int
-) -> tuple[tuple[int], Tensor, dict[str, Any], dict[str, Any]]:
-    """Grid, scratch, constants and options of a kernel that decodes `m` entries per chunk."""
+) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
+    """Grid, constants and options of a kernel that decodes `m` entries per chunk."""
     options, own = launch_options("rows" if ready.is_rows else "apply", plan.device)
     constants, work = _shape(plan, ready)
     grid = (programs(plan.device, own["ctas_per_sm"], work),)
     if ready.is_rows:
         constants["MB"] = ROW_ENTRIES
-        elements = ready.rows_per_tile * ready.W
     else:
         constants["E"], constants["ONE_PASS"] = entries_at_once(m, own["entries"])
-        elements = ready.H * ready.W
-    return grid, ready.scratch(torch.int32, grid[0] * 2 * elements, plan.device), constants, options
+    return grid, constants, options
 
 
 def _values(entries: Entries) -> Tensor:

@@ -1,7 +1,10 @@
-"""What the kernels share: signs, split products, transforms, means of entries, selection.
+"""What the kernels share: signs, split and exact products, transforms, means of entries.
 
 Peers must come to the same bits on any GPU, so nothing here depends on how a compiler fuses: every
-fused multiply-add is written out, and kernels are launched with `enable_fp_fusion=False`.
+fused multiply-add is written out, and kernels are launched with `enable_fp_fusion=False`. What they
+have to agree on, the direction of an update, is computed in products of integers in fp16 (see
+`psyche_fast/integers.py`); between these are float32 operations, which IEEE defines, and where a
+factor of an `fma` is a power of two, one rounding and two are the same.
 """
 
 from __future__ import annotations
@@ -219,101 +222,190 @@ def mean_coefficients(
 
 
 @triton.jit
-def store_sorted(index, bits, at, live, indices, values, K: tl.constexpr, KP: tl.constexpr):
-    """Store `[T, KP]` entries, of which the first `K` count, in ascending order of index."""
-    slot = tl.arange(0, KP)[None, :]
-    index = tl.where(slot < K, index, 0x7FFFFFFF)
-    rank = tl.sum((index[:, None, :] < index[:, :, None]).to(tl.int32), 2)
-    to = at[:, None] + rank
-    keep = live[:, None] & (slot < K)
-    tl.store(indices + to, index.to(indices.dtype.element_ty), mask=keep)
-    value = bits.to(tl.float32, bitcast=True)
-    tl.store(values + to, value.to(values.dtype.element_ty), mask=keep)
+def nearest(x, scale):
+    """The integer nearest to `x * scale`, ties to even, for a power of two and results to 2^22."""
+    return tl.fma(x, scale, 12582912.0) - 12582912.0
 
 
 @triton.jit
-def largest_in_rounds(
-    coefficients, maxima, at, live, indices, values,
-    K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    w: tl.constexpr, HINT: tl.constexpr,
-):  # fmt: skip
-    """Select from `T` tiles at once, one round per entry.
-
-    Each round reads the row with the largest maximum again, for the entry in it and the
-    row's next maximum. With one warp per tile (T = number of warps) a round has no barrier.
-
-    Args:
-        coefficients: `[T, H, W]` float32 in scratch memory.
-        maxima: `[T, H]` int32, the largest magnitude bits of every row.
-        at: `[T]` int64, where each tile's entries go.
-        live: `[T]`, whether the tile exists.
-    """
-    row_numbers = tl.arange(0, H)[None, :]
-    columns = tl.arange(0, W)[None, :]
-    slot = tl.arange(0, KP)[None, :]
-    rows = coefficients + tl.arange(0, T)[:, None] * (H * W) + columns
-    last = tl.full([T], -1, tl.int32)  # magnitude of the last entry
-    last_row = tl.full([T], -1, tl.int32)
-    last_column = tl.full([T], -1, tl.int32)
-    index = tl.zeros([T, KP], tl.int32)
-    bits = tl.zeros([T, KP], tl.int32)
-    for j in range(K):
-        most = tl.max(maxima, 1)
-        row = tl.min(tl.where(maxima == most[:, None], row_numbers, H), 1)
-        if w == W:
-            x = tl.load(rows + (row * W)[:, None], eviction_policy=HINT)
-        else:
-            x = tl.load(rows + (row * W)[:, None], mask=columns < w, other=0.0)
-        x = x.to(tl.int32, bitcast=True)
-        key = x & MAGNITUDE
-        if w != W:
-            key = tl.where(columns < w, key, -1)
-        equal = key == most[:, None]
-        # After a tie within the row, the columns up to the last entry are done.
-        done = tl.where((last == most) & (last_row == row), last_column, -1)
-        # The column and the sign in one reduction.
-        packed = tl.min(
-            tl.where(equal & (columns > done[:, None]), (columns << 1) | ((x >> 31) & 1), 2 * W), 1
-        )
-        column = packed >> 1
-        rest = (key < most[:, None]) | (equal & (columns > column[:, None]))
-        following = tl.max(tl.where(rest, key, -1), 1)
-        maxima = tl.where(row_numbers == row[:, None], following[:, None], maxima)
-        last, last_row, last_column = most, row, column
-        current = slot == j
-        index = tl.where(current, (row * w + column)[:, None], index)
-        bits = tl.where(current, (most | (packed << 31))[:, None], bits)
-    store_sorted(index, bits, at, live, indices, values, K, KP)
+def limbs(y):
+    """`y = 512 high + low` of integers up to 2^18: fp16 up to 512 and 256."""
+    high = nearest(y, 0.001953125)
+    return high.to(tl.float16), tl.fma(high, -512.0, y).to(tl.float16)
 
 
 @triton.jit
-def largest_by_threshold(c, index, valid, at, live, indices, values, K: tl.constexpr):
-    """Select from every row of `[R, N]` by bisecting the K-th magnitude.
+def exact_product(a_high, a_low, b_high, b_low):
+    """`P(A, B)`. The fma also keeps Triton from adding up in the accumulator of a product."""
+    c = tl.dot(a_low, b_high)
+    c = tl.dot(a_high, b_low, c)
+    return tl.fma(tl.dot(a_high, b_high), 512.0, c)
 
-    The cost is the same for any `K`.
+
+@triton.jit
+def load_limbs(table, N: tl.constexpr):
+    """High and low limbs of an `[N, N]` matrix of a table `[2, N, N]`."""
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    return tl.load(table + at), tl.load(table + N * N + at)
+
+
+@triton.jit
+def exact_sandwich(c_high, c_low, table, H: tl.constexpr, W: tl.constexpr):
+    """What has the direction's sign; the table holds `B_h` `[2, H, H]` and `B_w^T` `[2, W, W]`."""
+    left_high, left_low = load_limbs(table, H)
+    z = exact_product(left_high, left_low, c_high, c_low)
+    most = tl.maximum(tl.max(tl.abs(z), 1), 1.0).to(tl.int32, bitcast=True)
+    z = nearest(z, power_of_two(144 - (most >> 23))[:, None])
+    z_high, z_low = limbs(z)
+    right_high, right_low = load_limbs(table + 2 * H * H, W)
+    return exact_product(z_high, z_low, right_high, right_low)
+
+
+@triton.jit
+def largest_exponent(values, at, m, there, first_entries, MB: tl.constexpr):
+    """Exponent field of the largest magnitude of `m` entries, over the last dimension."""
+    many = tl.zeros(first_entries.shape, tl.int32)
+    for first in range(0, m, MB):
+        e = first + first_entries
+        v = tl.load(values + at + e, mask=there & (e < m), other=0).to(tl.float32)
+        many = tl.maximum(many, v.to(tl.int32, bitcast=True) & MAGNITUDE)
+    return tl.max(many, len(many.shape) - 1) >> 23
+
+
+@triton.jit
+def tally(value, half, rest, SIGNS: tl.constexpr, WORD: tl.constexpr):
+    """What an entry adds to its coefficient's word: its integer above, 1 below.
+
+    `half` and `rest` are the factor of values in two steps: that of subnormal numbers is no
+    float32.
+    """
+    if SIGNS:
+        amount = 65537 - 131072 * value.to(tl.int32)
+    else:
+        amount = (value.to(tl.float32) * half * rest).to(tl.int32).to(tl.int64) * 65536 + 1
+    return amount.to(WORD)
+
+
+@triton.jit
+def mean_limbs(word, SIGNS: tl.constexpr):
+    """Limbs of a coefficient.
+
+    Float32 divides but for one unit; the remainder says which way, for signs modulo 2^32.
+    """
+    count = word & 65535
+    total = (word - count) >> 16
+    n = tl.maximum(count.to(tl.int32), 1)
+    if SIGNS:
+        total = total.to(tl.int32)
+        s = tl.abs(total)
+        q = (s.to(tl.float32) * reciprocal(n) * 262144.0).to(tl.int32)
+        unit = n
+        rest = (s << 18) - q * n
+    else:
+        s = tl.abs(total)
+        q = ((s >> 12).to(tl.float32) * reciprocal(n)).to(tl.int32)
+        unit = n.to(tl.int64) * 4096
+        rest = s - q.to(tl.int64) * unit
+    q = tl.where(rest < 0, q - 1, q)
+    rest = tl.where(rest < 0, rest + unit, rest)
+    q = tl.where(rest >= unit, q + 1, q)
+    rest = tl.where(rest >= unit, rest - unit, rest)
+    q += (2 * rest >= unit).to(tl.int32)  # halves away from zero
+    return limbs(tl.where(total < 0, -q, q).to(tl.float32))
+
+
+@triton.jit
+def count_entries(
+    indices,
+    values,
+    at,
+    m,
+    words,
+    first,
+    half,
+    rest,
+    E: tl.constexpr,
+    SIGNS: tl.constexpr,
+    W: tl.constexpr,
+    w: tl.constexpr,
+):
+    """Add up entries `first .. first + E` of a tile; their places in the padded tile."""
+    e = first + tl.arange(0, E)
+    there = e < m
+    place = tl.load(indices + at + e, mask=there, other=0).to(tl.int32)
+    if w != W:
+        row = place // w
+        place = row * W + (place - row * w)
+    value = tl.load(values + at + e, mask=there, other=0)
+    amount = tally(value, half, rest, SIGNS, words.dtype.element_ty)
+    tl.atomic_add(words + place, amount, mask=there, sem="relaxed", scope="cta")
+    return place, there
+
+
+@triton.jit
+def exact_means(
+    indices,
+    values,
+    at,
+    m,
+    words,
+    planes,
+    E: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    w: tl.constexpr,
+):
+    """Limbs of one tile's mean coefficients, `[H, W]`.
 
     Args:
-        c: float32 `[R, N]`, in ascending order of index.
-        index: int32 `[1, N]`.
-        valid: `[1, N]`, which columns are no padding; at least `K`.
-        at: int64 `[R]`, where each row's entries go.
-        live: `[R]`, whether the row exists.
+        indices: `[tiles, m]`.
+        values: `[tiles, m]`, floating point, or bool of signs (SIGNS).
+        at: int64, the tile's first entry.
+        m: entries per tile.
+        words: integers `[H * W]` of scratch that only this program uses, zero before and after;
+            int64 for values, and for signs from 2^15 entries on.
+        planes: fp16 `[2, H * W]` of such scratch; ONE_PASS: zero before and after.
     """
-    x = c.to(tl.int32, bitcast=True)
-    key = tl.where(valid, x & MAGNITUDE, -1)
-    # The largest threshold that K keys reach, bit by bit from above: the K-th key itself.
-    threshold = tl.zeros_like(live.to(tl.int32))
-    for step in range(31):
-        higher = threshold | (1 << (30 - step))
-        # Minus one for every key that reaches it: a subtraction and a shift, without comparing.
-        reached = -tl.sum((higher[:, None] - 1 - key) >> 31, 1)
-        threshold = tl.where(reached >= K, higher, threshold)
-    above = key > threshold[:, None]
-    equal = key == threshold[:, None]
-    wanted = K - tl.sum(above.to(tl.int32), 1)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
-    to = at[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
-    chosen &= live[:, None]
-    shown = tl.broadcast_to(index, c.shape).to(indices.dtype.element_ty)
-    tl.store(indices + to, shown, mask=chosen)
-    tl.store(values + to, c.to(values.dtype.element_ty), mask=chosen)
+    zero: tl.constexpr = words.dtype.element_ty
+    half = 1.0
+    rest = 1.0
+    if not SIGNS:
+        shift = 156 - largest_exponent(values, at, m, True, tl.arange(0, E), E)
+        half = power_of_two(shift >> 1)
+        rest = power_of_two(shift - (shift >> 1))
+    all_places = tl.arange(0, H)[:, None] * W + tl.arange(0, W)[None, :]
+    if ONE_PASS:
+        place, there = count_entries(indices, values, at, m, words, 0, half, rest, E, SIGNS, W, w)
+        tl.debug_barrier()
+        # Atomics take place in the L2 cache, so nothing may be read from the L1.
+        word = tl.load(words + place, mask=there, other=1, cache_modifier=".cg")
+        high, low = mean_limbs(word, SIGNS)
+        tl.store(planes + place, high, mask=there)
+        tl.store(planes + H * W + place, low, mask=there)
+        tl.debug_barrier()
+        tl.store(words + place, tl.zeros([E], zero), mask=there)
+        c_high = tl.load(planes + all_places)
+        c_low = tl.load(planes + H * W + all_places)
+        tl.debug_barrier()
+        tl.store(planes + place, tl.zeros([E], tl.float16), mask=there)
+        tl.store(planes + H * W + place, tl.zeros([E], tl.float16), mask=there)
+    else:
+        for first in range(0, m, E):
+            count_entries(indices, values, at, m, words, first, half, rest, E, SIGNS, W, w)
+        tl.debug_barrier()
+        # So many that every place is converted: places are neighbours, entries are not.
+        N: tl.constexpr = E if E < H * W else H * W
+        for first in range(0, H * W, N):
+            place = first + tl.arange(0, N)
+            word = tl.load(words + place, cache_modifier=".cg")
+            tl.store(words + place, tl.zeros([N], zero))
+            high, low = mean_limbs(word, SIGNS)
+            tl.store(planes + place, high)
+            tl.store(planes + H * W + place, low)
+        tl.debug_barrier()
+        c_high = tl.load(planes + all_places)
+        c_low = tl.load(planes + H * W + all_places)
+        tl.debug_barrier()
+    return c_high, c_low

@@ -14,8 +14,6 @@ from psyche_fast.kernels.triton.apply import subtract
 from psyche_fast.kernels.triton.arithmetic import (
     MAGNITUDE,
     add_product,
-    largest_by_threshold,
-    largest_in_rounds,
     sandwich,
     split,
 )
@@ -28,7 +26,7 @@ from psyche_fast.kernels.triton.launch import (
     rates,
     written,
 )
-from psyche_fast.kernels.triton.rows import encode_rows
+from psyche_fast.kernels.triton.rows import encode_rows, largest_by_threshold
 
 
 @triton.jit
@@ -54,6 +52,74 @@ def decode_own(
         right_high, right_low = split(tl.load(rows_w + column[:, None] * W + j))
         x = add_product(x, left_high, left_low, right_high, right_low)
     return x
+
+
+@triton.jit
+def store_sorted(index, bits, at, live, indices, values, K: tl.constexpr, KP: tl.constexpr):
+    """Store `[T, KP]` entries, of which the first `K` count, in ascending order of index."""
+    slot = tl.arange(0, KP)[None, :]
+    index = tl.where(slot < K, index, 0x7FFFFFFF)
+    rank = tl.sum((index[:, None, :] < index[:, :, None]).to(tl.int32), 2)
+    to = at[:, None] + rank
+    keep = live[:, None] & (slot < K)
+    tl.store(indices + to, index.to(indices.dtype.element_ty), mask=keep)
+    value = bits.to(tl.float32, bitcast=True)
+    tl.store(values + to, value.to(values.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def largest_in_rounds(
+    coefficients, maxima, at, live, indices, values,
+    K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    w: tl.constexpr, HINT: tl.constexpr,
+):  # fmt: skip
+    """Select from `T` tiles at once, one round per entry.
+
+    Each round reads the row with the largest maximum again, for the entry in it and the
+    row's next maximum. With one warp per tile (T = number of warps) a round has no barrier.
+
+    Args:
+        coefficients: `[T, H, W]` float32 in scratch memory.
+        maxima: `[T, H]` int32, the largest magnitude bits of every row.
+        at: `[T]` int64, where each tile's entries go.
+        live: `[T]`, whether the tile exists.
+    """
+    row_numbers = tl.arange(0, H)[None, :]
+    columns = tl.arange(0, W)[None, :]
+    slot = tl.arange(0, KP)[None, :]
+    rows = coefficients + tl.arange(0, T)[:, None] * (H * W) + columns
+    last = tl.full([T], -1, tl.int32)  # magnitude of the last entry
+    last_row = tl.full([T], -1, tl.int32)
+    last_column = tl.full([T], -1, tl.int32)
+    index = tl.zeros([T, KP], tl.int32)
+    bits = tl.zeros([T, KP], tl.int32)
+    for j in range(K):
+        most = tl.max(maxima, 1)
+        row = tl.min(tl.where(maxima == most[:, None], row_numbers, H), 1)
+        if w == W:
+            x = tl.load(rows + (row * W)[:, None], eviction_policy=HINT)
+        else:
+            x = tl.load(rows + (row * W)[:, None], mask=columns < w, other=0.0)
+        x = x.to(tl.int32, bitcast=True)
+        key = x & MAGNITUDE
+        if w != W:
+            key = tl.where(columns < w, key, -1)
+        equal = key == most[:, None]
+        # After a tie within the row, the columns up to the last entry are done.
+        done = tl.where((last == most) & (last_row == row), last_column, -1)
+        # The column and the sign in one reduction.
+        packed = tl.min(
+            tl.where(equal & (columns > done[:, None]), (columns << 1) | ((x >> 31) & 1), 2 * W), 1
+        )
+        column = packed >> 1
+        rest = (key < most[:, None]) | (equal & (columns > column[:, None]))
+        following = tl.max(tl.where(rest, key, -1), 1)
+        maxima = tl.where(row_numbers == row[:, None], following[:, None], maxima)
+        last, last_row, last_column = most, row, column
+        current = slot == j
+        index = tl.where(current, (row * w + column)[:, None], index)
+        bits = tl.where(current, (most | (packed << 31))[:, None], bits)
+    store_sorted(index, bits, at, live, indices, values, K, KP)
 
 
 @triton.jit(do_not_specialize=["tiles", "rate_step"])

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from psyche_fast.integers import integer_basis, limbs
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.plan import ChunkPlan, Member, Rates
 
@@ -97,11 +98,14 @@ class Planned:
             basis = plan.basis_h if self.strided else plan.basis_w
             parts = [_split(basis, self.W), _split(basis.t(), self.W)]
             self.forward_basis = self.inverse_basis = torch.cat(parts)
+            tables = [_limbs(self.length, self.W, transposed=True)]
         else:
             parts = [_split(plan.basis_h.t(), self.H), _split(plan.basis_w, self.W)]
             self.forward_basis = torch.cat(parts)
             parts = [_split(plan.basis_h, self.H), _split(plan.basis_w.t(), self.W)]
             self.inverse_basis = torch.cat(parts)
+            tables = [_limbs(plan.h, self.H), _limbs(plan.w, self.W, transposed=True)]
+        self.limbs = torch.cat(tables).to(plan.device)
         self.rows_h = _pad(plan.rows_h, self.H)
         self.rows_w = _pad(plan.rows_w, padded(plan.w))
         self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
@@ -151,7 +155,11 @@ class Planned:
                     raise ValueError(
                         f"{where} has shape {list(tensor.shape)}, its parameter {list(wanted)}"
                     )
-                if what != "gradient" and tensor.dtype != plan.dtype:
+                wanted_dtypes = {
+                    "look-ahead": [plan.dtype],
+                    "parameter": [plan.dtype, torch.float32],
+                }
+                if tensor.dtype not in wanted_dtypes.get(what, DTYPES):
                     raise ValueError(f"{where} is {tensor.dtype}, its class {plan.dtype}")
             if tensor is None or tensor.numel() == 0:
                 addresses += [0, 0]
@@ -351,6 +359,13 @@ def _pad(matrix: Tensor, side: int) -> Tensor:
     full = torch.zeros(side, side, dtype=torch.float32, device=matrix.device)
     full[: matrix.shape[0], : matrix.shape[1]] = matrix
     return full
+
+
+def _limbs(n: int, side: int, *, transposed: bool = False) -> Tensor:
+    """Limbs of `B_n` or its transpose, fp16 `[2 * side * side]`."""
+    basis = integer_basis(n)
+    parts = limbs(basis.t() if transposed else basis)
+    return torch.cat([_pad(part.float(), side).half().view(-1) for part in parts])
 
 
 def _split(matrix: Tensor, side: int) -> Tensor:

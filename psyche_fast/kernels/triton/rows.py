@@ -13,10 +13,14 @@ import triton.language as tl
 
 from psyche_fast.kernels.triton.arithmetic import (
     MAGNITUDE,
-    largest_by_threshold,
+    exact_product,
+    largest_exponent,
+    load_limbs,
+    mean_limbs,
     power_of_two,
     reciprocal,
     sign_times,
+    tally,
     times_right,
 )
 
@@ -40,6 +44,39 @@ def locate_rows(
             at = tl.multiple_of(at, (16, 16))
         at = at + j
     return at, member, present
+
+
+@triton.jit
+def largest_by_threshold(c, index, valid, at, live, indices, values, K: tl.constexpr):
+    """Select from every row of `[R, N]` by bisecting the K-th magnitude.
+
+    The cost is the same for any `K`.
+
+    Args:
+        c: float32 `[R, N]`, in ascending order of index.
+        index: int32 `[1, N]`.
+        valid: `[1, N]`, which columns are no padding; at least `K`.
+        at: int64 `[R]`, where each row's entries go.
+        live: `[R]`, whether the row exists.
+    """
+    x = c.to(tl.int32, bitcast=True)
+    key = tl.where(valid, x & MAGNITUDE, -1)
+    # The largest threshold that K keys reach, bit by bit from above: the K-th key itself.
+    threshold = tl.zeros_like(live.to(tl.int32))
+    for step in range(31):
+        higher = threshold | (1 << (30 - step))
+        # Minus one for every key that reaches it: a subtraction and a shift, without comparing.
+        reached = -tl.sum((higher[:, None] - 1 - key) >> 31, 1)
+        threshold = tl.where(reached >= K, higher, threshold)
+    above = key > threshold[:, None]
+    equal = key == threshold[:, None]
+    wanted = K - tl.sum(above.to(tl.int32), 1)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
+    to = at[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+    chosen &= live[:, None]
+    shown = tl.broadcast_to(index, c.shape).to(indices.dtype.element_ty)
+    tl.store(indices + to, shown, mask=chosen)
+    tl.store(values + to, c.to(values.dtype.element_ty), mask=chosen)
 
 
 @triton.jit(do_not_specialize=["chunks", "rate_step"])
@@ -185,6 +222,45 @@ def mean_row_coefficients(
     return x, shift
 
 
+@triton.jit
+def exact_row_means(
+    indices,
+    values,
+    chunk,
+    live,
+    m,
+    words,
+    MB: tl.constexpr,
+    SIGNS: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """As `exact_means`, of `R` chunks with one dimension, `[R, W]`; words are `[R * W]`."""
+    at = chunk.to(tl.int64)[:, None] * m
+    entries = tl.broadcast_to(tl.arange(0, MB)[None, :], (R, MB))
+    half = 1.0
+    rest = 1.0
+    if not SIGNS:
+        shift = 156 - largest_exponent(values, at, m, live[:, None], entries, MB)
+        half = power_of_two(shift >> 1)[:, None]
+        rest = power_of_two(shift - (shift >> 1))[:, None]
+    row = tl.arange(0, R)[:, None] * W
+    for first in range(0, m, MB):
+        e = first + entries
+        there = live[:, None] & (e < m)
+        place = row + tl.load(indices + at + e, mask=there, other=0).to(tl.int32)
+        value = tl.load(values + at + e, mask=there, other=0)
+        amount = tally(value, half, rest, SIGNS, words.dtype.element_ty)
+        tl.atomic_add(words + place, amount, mask=there, sem="relaxed", scope="cta")
+    tl.debug_barrier()
+    all_places = row + tl.arange(0, W)[None, :]
+    word = tl.load(words + all_places, cache_modifier=".cg")
+    tl.debug_barrier()
+    tl.store(words + all_places, tl.zeros([R, W], words.dtype.element_ty))
+    tl.debug_barrier()
+    return mean_limbs(word, SIGNS)
+
+
 @triton.jit(do_not_specialize=["chunks", "m", "rate_step", "shrink_step"])
 def apply_rows(
     members,
@@ -192,10 +268,10 @@ def apply_rows(
     ahead_members,
     ahead_table,
     delta,
-    split_basis,
+    basis,
     indices,
     values,
-    scratch,
+    words,
     rates,
     shrinks,
     chunks,
@@ -209,29 +285,31 @@ def apply_rows(
     L: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """As `apply_tiles`, with `split_basis` as of `encode_rows`."""
+    """As `apply_tiles`, with `basis` the limbs of `B^T` and words `[programs, R * W]`."""
     pid = tl.program_id(0)
     j = tl.arange(0, W)[None, :]
-    own = scratch + pid.to(tl.int64) * (2 * R * W)
+    own = words + pid.to(tl.int64) * (R * W)
     for first in range(pid * R, chunks, tl.num_programs(0) * R):
         chunk = first + tl.arange(0, R)
         live = chunk < chunks
         inside = live[:, None] & (j < L)
-        x, _ = mean_row_coefficients(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
-        x = times_right(x, split_basis + 2 * W * W, False, W)
+        c_high, c_low = exact_row_means(indices, values, chunk, live, m, own, MB, SIGNS, R, W)
+        right_high, right_low = load_limbs(basis, W)
+        x = exact_product(c_high, c_low, right_high, right_low)
         p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
         rate = tl.load(rates + member * rate_step)[:, None]
         shrink = tl.load(shrinks + member * shrink_step)[:, None]
-        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
-        p = tl.fma(p, tl.broadcast_to(shrink, p.shape), sign_times(x, -rate)).to(PARAMETER)
+        p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32) * shrink
+        p = (p + sign_times(x, -rate)).to(PARAMETER)
         if AHEAD:
             d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
-            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(PARAMETER)
+            ahead = (p.to(tl.float32) + sign_times(d.to(tl.float32), -rate)).to(COPY)
             a_at, _, _ = locate_rows(
-                ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
+                ahead_members, ahead_table, chunk, live, j, COPY, STRIDED, ALIGNED
             )
             tl.store(a_at, ahead, mask=inside)
         tl.store(p_at, p, mask=inside)
@@ -251,6 +329,7 @@ def lookahead_rows(
     L: tl.constexpr,
     W: tl.constexpr,
     PARAMETER: tl.constexpr,
+    COPY: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -261,14 +340,12 @@ def lookahead_rows(
         live = chunk < chunks
         inside = live[:, None] & (j < L)
         p_at, member, _ = locate_rows(members, table, chunk, live, j, PARAMETER, STRIDED, ALIGNED)
-        a_at, _, _ = locate_rows(
-            ahead_members, ahead_table, chunk, live, j, PARAMETER, STRIDED, ALIGNED
-        )
+        a_at, _, _ = locate_rows(ahead_members, ahead_table, chunk, live, j, COPY, STRIDED, ALIGNED)
         p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(delta + chunk.to(tl.int64)[:, None] * L + j, mask=inside, other=0.0)
         rate = tl.load(rates + member * rate_step)[:, None]
         p += sign_times(d.to(tl.float32), -rate)
-        tl.store(a_at, p.to(PARAMETER), mask=inside)
+        tl.store(a_at, p.to(COPY), mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks", "m"])

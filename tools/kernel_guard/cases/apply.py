@@ -14,7 +14,8 @@ def compile_cases() -> list[Case]:
     cases = [
         _case(64, 64, 16 * 8),
         _case(64, 64, 16 * 8, delta="bf16"),
-        _case(64, 64, 16 * 8, parameter="fp32"),
+        _case(64, 64, 16 * 8, parameter="bf16"),
+        _case(64, 64, 16 * 8, copy="fp32"),
         _case(64, 64, 16 * 8, signs=False),
         _case(64, 64, 16 * 8, ahead=False),
         _case(64, 64, 64 * 8),
@@ -39,14 +40,6 @@ def _tile(h: int, w: int) -> dict[str, int]:
     return {"h": h, "w": w, "H": padded(h), "W": padded(w)}
 
 
-def _entry_loops(one_pass: bool, m: int, at_once: int, signs: bool) -> tuple[Loop, ...]:
-    if one_pass:
-        return ()
-    trips = -(-m // at_once)
-    names = ("count", "add") if signs else ("largest", "count", "add")
-    return tuple(Loop(name, trips) for name in names)
-
-
 def _case(
     h: int,
     w: int,
@@ -54,13 +47,19 @@ def _case(
     *,
     ahead: bool = True,
     delta: str = "fp32",
-    parameter: str = "bf16",
+    parameter: str = "fp32",
+    copy: str = "bf16",
     signs: bool = True,
 ) -> Case:
     options, own = cpu_launch_options("apply")
     at_once, one_pass = entries_at_once(m, own["entries"])
     variant = f"{h}x{w} {m} {'signs' if signs else 'values'}, {parameter} parameter"
-    variant += f", {delta} delta, look-ahead" if ahead else ", no look-ahead"
+    variant += f", {delta} delta, {copy} look-ahead" if ahead else ", no look-ahead"
+    loops: tuple[Loop, ...] = ()
+    if not one_pass:
+        loops = (Loop("count", -(-m // at_once)), Loop("convert", padded(h) * padded(w) // at_once))
+    if not signs:
+        loops = (Loop("largest", -(-m // at_once)), *loops)
     return Case(
         kernel="apply",
         variant=variant,
@@ -68,10 +67,11 @@ def _case(
         signature={
             **_ADDRESSES,
             "delta": f"*{delta}",
-            "split_basis": "*bf16",
+            "basis": "*fp16",
             "indices": "*u16",
             "values": "*u8" if signs else "*bf16",
-            "scratch": "*i32",
+            "words": "*i32" if signs else "*i64",
+            "planes": "*fp16",
             "rates": "*fp32",
             "shrinks": "*fp32",
             "tiles": "i32",
@@ -87,10 +87,11 @@ def _case(
             "AHEAD": ahead,
             "SHRINK": True,
             "PARAMETER": tl.float32 if parameter == "fp32" else tl.bfloat16,
+            "COPY": tl.float32 if copy == "fp32" else tl.bfloat16,
             "ALIGNED": w % 8 == 0,
         },
         options=options,
-        loops=(Loop("tiles", 100, inner=_entry_loops(one_pass, m, at_once, signs)),),
+        loops=(Loop("tiles", 100, inner=loops),),
         tiles=100,
         elements=h * w,
         tags=frozenset({"64x64"} if (h, w) == (64, 64) else ()),
@@ -101,7 +102,7 @@ def _lookahead_case(h: int, w: int) -> Case:
     options, _ = cpu_launch_options("lookahead")
     return Case(
         kernel="lookahead",
-        variant=f"{h}x{w} fp32 delta, bf16 parameter",
+        variant=f"{h}x{w} fp32 delta, fp32 parameter, bf16 look-ahead",
         fn=lookahead_tiles,
         signature={
             **_ADDRESSES,
@@ -110,7 +111,12 @@ def _lookahead_case(h: int, w: int) -> Case:
             "tiles": "i32",
             "rate_step": "i32",
         },
-        constexprs={**_tile(h, w), "PARAMETER": tl.bfloat16, "ALIGNED": w % 8 == 0},
+        constexprs={
+            **_tile(h, w),
+            "PARAMETER": tl.float32,
+            "COPY": tl.bfloat16,
+            "ALIGNED": w % 8 == 0,
+        },
         options=options,
         loops=(Loop("tiles", 100),),
         tiles=100,
@@ -122,6 +128,7 @@ def _lookahead_case(h: int, w: int) -> Case:
 def _subtract_case(h: int, w: int, m: int) -> Case:
     options, own = cpu_launch_options("apply")
     at_once, one_pass = entries_at_once(m, own["entries"])
+    assert one_pass
     return Case(
         kernel="subtract",
         variant=f"{h}x{w} {m} values, fp32 delta",
@@ -137,7 +144,7 @@ def _subtract_case(h: int, w: int, m: int) -> Case:
         },
         constexprs={**_tile(h, w), "E": at_once, "ONE_PASS": one_pass, "SIGNS": False},
         options=options,
-        loops=(Loop("tiles", 100, inner=_entry_loops(one_pass, m, at_once, False)),),
+        loops=(Loop("tiles", 100),),
         tiles=100,
         elements=h * w,
         tags=frozenset({"64x64"} if (h, w) == (64, 64) else ()),

@@ -80,11 +80,16 @@ def _encode_case(
 
 def _decode_cases(length: int, m: int) -> list[Case]:
     options, _ = cpu_launch_options("rows")
-    entries = tuple(Loop(name, -(-m // ROW_ENTRIES)) for name in ("count", "add"))
-    result = {"indices": "*u8", "values": "*u8", "scratch": "*i32"}
+    trips = -(-m // ROW_ENTRIES)
+    result = {"indices": "*u8", "values": "*u8"}
     counts = {"chunks": "i32", "m": "i32"}
     shape = {**_TILE, "L": length, "W": padded(length)}
-    addressing = {"PARAMETER": tl.bfloat16, "STRIDED": False, "ALIGNED": length % 8 == 0}
+    addressing = {
+        "PARAMETER": tl.float32,
+        "COPY": tl.bfloat16,
+        "STRIDED": False,
+        "ALIGNED": length % 8 == 0,
+    }
     decoding = {"MB": ROW_ENTRIES, "SIGNS": True}
     common: dict[str, Any] = {
         "options": options,
@@ -94,14 +99,15 @@ def _decode_cases(length: int, m: int) -> list[Case]:
     return [
         Case(
             kernel="apply_rows",
-            variant=f"{length} {m} signs, bf16 parameter, fp32 delta, look-ahead",
+            variant=f"{length} {m} signs, fp32 parameter, fp32 delta, bf16 look-ahead",
             fn=apply_rows,
             signature={
                 **_PLACE,
                 **_AHEAD,
                 "delta": "*fp32",
-                "split_basis": "*bf16",
+                "basis": "*fp16",
                 **result,
+                "words": "*i32",
                 "rates": "*fp32",
                 "shrinks": "*fp32",
                 **counts,
@@ -109,21 +115,27 @@ def _decode_cases(length: int, m: int) -> list[Case]:
                 "shrink_step": "i32",
             },
             constexprs={**shape, **addressing, **decoding, "AHEAD": True},
-            loops=(Loop("tiles", 100, inner=entries),),
+            loops=(Loop("tiles", 100, inner=(Loop("count", trips),)),),
             **common,
         ),
         Case(
             kernel="subtract_rows",
             variant=f"{length} {m} signs, fp32 delta",
             fn=subtract_rows,
-            signature={"delta": "*fp32", "split_basis": "*bf16", **result, **counts},
+            signature={
+                "delta": "*fp32",
+                "split_basis": "*bf16",
+                **result,
+                "scratch": "*i32",
+                **counts,
+            },
             constexprs={**shape, **decoding},
-            loops=(Loop("tiles", 100, inner=entries),),
+            loops=(Loop("tiles", 100, inner=(Loop("count", trips), Loop("add", trips))),),
             **common,
         ),
         Case(
             kernel="lookahead_rows",
-            variant=f"{length} fp32 delta, bf16 parameter",
+            variant=f"{length} fp32 delta, fp32 parameter, bf16 look-ahead",
             fn=lookahead_rows,
             signature={
                 **_PLACE,

@@ -124,7 +124,7 @@ def test_ceilings_are_for_the_classes_that_the_design_gives_figures_of():
         "round_barriers": 0
     }
     assert ceilings("encode 64x64 k=8 fp32 delta, fp32 gradient", "gfx942", rounds) == {}
-    apply = "apply 64x64 128 signs, bf16 parameter, fp32 delta, look-ahead"
+    apply = "apply 64x64 128 signs, bf16 parameter, fp32 delta, bf16 look-ahead"
     assert ceilings(apply, tags=wide) == {"spills": 64, "instructions": 4250}
     assert ceilings("encode 50x50 k=8 fp32 delta, fp32 gradient") == {}
 
