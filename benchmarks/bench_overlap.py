@@ -168,16 +168,17 @@ def parse(description: str) -> dict[str, Any]:
     return vars(parser.parse_args())
 
 
-def measure(**arguments: Any) -> dict[str, Any]:
+def measure(spawn: Callable[..., object] = mp.spawn, **arguments: Any) -> dict[str, Any]:
     """Run all modes; the figures are of rank 0.
 
     Args:
+        spawn: starts the two processes.
         **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(arguments)
         model.save_pretrained(f"{folder}/model")
-        mp.spawn(_measure, (folder, arguments), nprocs=2)
+        spawn(_measure, (folder, arguments), nprocs=2)
         found: dict[str, Any] = torch.load(f"{folder}/0")
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, **found}

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,23 @@ FREE = (1e10, 0.0)
 RANKS_PER_HOST = (1, 2)
 
 
+def _start(host: str, *words: str) -> subprocess.Popen[bytes]:
+    command = ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *words]
+    environ = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
+    return subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
+
+
 def _step_ms(
-    folder: Path, name: str, link: tuple[float, float], ranks_per_host: int, flags: list[str]
+    folder: Path,
+    name: str,
+    link: tuple[float, float],
+    ranks_per_host: int,
+    flags: list[str],
+    start: Callable[..., Any],
 ) -> list[float]:
     output = folder / f"{name}-{ranks_per_host}"
     here = str(ranks_per_host)
-    environ = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
     with wan.link(*link) as hosts:
-
-        def start(host: str, *words: str) -> subprocess.Popen[bytes]:
-            command = ["ip", "netns", "exec", host, sys.executable, "-m", "psyche_fast", *words]
-            return subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
-
         network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", here]
         network += ["--data-parallelism", here]
         ranks = [start(hosts[0], "train", *flags, "--output", str(output), *network)]
@@ -69,11 +74,16 @@ def _step_ms(
     return [1e3 * json.loads(line)["step_seconds"] for line in lines[WARM:]]
 
 
-def measure(ranks_per_host: Sequence[int] = RANKS_PER_HOST, **arguments: Any) -> dict[str, Any]:
+def measure(
+    ranks_per_host: Sequence[int] = RANKS_PER_HOST,
+    start: Callable[..., Any] = _start,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Run over both links.
 
     Args:
         ranks_per_host: each a run of its own.
+        start: starts `psyche-fast` with arguments on a host.
         **arguments: `mbit`, `latency_ms`, `steps`, `width`, `layers`, `micro` rows of `length`.
 
     Returns:
@@ -99,8 +109,8 @@ def measure(ranks_per_host: Sequence[int] = RANKS_PER_HOST, **arguments: Any) ->
             # The same micro-batches in all of a replica's ranks together.
             own = [*flags, "--micro-batch", str(max(arguments["micro"] // ranks, 1))]
             step_ms[str(ranks)] = {
-                "no link": percentiles(_step_ms(folder, "free", FREE, ranks, own)),
-                "link": percentiles(_step_ms(folder, "slow", slow, ranks, own)),
+                "no link": percentiles(_step_ms(folder, "free", FREE, ranks, own, start)),
+                "link": percentiles(_step_ms(folder, "slow", slow, ranks, own, start)),
             }
         return {"parameters": sum(p.numel() for p in model.parameters()), "step_ms": step_ms}
 

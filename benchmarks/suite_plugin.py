@@ -13,13 +13,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import device_here, unusable
 from benchmarks.suite_process import UNUSABLE
 from benchmarks.suite_tests import LIMIT
 
 # pytest captures file descriptor 2 later on.
 _stderr = os.fdopen(os.dup(2), "w")
 _failed: set[str] = set()
+
+
+def unusable() -> bool:
+    """Whether this process cannot use the GPU any more."""
+    from benchmarks import common  # torch with it, which most tests of the suite's own do without
+
+    return common.unusable(common.device_here())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,6 +46,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """After a failure, which has been told by then, ends a process that cannot use the GPU."""
-    if nodeid in _failed and unusable(device_here()):
+    if nodeid in _failed and unusable():
         sys.stdout.flush()
         os._exit(UNUSABLE)

@@ -14,6 +14,7 @@ import io
 import logging
 import multiprocessing
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -33,8 +34,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from psyche_fast import sidecar
-from psyche_fast.cli import main
 from tests.processes import free_port
 
 PRELOADED = [
@@ -46,6 +45,7 @@ PRELOADED = [
     "psyche_fast.core.plan", "psyche_fast.sidecar", "psyche_fast.rank.serve",
 ]  # fmt: skip
 """What the server imports; what cannot be imported is left out."""
+_TRAIN = "psyche_fast.cli:main"
 TIMEOUT = 220.0
 """Seconds that processes may take."""
 _PR_SET_PDEATHSIG = 1
@@ -95,7 +95,7 @@ class Command:
 
     Args:
         *arguments: after the program's name.
-        program: another one's `main`.
+        program: another one's `main`, as `module:function`.
         environment: variables beside this process's own.
         folder: its working directory; None for this process's.
         host: the network namespace that it runs in; None for this one.
@@ -105,7 +105,7 @@ class Command:
     def __init__(
         self,
         *arguments: str,
-        program: Callable[[list[str]], None] = main,
+        program: str = _TRAIN,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
         host: str | None = None,
@@ -150,9 +150,19 @@ class Command:
         assert self.poll() is not None, f"not done after {timeout:g} s: {said}"
         return said
 
-    def close(self) -> None:
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Its status, once it has ended within `timeout` seconds."""
+        self.communicate(timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
         """Ends it where it still runs."""
         _end([self._process])
+
+    def close(self) -> None:
+        """Ends it and forgets what it said."""
+        self.kill()
         shutil.rmtree(self._said)
 
 
@@ -201,6 +211,11 @@ def run_command(
         for command in commands:
             _commands.remove(command)
             command.close()
+
+
+def run_processes(function: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> list[Any]:
+    """What `function(number, *args)` returns in each of `nprocs` processes, without a group."""
+    return _values([(function, number, *args) for number in range(nprocs)])
 
 
 @contextmanager
@@ -302,7 +317,7 @@ def _in_group(
 
 
 def _command(
-    program: Callable[[list[str]], None],
+    program: str,
     arguments: tuple[str, ...],
     variables: Mapping[str, str],
     folder: Path | None,
@@ -329,12 +344,12 @@ def _command(
     _run(program, list(arguments))
 
 
-def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+def _run(program: str, arguments: list[str]) -> None:
     """A program, in a process that is forked for it and ends with it."""
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     status: Any = 0
     try:
-        main(arguments)
+        pkgutil.resolve_name(program)(arguments)
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -349,7 +364,7 @@ def fork_ranks() -> None:
 
     def start(self: Any, args: Sequence[str], *more: Any, **options: Any) -> None:
         module = args[args.index("-m") + 1] if "-m" in args else None
-        program = {"psyche_fast": main, "psyche_fast.sidecar": sidecar.main}.get(str(module))
+        program = {"psyche_fast": _TRAIN, "psyche_fast.sidecar": f"{module}:main"}.get(str(module))
         if program is not None:
             arguments = list(args[args.index("-m") + 2 :])
             options["preexec_fn"] = partial(_rank, program, arguments, options)
@@ -358,9 +373,7 @@ def fork_ranks() -> None:
     subprocess.Popen.__init__ = start  # type: ignore[assignment]
 
 
-def _rank(
-    program: Callable[[list[str]], None], arguments: list[str], options: Mapping[str, Any]
-) -> None:
+def _rank(program: str, arguments: list[str], options: Mapping[str, Any]) -> None:
     """What an exec does to a process, then the rank; the streams are its own already."""
     os.environ.clear()
     os.environ.update(options["env"])

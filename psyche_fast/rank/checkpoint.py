@@ -10,6 +10,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
 
     Yields a temporary folder beside it. On success its files are synced and it takes the name; an
     older folder of that name is there until then, and on Linux's own file systems at every moment
-    one of the two. On an error the temporary one is removed.
+    one of the two. On an error the temporary one is removed; after a kill the next save does it.
 
     Args:
         path: the folder.
@@ -46,6 +47,7 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
         OSError: the disk is full, or something is in the way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,6 +74,28 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Of saves that were killed, to this name or one that differs in its number: a run's steps."""
+    alike = re.sub(r"\d+", r"\\d+", re.escape(path.name))
+    for other in path.parent.iterdir():
+        match = re.fullmatch(rf"\.({alike})\.(tmp|old)-(\d+)", other.name)
+        if match is None or _runs(int(match[3])):
+            continue
+        # Without a folder that has replaced it, an old one is all that there is.
+        if match[2] == "tmp" or path.with_name(match[1]).exists():
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch.distributed.run import main as torchrun
 
 from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
@@ -155,7 +154,7 @@ def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_p
         Command(
             "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr",
             "127.0.0.1", "--master-port", port, "-m", "psyche_fast",
-            *flags(place, tmp_path / "run"), program=torchrun,
+            *flags(place, tmp_path / "run"), program="torch.distributed.run:main",
         )
         for node in range(2)
     ]  # fmt: skip

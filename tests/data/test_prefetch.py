@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_fast.data import BatchPrefetcher, LocalDataset, Sample, collate
+from psyche_fast.data import BatchPrefetcher, LocalDataset, Sample, collate, prefetch
 
 
 class Numbers:
@@ -121,7 +121,8 @@ def test_close_ends_the_thread_when_the_queue_is_full():
     prefetcher.close()
 
 
-def test_close_does_not_wait_for_a_read_that_hangs():
+def test_close_does_not_wait_for_a_read_that_hangs(monkeypatch):
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.1)
     gate = threading.Event()
     prefetcher = BatchPrefetcher(Numbers(100, gate=gate), 1, 1, 50)
     start = time.monotonic()
@@ -132,7 +133,8 @@ def test_close_does_not_wait_for_a_read_that_hangs():
     assert not prefetcher._thread.is_alive()
 
 
-def test_close_frees_a_consumer_that_waits():
+def test_close_frees_a_consumer_that_waits(monkeypatch):
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.1)
     gate = threading.Event()
     prefetcher = BatchPrefetcher(Numbers(100, gate=gate), 1, 1, 50)
     got = []

@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_those_of_eager(tmp_path: Path) -> None:
 
 
 def test_packed_documents_are_traced_too(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "model")
+    folder = save_llama(tmp_path / "model", num_hidden_layers=1)
     assert worst(folder, Topology(), [WHOLE, PACKED]) < 1e-4
 
 
@@ -86,7 +86,7 @@ def _split(rank: int, folder: Path, dp: int, tp: int) -> float:
 
 @pytest.mark.processes
 def test_shards_of_both_kinds_are_compiled_too(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "model")
+    folder = save_llama(tmp_path / "model", num_hidden_layers=1)
     assert max(run_ranks(_split, 4, folder, 2, 2)) < 1e-4
 
 

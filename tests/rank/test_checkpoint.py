@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,24 +97,36 @@ def _save_until(moment: str, path: Path, value: float, reached: Path) -> None:
 def test_a_kill_during_a_save_leaves_what_was_there(
     tmp_path: Path, older: bool, moment: str
 ) -> None:
-    path, reached = tmp_path / "out", tmp_path / "reached"
+    path, reached = tmp_path / "runs" / "step-000005", tmp_path / "reached"
 
-    def save(value: float) -> None:
-        with atomic_folder(path) as folder:
+    def save(value: float, step: int = 5) -> None:
+        with atomic_folder(path.with_name(f"step-{step:06d}")) as folder:
             write_tensors(folder, iter([("a", torch.full((9,), value))]))
+
+    def names() -> list[str]:
+        return sorted(f.name for f in path.parent.iterdir())
 
     if older:
         save(1.0)
     with running(_save_until, moment, path, 2.0, reached) as process:
         wait_until(reached.exists)
+        save(4.0, step=4)
+        left = f".step-000005.tmp-{process.pid}"
+        assert left in names(), "it is being written"
         process.kill()
         process.join()
     assert process.exitcode == -signal.SIGKILL
     assert path.exists() == older
     if older:
         assert (load_file(path / "model.safetensors")["a"] == 1.0).all()
+    assert left in names()
+    save(6.0, step=6)
+    assert left not in names(), "a later step removes it"
+    (path.parent / f".final.tmp-{process.pid}").mkdir()
     save(3.0)
     assert (load_file(path / "model.safetensors")["a"] == 3.0).all()
+    others = [f".final.tmp-{process.pid}", "step-000004", "step-000006"]  # not all are a run's own
+    assert names() == sorted([*others, "step-000005"])
 
 
 def fill(folder: Path, text: str) -> None:
@@ -161,6 +174,17 @@ def test_where_names_cannot_be_exchanged_the_old_folder_comes_back_on_an_error(
         fill(out, "newest")
     assert (out / "a").read_text() == "new"
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_folder_that_nothing_has_replaced_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in ("step-1", "step-2"):  # killed between two renames, and after them
+        (tmp_path / f".{name}.old-{dead.pid}").mkdir()
+    fill(tmp_path / "step-2", "new")
+    fill(tmp_path / "step-3", "new")
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names == [f".step-1.old-{dead.pid}", "step-2", "step-3"]
 
 
 def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
