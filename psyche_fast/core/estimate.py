@@ -34,6 +34,7 @@ from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
+from psyche_fast.kernels.reference.direction import BLOCK_ELEMENTS
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
@@ -196,11 +197,12 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
             ).size
             sent = size if run.parallelism.replicas > 1 else 0
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
-            optimizer = chunks * (dtype.itemsize + _DTYPES[run.optimizer.delta_dtype].itemsize)
+            master = max(dtype.itemsize, torch.float32.itemsize)
+            optimizer = chunks * (master + _DTYPES[run.optimizer.delta_dtype].itemsize)
             if device_type == "cpu":
                 workspace = max(map(_workspace, layout.plans))
             if run.optimizer.offload_delta:
-                optimizer = chunks * dtype.itemsize
+                optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
             for at in (at for members in shared.values() for at in members):
                 part = layouts[at].chunks * layouts[at].totalk
@@ -242,10 +244,11 @@ def _bytes(parameter: Tensor) -> int:
 
 
 def _workspace(plan: ChunkPlan) -> int:
-    """What `kernels.reference` keeps: coefficients, magnitudes, decoded chunks, their factors."""
+    """What `kernels.reference` keeps: coefficients, magnitudes, chunks, their factors, means."""
     slices = max(part.stop - part.start for part in plan.slices)
     group = max(g[-1].stop - g[0].start for g in groups(plan))
     numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
+    numbers += 2 * min(group * plan.totalk, BLOCK_ELEMENTS)
     return numbers * plan.compute_dtype.itemsize
 
 
