@@ -74,7 +74,7 @@ class Case:
     @property
     def name(self) -> str:
         """As it is shown."""
-        return f"{self.kernel} {self.variant}"
+        return f"{self.kernel} {self.variant}".rstrip()
 
 
 def _cases() -> Iterator[Case]:

@@ -94,7 +94,7 @@ def made(device: torch.device, backend: str, tiny: bool) -> dict[str, Tensor]:
     for kind, shapes in (("tiles", [(64, 64)] if tiny else [(256, 192)]), ("rows", [(67, 64)])):
         for name, operation in (
             ("encode", smoke.encode),
-            ("apply", partial(smoke.apply, signs=False, ahead="no")),
+            ("apply", partial(smoke.apply, signs=False, ahead=False)),
         ):
             data = Data(shapes, device, torch.bfloat16, drawn_on=smoke.CPU)
             for what, tensor in operation(data, backend).items():

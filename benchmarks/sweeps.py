@@ -47,7 +47,7 @@ def _encode(*ks: int) -> tuple[tuple[str, Callable[[Data, str], Work]], ...]:
 
 _APPLY = (("apply n=16 k=8", partial(make.apply, peers=16, signs=True)),)
 _MANY = (("apply n=64 k=32", partial(make.apply, peers=64, signs=True, k=32)),)
-_LOOKAHEAD = (("lookahead", partial(make.lookahead, copy=True)),)
+_LOOKAHEAD = (("lookahead", make.lookahead),)
 _REGISTERS = {2: 255, 3: 168, 4: 128, 6: 80, 8: 64}
 
 SWEEPS = (
