@@ -135,9 +135,10 @@ def apply(
     k: int = 8,
     look_ahead: bool = True,
 ) -> Work:
-    """Peers' results to the mean, decode, signed step, and with it the look-ahead."""
+    """Peers' results to the mean, decode, signed step; with a look-ahead of a master in float32."""
     plans = data.layout(k).plans
-    parameters = data.tensors("parameter", data.dtype, 0.01)
+    kept = torch.float32 if look_ahead else data.dtype
+    parameters = data.tensors("master" if look_ahead else "parameter", kept, 0.01)
     deltas = data.state(torch.float32)
     copies = data.tensors("ahead", data.dtype, 0.01) if look_ahead else None
     sent = [data.entries(plan, peers, signs=signs) for plan in plans]
@@ -186,7 +187,7 @@ def apply(
     plain.delta.clear()
     calls["plain"] = run_plain  # the reference looks ahead nowhere
     size = data.dtype.itemsize
-    per_element = 3 * size + 4 if look_ahead else 2 * size
+    per_element = 8 + 4 + size if look_ahead else 2 * size
     least = data.elements * per_element
     least += sum(entry_bytes(p, peers * p.k, signs) + 16 * p.chunks for p in plans)
     return Work(calls, check, least)
@@ -218,9 +219,9 @@ def subtract(data: Data, backend: str, *, k: int = 8) -> Work:
 
 
 def lookahead(data: Data, backend: str) -> Work:
-    """`ahead = parameter - lr * sign(delta)`."""
+    """`ahead = parameter - lr * sign(delta)`, parameters in float32."""
     plans = data.layout(1).plans
-    parameters = data.tensors("parameter", data.dtype, 0.01)
+    parameters = data.tensors("master", torch.float32, 0.01)
     targets = data.tensors("ahead", data.dtype, 0.01)
     deltas = data.state(torch.float32)
 
@@ -246,7 +247,7 @@ def lookahead(data: Data, backend: str) -> Work:
         shares = [flipped(a, e) for a, e in zip(after, exact, strict=True)]
         return verdict(name, {"flips": max(shares)})
 
-    least = (4 + 2 * data.dtype.itemsize) * data.elements + 16 * sum(p.chunks for p in plans)
+    least = (8 + data.dtype.itemsize) * data.elements + 16 * sum(p.chunks for p in plans)
     return Work({n: partial(run, n) for n in (backend, "torch")}, check, least)
 
 

@@ -35,6 +35,7 @@ from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
+from psyche_fast.kernels.reference.direction import BLOCK_ELEMENTS
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
@@ -246,11 +247,12 @@ def _bytes(parameter: Tensor) -> int:
 
 
 def _workspace(plan: ChunkPlan) -> int:
-    """What `kernels.reference` keeps: coefficients, magnitudes, decoded chunks, their factors."""
+    """What `kernels.reference` keeps: coefficients, magnitudes, chunks, their factors, means."""
     # A rank may have no chunk of a class that others have.
     slices = max((part.stop - part.start for part in plan.slices), default=0)
     group = max((g[-1].stop - g[0].start for g in groups(plan)), default=0)
     numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
+    numbers += 2 * min(group * plan.totalk, BLOCK_ELEMENTS)
     return numbers * plan.compute_dtype.itemsize
 
 

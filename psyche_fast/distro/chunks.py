@@ -260,15 +260,15 @@ def check_compression(decay: float, topk: int, chunk: int, weight_decay: float) 
         raise ValueError(f"weight_decay must be a number and not negative, got {weight_decay}")
 
 
-def check_delta_shape(parameter: ParameterLayout, delta: Tensor) -> None:
-    """Check that a saved delta has the encoded shape of its parameter.
+def check_delta_shape(parameter: ParameterLayout, delta: Tensor, kind: str = "delta") -> None:
+    """Check that a saved delta, or another kind of state, has its parameter's encoded shape.
 
     Raises:
         ValueError: it has not; the parameter is named.
     """
     if tuple(delta.shape) != parameter.xshape:
         raise ValueError(
-            f"delta of parameter {parameter.name} is cut as {list(delta.shape)} "
+            f"{kind} of parameter {parameter.name} is cut as {list(delta.shape)} "
             "in the saved state, but as "
             f"{list(parameter.xshape)} in this run (its shape or compression_chunk differs)"
         )

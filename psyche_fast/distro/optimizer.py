@@ -410,9 +410,9 @@ class DistroStep:
                 where = "no such parameter" if name in found else "missing from the saved state"
                 raise ValueError(f"{kind} of parameter {name}: {where}")
         for p in self._wholes:
-            for tensors in (saved, masters):
-                if p.name in tensors:
-                    check_delta_shape(p, tensors[p.name])
+            check_delta_shape(p, saved[p.name])
+            if p.name in masters:
+                check_delta_shape(p, masters[p.name], "master")
         self.plain()
         if masters:
             self._take_up()

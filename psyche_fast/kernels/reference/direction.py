@@ -24,7 +24,7 @@ from psyche_fast.kernels.reference.workspace import (
     scratch,
 )
 
-_BLOCK = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 """Elements whose entries are worked on together."""
 _CACHED = 1 << 18
 """Elements that go through the passes over all of them together: they stay in a core's cache."""
@@ -37,7 +37,7 @@ def descent(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
     """
     like = torch.empty(0, device=plan.device)
     result = scratch(RESULT, (stop - start, plan.h, plan.w), like)
-    step = max(1, _BLOCK // plan.totalk)
+    step = max(1, BLOCK_ELEMENTS // plan.totalk)
     for first in range(start, stop, step):
         last = min(first + step, stop)
         index = entries.indices[first:last].to(torch.int64)
