@@ -202,12 +202,12 @@ def test_look_ahead_is_undone_bit_for_bit(dtype):
 
 
 def test_arithmetic_on_half_precision_rounds_once():
-    """The step is taken in float32 with the full learning rate, then rounded."""
+    """With masters in bfloat16: in float32 with the full learning rate, then rounded."""
     lr, weight_decay = 4.123e-3, 0.1
     arrays = random_arrays(6, {"p": (64, 64)})
     parameters = to_parameters(arrays, torch.bfloat16)
     plain = parameters["p"].detach().clone()
-    distro = make(parameters, weight_decay=weight_decay)
+    distro = make(parameters, weight_decay=weight_decay, master_dtype=torch.bfloat16)
     set_gradients(parameters, random_arrays(7, {"p": (64, 64)}))
     result = distro.generate(None, lr, lr)
     decayed = (plain.float() * (1 - lr * weight_decay)).bfloat16()

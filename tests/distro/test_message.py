@@ -106,7 +106,7 @@ def _magic(row):
 
 
 def _version(row):
-    row[4] = 2
+    row[4] = 1
 
 
 def _kind(row):
@@ -115,6 +115,10 @@ def _kind(row):
 
 def _layout(row):
     row[20] ^= 255
+
+
+def _definition(row):
+    row[24:32] = 0
 
 
 def _payload(row):
@@ -153,7 +157,8 @@ def test_kernels_and_reference_understand_each_other():
     ("spoil", "said"),
     [
         (_magic, "magic"),
-        (_version, "version 2, wanted 1"),
+        (_version, "version 1, wanted 2"),
+        (_definition, "definition hash 0, wanted"),
         (_kind, "kind of values 16, wanted 32"),
         (_layout, "layout hash"),
         (_payload, "checksum"),

@@ -133,12 +133,12 @@ class _Block:
         left = _tables(plan.h, chunk.device)
         frequency, column = _split(self._index.index_select(0, chunk), plan.w)
         frequency.add_(row.unsqueeze(1), alpha=plan.h)
-        c = self.c.index_select(0, chunk)
+        c = self.c.index_select(0, chunk).double()
         # 512 P(A, D) = A D - lo(A) lo(D)
         terms = left.basis.take(frequency).mul_(c)
         terms.sub_(left.low.take(frequency).mul_(limbs(c)[1]))
         if not self._unique:
-            terms.div_(self._count.index_select(0, chunk))
+            terms.div_(self._count.index_select(0, chunk).double())
         z = terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
         return z.div_(LIMB).round_().float()
 
@@ -162,7 +162,9 @@ class _Block:
         minus = _tables(w, out.device).minus_rows
         torch.index_select(minus, 0, column.view(-1), out=right.view(-1, w))
         torch.bmm(left.mul_(value.unsqueeze(-1)).transpose(1, 2), right, out=out)
-        return value.abs().sum(1, keepdim=True)
+        # A column's sum of magnitudes bounds them.
+        sums = value.new_zeros(n, w).scatter_add_(1, column, value.abs())
+        return sums.amax(1, keepdim=True)
 
     def _limit(self, size: Tensor | float) -> Tensor:
         """How far float32 may be from what the definition takes the sign of, `[n, 1]` or `[n, h]`.
