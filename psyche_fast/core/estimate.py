@@ -202,7 +202,9 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
             optimizer = chunks * (master + getattr(torch, run.optimizer.delta_dtype).itemsize)
             if device_type == "cpu":
-                workspace = max(map(_workspace, layout.plans), default=0)
+                workspace = max(
+                    (_workspace(plan, run.parallelism.replicas) for plan in layout.plans), default=0
+                )
             if run.optimizer.offload_delta:
                 optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
@@ -246,13 +248,14 @@ def _bytes(parameter: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _workspace(plan: ChunkPlan) -> int:
-    """What `kernels.reference` keeps: coefficients, magnitudes, chunks, their factors, means."""
+def _workspace(plan: ChunkPlan, replicas: int) -> int:
+    """What `kernels.reference` keeps: coefficients, magnitudes, chunks, their factors, sums."""
     # A rank may have no chunk of a class that others have.
     slices = max((part.stop - part.start for part in plan.slices), default=0)
     group = max((g[-1].stop - g[0].start for g in groups(plan)), default=0)
     numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
-    numbers += 2 * min(group * plan.totalk, BLOCK_ELEMENTS)
+    if replicas > 1:  # entries of one are not added up
+        numbers += 2 * min(group * plan.totalk, BLOCK_ELEMENTS)
     return numbers * plan.compute_dtype.itemsize
 
 

@@ -9,6 +9,7 @@ parameter are read through a strided view.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ def single(rate: float | Tensor) -> float | Tensor:
     What follows from it in float64 is then the same on all machines, though their cosines of a
     schedule may differ in the last bit.
     """
-    return rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32).item()
+    return rate if isinstance(rate, Tensor) else ctypes.c_float(rate).value
 
 
 def index_dtype(totalk: int) -> torch.dtype:

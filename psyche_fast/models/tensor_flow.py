@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from psyche_fast.compat import TorchDispatchMode, storage_key, tree_leaves, without_values
+from psyche_fast.compat import (
+    TorchDispatchMode,
+    attention_of,
+    storage_key,
+    tree_leaves,
+    without_values,
+)
 
 _TOKENS = 7  # odd, unlike what ranks divide
 _SUMS = {
@@ -201,7 +207,7 @@ def partial_gradients(
 def _acting(module: nn.Module, acting: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Other forwards for the layers of the plan; attention is the plain one."""
     own = {part: part.__dict__.get("forward") for part in acting}
-    attention = module.config._attn_implementation if isinstance(module, PreTrainedModel) else None
+    attention = attention_of(module) if isinstance(module, PreTrainedModel) else None
     try:
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")

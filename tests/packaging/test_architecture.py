@@ -191,7 +191,7 @@ def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
         lines = path.read_text(encoding="utf-8").count("\n")
         documentation = ast.get_docstring(tree(module)) or ""
         first, *_ = documentation.splitlines() or [""]
-        if lines > 450 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
+        if lines > 480 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
             wrong[module] = (lines, first)
     assert wrong == {}
 
@@ -266,8 +266,8 @@ def test_the_gradients_road_is_short() -> None:
 
 def test_the_package_stays_small() -> None:
     lines = {module: source(module).count("\n") for module in modules()}
-    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4500
-    assert sum(lines.values()) < 18_600
+    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 5150
+    assert sum(lines.values()) < 19_600
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
