@@ -266,7 +266,7 @@ def test_the_gradients_road_is_short() -> None:
 
 def test_the_package_stays_small() -> None:
     lines = {module: source(module).count("\n") for module in modules()}
-    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4500
+    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 5100
     assert sum(lines.values()) < 17_700
 
 
