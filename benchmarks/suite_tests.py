@@ -17,7 +17,7 @@ from benchmarks.suite_process import ROOT, UNUSABLE
 
 # These test the compiler's output or the interpreter, and need no GPU.
 WITHOUT_GPU = ("test_aot.py", "test_compile_guard.py", "test_interpreter.py", "test_sass.py")
-QUICK = ("test_backends.py",)
+QUICK = ("test_versions.py",)
 OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 MOST_PROCESSES = 10
 TEST_S = 90.0

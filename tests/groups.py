@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ PRELOADED = [
 ]  # fmt: skip
 """What the server imports; what cannot be imported is left out."""
 _TRAIN = "psyche_fast.cli:main"
+RANKS = {"psyche_fast": _TRAIN, "psyche_fast.sidecar": "psyche_fast.sidecar:main"}
 TIMEOUT = 220.0
 """Seconds that processes may take."""
 _PR_SET_PDEATHSIG = 1
@@ -358,16 +360,19 @@ def _run(program: str, arguments: list[str]) -> None:
     _leave(int(status or 0))
 
 
-def fork_ranks() -> None:
-    """Has this process fork the ranks that it starts, instead of Pythons that import all anew."""
+def fork_ranks(programs: Mapping[str, str] = RANKS) -> None:
+    """Has this process fork what it starts of itself, instead of Pythons that import all anew.
+
+    Args:
+        programs: `module:function` by a module or script.
+    """
     plain = subprocess.Popen.__init__
 
     def start(self: Any, args: Sequence[str], *more: Any, **options: Any) -> None:
-        module = args[args.index("-m") + 1] if "-m" in args else None
-        program = {"psyche_fast": _TRAIN, "psyche_fast.sidecar": f"{module}:main"}.get(str(module))
-        if program is not None:
-            arguments = list(args[args.index("-m") + 2 :])
-            options["preexec_fn"] = partial(_rank, program, arguments, options)
+        for at, word in enumerate(args[1:4], start=1):
+            if args[0] == sys.executable and word in programs:
+                arguments = list(args[at + 1 :])
+                options["preexec_fn"] = partial(_rank, programs[word], arguments, options)
         plain(self, args, *more, **options)
 
     subprocess.Popen.__init__ = start  # type: ignore[assignment]
@@ -387,5 +392,6 @@ def _rank(program: str, arguments: list[str], options: Mapping[str, Any]) -> Non
         if int(name) > 2 and int(name) not in options.get("pass_fds", ()):
             with suppress(OSError):  # the listing's own
                 os.close(int(name))
+    vars(resource_tracker._resource_tracker).update(_fd=None, _pid=None)
     logging.getLogger("psyche_fast").handlers.clear()
     _run(program, arguments)

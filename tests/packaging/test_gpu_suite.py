@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from benchmarks import (
     smoke,
     suite_process,
 )
+from tests import groups
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)  # processes that import torch, on a machine with other work
@@ -44,23 +46,35 @@ def numbers(value):
         yield value
 
 
+def bare(arguments):
+    """The suite, in a process where the packages are absent, with sections that are forked."""
+    ours = ("psyche_fast", "benchmarks", "tests")
+    for name in [name for name in sys.modules if name.split(".")[0] in (*ABSENT, *ours)]:
+        del sys.modules[name]
+    exec(SITE, {})
+    groups.fork_ranks({str(suite_process.SCRIPT): f"{__name__}:section"})
+    section(arguments)
+
+
+def section(arguments):
+    sys.argv = ["gpu_suite.py", *arguments]
+    importlib.import_module("benchmarks.gpu_suite").main()
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # about a minute on a quiet machine
+@pytest.mark.processes
+@pytest.mark.timeout(1200)  # half a minute on a quiet machine
 def test_dry_run_from_a_bare_checkout(tmp_path):
     """Every section, through the interpreter, with none of the packages that may be missing."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(SITE)
     out = tmp_path / "out"
-    script = [sys.executable, "benchmarks/gpu_suite.py"]
-    done = subprocess.run(
-        [*script, "--tiny", "--seconds", "1100", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}."},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    suite = groups.Command(
+        "--tiny", "--seconds", "1100", "--out", str(out), program=f"{__name__}:bare", folder=ROOT,
+        environment={"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}."},
+    )  # fmt: skip
+    stdout, stderr = suite.communicate(1150)
+    assert suite.returncode == 0, stdout[-3000:] + stderr[-3000:]
     files = sorted(path.name for path in out.iterdir())
     pictures = ["kernels.png", "steps.png", "sweeps.png", "train.png"]
     assert files == sorted(["correctness.log", "suite.json", "tuning.toml", *pictures])
@@ -90,7 +104,7 @@ def test_dry_run_from_a_bare_checkout(tmp_path):
     assert sections["compile"] | {"seconds": 0} == {
         "status": "ok", "compiled": 4, "faults": [], "seconds": 0,
     }  # fmt: skip
-    assert "a dry run through the interpreter" in done.stdout
+    assert "a dry run through the interpreter" in stdout
 
 
 def test_kernel_benchmark_on_a_cpu_and_its_picture(tmp_path):
