@@ -138,6 +138,11 @@ def supported_attention(model: Any) -> tuple[bool, bool]:
     return bool(model._supports_flash_attn), bool(model._supports_sdpa)
 
 
+def attention_of(model: Any) -> str:
+    """What attends in a model (5.17 .. 5.23)."""
+    return model.config._attn_implementation or "eager"
+
+
 def dtype_plan(model: Any, dtype: torch.dtype) -> Iterable[str]:
     """Patterns of parameters that stay in fp32 whatever the rest is (5.17 .. 5.23)."""
     plan: Iterable[str] = model._get_dtype_plan(dtype)
