@@ -139,9 +139,9 @@ def supported_attention(model: Any) -> tuple[bool, bool]:
     return bool(model._supports_flash_attn), bool(model._supports_sdpa)
 
 
-def attention_of(model: Any) -> str | None:
-    """The attention implementation that a Transformers model runs."""
-    return model.config._attn_implementation  # type: ignore[no-any-return]
+def attention_of(model: Any) -> str:
+    """What attends in a model (5.17 .. 5.23)."""
+    return model.config._attn_implementation or "eager"
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> Iterable[str]:

@@ -91,8 +91,9 @@ def _construct(
             return model
 
     try:
-        exact = constructed(torch.float32)  # constructors compute their buffers in the type given
         model = constructed(param_dtype)
+        # Constructors compute their buffers in the type given.
+        exact = model if param_dtype == torch.float32 else constructed(torch.float32)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"--model: {config.model_type} cannot be built with --attn-implementation "
@@ -106,7 +107,8 @@ def _construct(
             tensor.data = tensor.data.float()
     values = dict(exact.named_buffers())
     for name, buffer in model.named_buffers():
-        buffer.copy_(values[name])
+        if buffer is not values[name]:
+            buffer.copy_(values[name])
     return model
 
 

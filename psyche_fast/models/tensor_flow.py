@@ -184,11 +184,11 @@ def partial_gradients(
     try:
         with torch.no_grad(), _acting(module, acting), follow:
             follow.mark(tokens, _Kind(given=True))
+            call: tuple[tuple[Tensor, ...], dict[str, Any]]
+            call = (tokens,), {"labels": None, "position_ids": None}
             if isinstance(module, PreTrainedModel):
-                arguments = {"input_ids": tokens, "use_cache": False}
-            else:
-                arguments = {"input_ids": tokens, "labels": None, "position_ids": None}
-            torch.func.functional_call(module, state, (), arguments)
+                call = (), {"input_ids": tokens, "use_cache": False}
+            torch.func.functional_call(module, state, *call)
         problem = follow.problem
     # Layers that reckon with sizes of the whole fail in any way.
     except Exception as error:
@@ -207,7 +207,7 @@ def partial_gradients(
 def _acting(module: nn.Module, acting: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Other forwards for the layers of the plan; attention is the plain one."""
     own = {part: part.__dict__.get("forward") for part in acting}
-    attention = attention_of(module) if isinstance(module, PreTrainedModel) else None
+    attention = attention_of(module) if isinstance(module, PreTrainedModel) else ""
     try:
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")
@@ -220,4 +220,4 @@ def _acting(module: nn.Module, acting: dict[nn.Module, Callable[..., Any]]) -> I
             if before is not None:
                 part.forward = before
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(attention or "eager")
+            module.set_attn_implementation(attention)
