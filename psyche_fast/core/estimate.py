@@ -274,8 +274,9 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
         module.to_empty(device=device)
         building.tie(module, aliases)
         model = CausalLM(
-            module, config={}, architecture="HfAuto", device=device, attn_implementation=attention,
-            class_name=type(module).__name__, blocks=(),
+            module, config=module.config.to_dict(), architecture="HfAuto", device=device,
+            attn_implementation=attention,
+            class_name=type(module).__name__, blocks=(), loss=run.model.loss,
         )  # fmt: skip
         for parameter in module.parameters():
             # Counted apart; in this pass each lives as long as it takes to be added.

@@ -26,6 +26,7 @@ from tests.memory import (
     give_back_at_once,
     needs_proc,
 )
+from tests.tiny import llama_config
 
 BASE: dict[str, Any] = {
     "distro": True, "distro_quantization": True, "sequence_length": 128, "micro_batch": 4,
@@ -137,3 +138,15 @@ def test_bad_input_is_one_line(tmp_path: Path, words: list[str], says: str) -> N
     assert isinstance(said.exception, ValueError)
     assert says in str(said.exception)
     assert not dist.is_initialized()
+
+
+def test_a_loss_without_logits_is_what_is_estimated() -> None:
+    model = llama_config(vocab_size=131072, max_position_embeddings=512).to_dict()
+    model["architectures"] = ["LlamaForCausalLM"]
+    sizes = {}
+    for loss in ("plain", "auto"):
+        run = RunConfig.of(sequence_length=512, micro_batch=4, param_dtype="float32", loss=loss)
+        sizes[loss] = estimate(model, run).activations
+    logits = 4 * 4 * 512 * 131072
+    assert sizes["plain"] > 2 * logits
+    assert sizes["auto"] < 0.2 * logits
