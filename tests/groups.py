@@ -230,11 +230,16 @@ def running(function: Callable[..., None], *args: Any) -> Iterator[Any]:
         _end([process])
 
 
-def _start(function: Callable[..., None], *args: Any) -> Any:
+def context() -> Any:
+    """`multiprocessing` with the server that has imported what it needs."""
     assert allowed, "a test that starts processes is to be marked: @pytest.mark.processes"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=function, args=args)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    return server
+
+
+def _start(function: Callable[..., None], *args: Any) -> Any:
+    process = context().Process(target=function, args=args)
     process.start()
     return process
 
