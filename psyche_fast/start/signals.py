@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from psyche_fast.start.ending import exit_now
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a run with a checkpoint; SIGINT and SIGTERM, coming second, end it at once."""
 
 
