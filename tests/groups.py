@@ -2,8 +2,8 @@
 
 They are forked from a server that has imported what they need, which takes milliseconds instead of
 the seven seconds of an import; otherwise they are processes like any other, with real groups
-between them, and the sidecars of a run are children of its core. tests/processes.py starts them as
-a user does, for what an import decides.
+between them, and a run's sidecars are children of its core. `test_any_python_model` starts a run as
+users do.
 """
 
 from __future__ import annotations
