@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests import groups, processes
+from tests import groups
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
@@ -43,5 +43,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_teardown() -> None:
     """A test that fails leaves no process behind."""
-    processes.end_all()
     groups.end_all()

@@ -2,8 +2,8 @@
 
 They are forked from a server that has imported what they need, which takes milliseconds instead of
 the seven seconds of an import; otherwise they are processes like any other, with real groups
-between them, and the sidecars of a run are children of its core. tests/processes.py starts them as
-a user does, for what an import decides.
+between them, and a run's sidecars are children of its core. `test_any_python_model` starts a run as
+users do.
 """
 
 from __future__ import annotations
@@ -230,11 +230,16 @@ def running(function: Callable[..., None], *args: Any) -> Iterator[Any]:
         _end([process])
 
 
-def _start(function: Callable[..., None], *args: Any) -> Any:
+def context() -> Any:
+    """`multiprocessing` with the server that has imported what it needs."""
     assert allowed, "a test that starts processes is to be marked: @pytest.mark.processes"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=function, args=args)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    return server
+
+
+def _start(function: Callable[..., None], *args: Any) -> Any:
+    process = context().Process(target=function, args=args)
     process.start()
     return process
 

@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.kernel_data import Data
 from benchmarks.shapes import SETS
+from tests import groups
 
 CPU = torch.device("cpu")
 
@@ -163,7 +164,10 @@ def job(numbers):
     return f"fault {number}" if kind == "fails" else None
 
 
-def test_a_job_that_dies_costs_the_compiling_no_other():
+@pytest.mark.processes
+def test_a_job_that_dies_costs_the_compiling_no_other(monkeypatch):
+    server = groups.context()
+    monkeypatch.setattr(precompile.multiprocessing, "get_context", lambda kind: server)
     todo = [(kind, i, 0, 0) for i, kind in enumerate(("good", "fails", "dies", "good", "fails"))]
     begun = time.monotonic()
     faults = precompile.run(todo, lambda: 60 - (time.monotonic() - begun), job)
