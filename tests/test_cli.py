@@ -169,6 +169,9 @@ def test_files_are_flat_or_nested_and_give_back_what_was_written(tmp_path: Path)
     # As runs wrote it before there were tables, in any order.
     lines = [line for line in config.to_toml().splitlines() if line and not line.startswith("[")]
     flat.write_text("\n".join(reversed(lines)))
+    written = nested.read_text()  # by a version that had one option more
+    nested.write_text(written.replace("[parallelism]\n", "[parallelism]\nmixed_gpus = false\n"))
+    assert "mixed_gpus" in nested.read_text()
     for file in (nested, flat):
         assert RunConfig.of(**read_toml(str(file))) == config
 

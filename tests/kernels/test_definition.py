@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from psyche_fast.integers import definition_hash, integer_basis
+from psyche_fast.kernels import backends
 from psyche_fast.kernels.apply import apply
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.kernels.reference import direction
@@ -141,8 +142,9 @@ def test_magnitudes(scale, dtype):
     plan = one_class([(64, 64)], k=8, device=torch.device("cpu"), dtype=dtype)
     entries = entries_of(plan, "random", 3, signs=False)
     entries = Entries(entries.indices, (entries.values.double() * scale).to(dtype))
-    right = from_chunks(wanted(plan, entries), (64, 64))
+    right, before = from_chunks(wanted(plan, entries), (64, 64)), entries.values.clone()
     assert (moved(plan, (64, 64), entries, "cpu", "torch") == -right).all()
+    assert torch.equal(entries.values, before)
 
 
 @pytest.mark.parametrize("peers", [1, 3, 24])
@@ -175,6 +177,38 @@ def nearly_zero(plan, entries):
         if abs(terms[-1]) > 0.1:
             values[chunk, -1] = -rest * counts[-1] / terms[-1]
     return Entries(entries.indices, values, entries.unique)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["16x16", "1x50"])
+def test_decay_and_step_are_rounded_one_by_one(name, dtype, device, backend):
+    """To float32 each, and then once to the parameter's dtype; the same by every backend."""
+    shape, rate, shrink = SHAPES[name], np.float32(0.01), np.float32(0.9876)
+    plan = one_class([shape], k=6, device=device, dtype=dtype)
+    entries = entries_of(plan, "random", 3, signs=True)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    step = -rate * from_chunks(wanted(plan, entries), shape).astype(np.float32)
+    exact = torch.from_numpy(start.float().numpy() * shrink + step).to(dtype)
+    for own, where in (("torch", torch.device("cpu")), (backend, device)):
+        parameter = start.to(where, copy=True)
+        sent = Entries(entries.indices.to(where), entries.values.to(where))
+        plan = one_class([shape], k=6, device=where, dtype=dtype)
+        apply(plan, [parameter], sent, [float(rate)], shrinks=[float(shrink)], backend=own)
+        assert torch.equal(parameter.cpu(), exact)
+
+
+def test_a_device_that_adds_up_otherwise_is_refused_in_one_line(device, backend, monkeypatch):
+    plan = one_class([(64, 64)], k=1, device=device)
+    for name in ("torch", backend):
+        assert backends.checked_backend(plan, name) == name
+        module = backends.implementation(name, "apply")
+        products = module.exact_products
+        monkeypatch.setattr(module, "exact_products", lambda a, b, p=products: p(a, b) * (1 + 2e-7))
+        backends._check_products.cache_clear()
+        with pytest.raises(ValueError, match="sums of products of integers wrong") as refused:
+            backends.checked_backend(plan, name)
+        assert "\n" not in str(refused.value)
+    backends._check_products.cache_clear()
 
 
 def test_tables_are_the_same_by_any_cosine():
