@@ -273,8 +273,9 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device=device)
         building.tie(module, aliases)
+        settings: Any = module.config
         model = CausalLM(
-            module, config=module.config.to_dict(), architecture="HfAuto", device=device,
+            module, config=settings.to_dict(), architecture="HfAuto", device=device,
             attn_implementation=attention,
             class_name=type(module).__name__, blocks=(), loss=run.model.loss,
         )  # fmt: skip
