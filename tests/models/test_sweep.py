@@ -43,6 +43,15 @@ SAMPLE = {
     "--data-parallelism 2": ["mamba", "roberta", "hrm_text"],
     "--tensor-parallelism 2": ["apertus", "doge"],
 }
+REFUSED: dict[tuple[str, str], str] = {
+    ("rows longer than its positions", "whisper"): "more than the max_target_positions of 64",
+    ("packed documents", "roberta"): "counts positions its own way",
+    ("packed documents", "bart"): "counts positions its own way",
+    ("estimate", "jetmoe"): "cannot be gone through without values, so there is no estimate",
+    ("--tensor-parallelism 2", "doge"): "cannot compute with a rank's part of its layers",
+}
+"""Of the sample: a part of the reason."""
+
 CASES = [
     (stage, model_type)
     for stage in [*ALONE, *SPLIT]
@@ -126,11 +135,9 @@ def test_numbers_are_right_or_refused(
             why = str(error)
     refusals[stage, model_type] = general(why)
     if not EVERYTHING:
-        listed = re.search(
-            rf"^\| {re.escape(stage)} \|.* {model_type}[ ,].*$", PAGE.read_text(), re.M
-        )
-        assert bool(why) == bool(listed), why
-        assert not why or general(why) in listed[0]
+        wanted = REFUSED.get((stage, model_type), "")
+        assert bool(why) == bool(wanted), why
+        assert wanted in why
 
 
 def general(why: str) -> str:
