@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def traces(folder: Callable[[str], Path]) -> Callable[[str, str], Any]:
     def trace(stage: str, model_type: str) -> Any:
         if (stage, model_type) not in seen:
             at = wanted.index((stage, model_type))
-            cases = [(kind, name, folder(name)) for kind, name in wanted[at : at + TOGETHER]]
+            cases = []
+            for kind, name in wanted[at : at + TOGETHER]:
+                with suppress(Exception):  # those that cannot be built
+                    cases.append((kind, name, folder(name)))
             ranks = run_ranks(both, 2, cases)
             for number, (kind, name, _) in enumerate(cases):
                 seen[kind, name] = [rank[number] for rank in ranks]
