@@ -162,7 +162,7 @@ def apply(
                 lead = m.lead if plan.h == 1 and p.dim() == 1 else (*m.lead, plan.h)
                 index = entries.indices[own].long().view(*m.lead, -1)
                 value = entries.values[own].view(*m.lead, -1)
-                value = 1 - 2 * value.to(data.dtype) if signs else value
+                value = 1 - 2 * value.to(p.dtype) if signs else value.to(p.dtype)
                 dense = plain.scatter(index, value, torch.Size((*lead, plan.w)))
                 p.sub_(plain.decode(dense).view_as(p).sign_(), alpha=RATE)
 

@@ -47,6 +47,8 @@ class DistroLoop:
             **options,
         )
         self.own: list[Entries] | None = None
+        # As in `train`, which knows from the norm that gradients are finite.
+        self._scale = torch.ones((), device=parameters[0].device)
         self._format = None
         if message:
             self._format = MessageFormat(self.distro.layout, self.distro.backends, signs=False)
@@ -54,7 +56,7 @@ class DistroLoop:
     def step(self) -> None:
         """One step, with the own result as the only peer's."""
         self.distro.look_ahead(RATE)
-        new = self.distro.compress(self.own, RATE)
+        new = self.distro.compress(self.own, RATE, grad_scale=self._scale)
         self.distro.update(new if self._format is None else self._sent(self._format, new), RATE)
         self.own = new
 
