@@ -397,7 +397,7 @@ class GradientGuard:
         self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._what = what
         self._warned = False
-        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+        self._copy: Tensor | None = None
 
     def scale(self, gradients: Iterable[Tensor | None], scale: float | Tensor | None) -> Tensor:
         """`scale` where all gradients are finite, else NaN; nothing waits for the device.
@@ -432,15 +432,14 @@ class GradientGuard:
             return
         count = self.refused
         if count.device.type == "cuda":
-            # The last step's, if it is known by now: the device is not waited for.
-            last = self._copy
-            if last is not None and not last[1].query():
-                return
-            pinned = torch.zeros((), dtype=torch.int64, pin_memory=True)
-            self._copy = pinned.copy_(count, non_blocking=True), torch.cuda.Event()
-            self._copy[1].record()
-            count = pinned.new_zeros(()) if last is None else last[0]
-        if int(count):
+            # What has arrived of an earlier step's, old or new: the device is not waited for.
+            if self._copy is None:
+                self._copy = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            seen = int(self._copy)
+            self._copy.copy_(count, non_blocking=True)
+        else:
+            seen = int(count)
+        if seen:
             self._warned = True
             logger.warning(
                 "%s: a gradient was not finite; such a step's gradients are left out whole, and "

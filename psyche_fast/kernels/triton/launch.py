@@ -105,7 +105,10 @@ class Planned:
             parts = [_split(plan.basis_h, self.H), _split(plan.basis_w.t(), self.W)]
             self.inverse_basis = torch.cat(parts)
             tables = [_limbs(plan.h, self.H), _limbs(plan.w, self.W, transposed=True)]
-        self.limbs = torch.cat(tables).to(plan.device)
+        table = torch.cat(tables)
+        if plan.device.type == "cuda":
+            table = table.pin_memory().to(plan.device, non_blocking=True)
+        self.limbs = table
         self.rows_h = _pad(plan.rows_h, self.H)
         self.rows_w = _pad(plan.rows_w, padded(plan.w))
         self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
