@@ -277,7 +277,8 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
         model = CausalLM(
             module, config=settings.to_dict(), architecture="HfAuto", device=device,
             attn_implementation=attention,
-            class_name=type(module).__name__, blocks=(), loss=run.model.loss,
+            class_name=type(module).__name__, blocks=(),
+            loss="plain" if run.parallelism.tensor_parallelism > 1 else run.model.loss,
         )  # fmt: skip
         for parameter in module.parameters():
             # Counted apart; in this pass each lives as long as it takes to be added.
