@@ -218,7 +218,7 @@ def test_small_ids_of_the_other_size_are_noticed(tmp_path, largest):
 def test_files_that_are_all_zero_are_of_either_size(tmp_path):
     write(tmp_path / "a.bin", np.zeros(400))
     for size in (2, 4):
-        LocalDataset(tmp_path, size, 4)
+        assert len(LocalDataset(tmp_path, size, 4)) == (400 * 2 // size - 1) // 4
 
 
 def test_hidden_files_are_left_alone(tmp_path):

@@ -19,15 +19,16 @@ from psyche_fast.kernels.reference.workspace import (
     LEFT,
     RESULT,
     RIGHT,
-    ROWS,
     SUMS,
     scratch,
 )
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements whose entries are worked on together."""
-_CACHED = 1 << 18
+_CACHED = 1 << 17
 """Elements that go through the passes over all of them together: they stay in a core's cache."""
+_EXACT = 1 << 15
+"""Elements of doubtful rows that are worked on together, for the same reason."""
 
 
 def descent(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
@@ -104,7 +105,7 @@ class _Block:
                 torch.mm(dense[some], minus, out=to.view(-1, length))
             else:
                 sizes.append(self._outer(some, to) if low_rank else self._sandwich(dense[some], to))
-            magnitudes = torch.abs(to, out=scratch(ROWS, tuple(to.shape), to))
+            magnitudes = torch.abs(to, out=scratch(LEFT, tuple(to.shape), to))
             least.append(magnitudes.view(-1, length).amin(1))
             to.sign_()
         limit = self._limit(torch.cat(sizes) if sizes else 0.0)
@@ -112,17 +113,19 @@ class _Block:
         lines = out.view(-1, length)
         if len(doubtful) == 0:
             return
-        if is_vector:
-            z = dense.index_select(0, doubtful)
-        else:
-            row = doubtful.remainder(h)
-            chunk = doubtful.sub(row).floor_divide_(h)
-            if self._is_dense:
-                left = _exact_left(plan, dense.index_select(0, chunk), row)
+        elements = plan.totalk if is_vector or self._is_dense else self._index.shape[1]
+        for some in doubtful.split(max(1, _EXACT // elements)):
+            if is_vector:
+                z = dense.index_select(0, some)
             else:
-                left = self._exact_rows(chunk, row)
-            z = _in_18_bits(left)
-        lines.index_copy_(0, doubtful, _right(z))
+                row = some.remainder(h)
+                chunk = some.sub(row).floor_divide_(h)
+                if self._is_dense:
+                    left = _exact_left(plan, dense.index_select(0, chunk), row)
+                else:
+                    left = self._exact_rows(chunk, row)
+                z = _in_18_bits(left)
+            lines.index_copy_(0, some, _right(z))
 
     def _exact_rows(self, chunk: Tensor, row: Tensor) -> Tensor:
         """As `_exact_left`, from entries.
