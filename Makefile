@@ -45,7 +45,7 @@ demo: setup ## train two DisTrO replicas on text of this machine, with a sample 
 	$(BIN)/psyche-fast demo $(ARGS)
 
 test: setup ## run the tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 sweep: setup ## try every causal model of Transformers; writes docs/models.md
 	PSYCHE_FAST_SWEEP=1 $(BIN)/python -m pytest -q tests/models/test_sweep.py $(ARGS)
@@ -79,7 +79,7 @@ on-cuda-tensors: setup
 	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.on_cuda_tensors $(ON_CUDA_TENSORS)
 
 lab: on-cuda-tensors ## prove without a GPU that kernels launch and compile as tests use them
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -p tools.kernel_guard.compile_launches \
+	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.compile_launches \
 	  --compile-until cubin tests/kernels $(ARGS)
 
 floor: setup ## run the tests with the lowest supported versions, in .venv-floor

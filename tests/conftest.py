@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 # No test may reach a model hub, and a test's forked children must not warn about tokenizers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,14 +26,25 @@ if not torch.cuda.is_available():
 from tests import groups
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that start processes run one after another, on one worker with one fork server."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if item.get_closest_marker("processes") is not None:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files whose tests start processes go to one worker with one fork server; others, each whole.
+
+    So two tests with processes never run at once, and a module's fixtures are set up once. xdist's
+    own groups do that by the mark, but xdist 3.8 writes them where pytest 9.2 does not look.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def scope(file: str) -> str:
+        text = (config.rootpath / file).read_text(encoding="utf-8")
+        return "processes" if "mark.processes" in text else file
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid.split("::")[0])
+
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -39,6 +54,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
     if item.get_closest_marker("no_gpu") is not None and torch.cuda.is_available():
         pytest.skip("cannot hold where there is a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Has a test with processes fail where one on another worker runs."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone or request.node.get_closest_marker("processes") is None:
+        yield
+        return
+    with open(tmp_path_factory.getbasetemp().parent / "processes", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def pytest_runtest_teardown() -> None:

@@ -335,6 +335,8 @@ def _command(
     """One process of a command; its output goes to files, what C++ says too."""
     if sys.platform == "linux":  # a run without an end outlives no test that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which what nohup starts ignores
     if host is not None:
         with open(f"/run/netns/{host}") as space:
             assert ctypes.CDLL(None).setns(space.fileno(), _CLONE_NEWNET) == 0

@@ -214,7 +214,7 @@ def test_make_installs_torch_first_and_alone_then_the_rest_and_once_only(make, t
     ("target", "command"),
     [
         ("demo", ".venv/bin/psyche-fast demo --max-steps 3"),
-        ("test", ".venv/bin/python -m pytest -n 2 --dist loadgroup --max-steps 3"),
+        ("test", ".venv/bin/python -m pytest -n 2 --max-steps 3"),
         ("lint", ".venv/bin/mypy"),
         ("bench", ".venv/bin/python -m pytest benchmarks "),
     ],
