@@ -93,7 +93,8 @@ def _construct(
     try:
         model = constructed(param_dtype)
         # Constructors compute their buffers in the type given.
-        exact = model if param_dtype == torch.float32 else constructed(torch.float32)
+        rounded = param_dtype != torch.float32 and not all(b.is_meta for b in model.buffers())
+        exact = constructed(torch.float32) if rounded else model
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"--model: {config.model_type} cannot be built with --attn-implementation "

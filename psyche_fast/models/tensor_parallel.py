@@ -223,11 +223,14 @@ def _add_tied(module: nn.Module, chosen: dict[str, str], aliases: dict[str, str]
 def _check_heads(config: Any, chosen: dict[str, str], size: int) -> None:
     if config is None or not any(s == "colwise" and "att" in name for name, s in chosen.items()):
         return
-    text = config.get_text_config()
+    names = config.get_text_config().attribute_map
+    text = config.get_text_config().to_dict()
+    layers = text.get("per_layer_config") or {}  # some have other numbers of heads
     for key in ("num_attention_heads", "num_key_value_heads"):
-        count = getattr(text, key, None)
-        if isinstance(count, int) and count % size:
-            raise ValueError(f"--tensor-parallelism {size} does not divide {key} {count}")
+        for part in (text, *layers.values()):
+            count = part.get(names.get(key, key))
+            if isinstance(count, int) and count % size:
+                raise ValueError(f"--tensor-parallelism {size} does not divide {key} {count}")
 
 
 def _check_size(name: str, part: nn.Module | Tensor | None, style: str, size: int) -> None:

@@ -76,11 +76,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def refusals() -> Iterator[dict[tuple[str, str], str]]:
-    """What is refused and why; the page is written once everything has passed."""
+    """What is refused and why; the page takes over each stage that all models have passed."""
     found: dict[tuple[str, str], str] = {}
     yield found
-    if EVERYTHING and len(found) == len(CASES):
-        PAGE.write_text(page({case: why for case, why in found.items() if why}))
+    if EVERYTHING:
+        kept = PAGE.read_text() if PAGE.exists() else ""
+        PAGE.write_text(page(found, kept))
 
 
 @pytest.fixture(scope="session")
@@ -151,11 +152,8 @@ def general(why: str) -> str:
     return re.sub(r"(?<= )[a-z_]+\.[\w.]+\.(?=\w)", "….", why)[:300]
 
 
-def page(refused: dict[tuple[str, str], str]) -> str:
-    """The page of what is refused, a line for each stage and reason."""
-    models: dict[tuple[str, str], list[str]] = {}
-    for (stage, model_type), why in refused.items():
-        models.setdefault((stage, why), []).append(model_type)
+def page(found: dict[tuple[str, str], str], before: str) -> str:
+    """What is refused, a line for each stage and reason; of stages not gone through as before."""
     lines = [
         "# What is refused",
         "",
@@ -169,6 +167,13 @@ def page(refused: dict[tuple[str, str], str]) -> str:
         "| what | which | why |",
         "| --- | --- | --- |",
     ]
-    for (stage, why), names in models.items():
-        lines.append(f"| {stage} | {', '.join(names)} | {why} |")
+    for stage in [*ALONE, *SPLIT]:
+        if not all((stage, model_type) in found for model_type in CAUSAL):
+            lines += [line for line in before.splitlines() if line.startswith(f"| {stage} |")]
+            continue
+        models: dict[str, list[str]] = {}
+        for model_type in CAUSAL:
+            if why := found[stage, model_type]:
+                models.setdefault(why, []).append(model_type)
+        lines += [f"| {stage} | {', '.join(names)} | {why} |" for why, names in models.items()]
     return "\n".join(lines) + "\n"

@@ -66,7 +66,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 64},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"text_config": _NOTE},
+    "dots3_note": {
+        "text_config": _NOTE,
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "dots3_note_text": _NOTE,
     "gemma3n_text": {
         "num_hidden_layers": 4,
