@@ -189,13 +189,13 @@ def test_order_of_entries_does_not_matter(name, peers, device, backend):
 @pytest.mark.parametrize(
     ("name", "peers", "dtype"),
     [
-        ("64x64", 256, torch.float32),
+        ("64x64", 130, torch.float32),
         ("50x50", 6, torch.bfloat16),
         ("1x64", 2, torch.bfloat16),
         ("1x64", 20, torch.float32),
         ("64x1", 6, torch.float32),
         ("1x1", 2, torch.bfloat16),
-        ("1x1", 256, torch.float32),
+        ("1x1", 20, torch.float32),
     ],
 )
 def test_peers_that_cancel_change_nothing(name, dtype, peers, device, backend):
@@ -333,24 +333,6 @@ def test_rates_as_tensors_are_rates_as_numbers(name, device, backend):
     for rates in (several, torch.tensor(several, device=device)):
         parameters = [w.clone() for w in weights]
         apply(plan, parameters, entries, rates, shrinks=rates, backend=backend)
-        outcomes.append(parameters)
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
-
-
-def test_look_ahead_in_place_by_other_tensors(device, backend):
-    """The parameters' own memory is a look-ahead in place, whatever tensors show it."""
-    shapes = CLASSES["64x64"]
-    plan = one_class(shapes, k=4, device=device)
-    generator = torch.Generator().manual_seed(8)
-    entries = entries_of(plan, 3, generator, device)
-    delta = torch.randn(plan.chunks, plan.h, plan.w, generator=generator).to(device)
-    weights = [torch.randn(s, generator=generator).to(device) for s in shapes]
-    outcomes = []
-    for same in (True, False):
-        parameters = [w.clone() for w in weights]
-        ahead = parameters if same else [p.detach() for p in parameters]
-        options = {"ahead": ahead, "delta": delta, "backend": backend}
-        apply(plan, parameters, entries, rates_of(shapes), **options)
         outcomes.append(parameters)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 

@@ -16,7 +16,7 @@ from tests.kernels import support
 from tests.kernels.support import f64, largest, one_class, transform
 
 SIDE, K = 64, 32
-ROWS, COLUMNS = 16 * SIDE, 64 * SIDE
+ROWS, COLUMNS = 16 * SIDE, 32 * SIDE
 FEW = 8
 """Tiles that the interpreter gets through in a second."""
 AGREEMENT = 0.9999
@@ -61,7 +61,7 @@ def momentum():
 
 @pytest.fixture(scope="module", params=[gaussian, low_rank_and_noise, momentum])
 def tiles(request):
-    """float32 `[1024, 64, 64]`."""
+    """float32 `[512, 64, 64]`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return request.param()

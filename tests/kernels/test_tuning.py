@@ -272,14 +272,8 @@ def test_tuning_runs_the_kernel_with_the_options_that_it_says(device, backend, c
 
 
 @pytest.mark.parametrize("kernel", sorted(autotune.SEARCH))
-def test_a_workload_runs_on_a_device_by_any_of_its_names(device, backend, kernel):
-    for name in (device.type, f"{device.type}:0"):
-        workload(kernel, torch.device(name), backend, 2).run()
-
-
-@pytest.mark.parametrize("kernel", sorted(autotune.SEARCH))
 def test_a_workload_gives_the_same_bits_again_and_changes_its_state(device, backend, kernel):
-    work = workload(kernel, device, backend, 2)
+    work = workload(kernel, torch.device(device.type), backend, 2)  # named without its index
     before = [t.clone() for t in work.state]
     first, second = work.bits(), work.bits()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
