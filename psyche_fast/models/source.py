@@ -164,6 +164,28 @@ def vocabulary_size(config: dict[str, Any]) -> int | None:
     return None
 
 
+def read_model(name: str) -> dict[str, Any]:
+    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        return read_config(resolve_model(name))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name, "config.json")
+    # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"--model: {name!r} is no folder, nor on the hub: {reason}") from error
+    return read_config(FilesSource((Path(file),)))
+
+
 def weight_files(source: FilesSource) -> list[Path]:
     """The safetensors files that make up the model: the index's shards, or the one file.
 
