@@ -227,6 +227,10 @@ class Run(Section, frozen=True, kw_only=True):
         Literal["none", "wandb", "trackio", "tensorboard"],
         _help("where metrics go besides metrics.jsonl"),
     ] = "none"
+    metric_names: Annotated[
+        Literal["psyche-fast", "psyche"],
+        _help("what trackers call them: as in metrics.jsonl, or as Psyche's dashboards do"),
+    ] = "psyche-fast"  # fmt: skip
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -23,10 +23,13 @@ from psyche_fast.metrics import (
     Console,
     MetricsWriter,
     PhaseTimer,
+    PsycheNames,
+    flatten,
     make_tracker,
     memory_bytes,
     plot_run,
 )
+from psyche_fast.metrics.trackers import Names
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder, save_model
 from psyche_fast.rank.counts import Totals
@@ -128,10 +131,13 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
+    names: Names = flatten
+    if run.metric_names == "psyche":
+        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
         BatchPrefetcher(plan.dataset, run.total_batch, first, total) as batches,
-        make_tracker(run.tracker, output, plan.config.to_dict()) as tracker,
+        make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
         also_at_exit_now(tracker.finish),
     ):
 
