@@ -6,7 +6,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ class Hub:
         commits: messages and the files of each, in turn.
         requests: method, path and `Range` of each request.
         cut: how many downloads of a file break off in the middle, by name.
+        reset: whether they do so by a reset of the connection instead of its end.
         refuse: requests to answer with a status: by a part of their path.
         hold: commits wait until it is set.
         holding: whether one waits.
@@ -42,6 +46,7 @@ class Hub:
     commits: list[tuple[str, list[str]]] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)
+    reset: bool = False
     refuse: dict[str, int] = field(default_factory=dict)
     hold: threading.Event = field(default_factory=threading.Event)
     holding: threading.Event = field(default_factory=threading.Event)
@@ -166,6 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(part[: len(part) // 2])
             self.wfile.flush()
             self.close_connection = True
+            if self.hub.reset:
+                time.sleep(0.05)  # what was sent is to come first
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.rfile.close()
+                self.wfile.close()
+                self.connection.close()
             return
         self._answer(part, 206 if asked else 200, headers)
 

@@ -7,8 +7,10 @@ anything is spawned or loaded.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,14 @@ from psyche_fast import compat
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Mistral's and Meta's own formats stand beside the Hugging Face one in many repositories.
 _SKIP = ["consolidated*", "original/*", "onnx/*"]
+_RETRIES = 3
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -110,10 +115,8 @@ def resolve_model(name_or_path: str) -> FilesSource:
     looks_like_path = name_or_path.startswith((".", "/", "~"))
     if looks_like_path or not _HUB_ID.fullmatch(name_or_path):
         raise ValueError(f"--model: there is no folder {name_or_path!r}, and it is no hub id")
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = snapshot_download(name_or_path, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        snapshot = _download(name_or_path)
     # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
     except Exception as error:
         raise ValueError(
@@ -121,6 +124,26 @@ def resolve_model(name_or_path: str) -> FilesSource:
             f"{_reason(error)}"
         ) from error
     return resolve_model(snapshot)
+
+
+def _download(hub_id: str) -> str:
+    """The folder of a model of the hub's; files that are there already are not fetched again."""
+    from huggingface_hub import snapshot_download
+
+    attempt = 0
+    while True:
+        try:
+            return snapshot_download(hub_id, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        except (OSError, ValueError):  # an answer, no hub at all, the disk
+            raise
+        except Exception as error:
+            # A reset connection is an error of the HTTP library's, of which the client lets pass
+            # what it does not take up itself.
+            if attempt == _RETRIES:
+                raise
+            log.warning("%s: %s; once more", hub_id, _reason(error))
+            time.sleep(2.0**attempt)
+            attempt += 1
 
 
 def _reason(error: BaseException) -> str:

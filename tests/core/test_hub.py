@@ -62,6 +62,15 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     assert "100%" in capsys.readouterr().err, "a progress bar"
 
 
+def test_a_reset_connection_is_tried_again(hub: Hub, files: dict[str, bytes]) -> None:
+    """Which the hub's client leaves to others."""
+    hub.cut["model.safetensors"], hub.reset = 1, True
+    source = resolve_model("someone/llama")
+    assert {file.name: file.read_bytes() for file in source.files} == files
+    assert gets(hub, "model.safetensors") == [None, None]
+    assert gets(hub, "config.json") == [None]
+
+
 def test_a_download_that_failed_keeps_the_files_that_came(
     hub: Hub, files: dict[str, bytes]
 ) -> None:
