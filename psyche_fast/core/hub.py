@@ -106,28 +106,30 @@ class HubUploads:
                     return
                 self._current, self._waiting = self._waiting, None
                 step, path = self._current
-            if self._try(
-                f"checkpoint of step {step} not uploaded",
-                partial(
-                    api.upload_folder,
-                    repo_id=self._repo,
-                    folder_path=path,
-                    commit_message=f"step {step}",
-                ),
-                f"; by hand: {self._command(path)}",
-            ):
+            upload = partial(
+                api.upload_folder,
+                repo_id=self._repo,
+                folder_path=path,
+                commit_message=f"step {step}",
+            )
+            done = self._try(f"checkpoint of step {step} not uploaded", upload, path)
+            if done:
                 log.info("checkpoint of step %d uploaded to %s", step, self._repo)
             with self._changed:
                 self._current = None
 
-    def _try(self, what: str, action: Callable[[], object], hint: str = "") -> bool:
+    def _try(self, what: str, action: Callable[[], object], path: Path | None = None) -> bool:
         try:
             action()
         # The client's errors share no base class: HTTP, cache and disk each have theirs.
         except Exception as error:
             said = str(error).strip()
             reason = said.splitlines()[0] if said else repr(error)
-            self._tell(f"--push-to-hub {self._repo}: {what}: {reason}{hint}")
+            with self._changed:
+                newer = self._waiting is not None
+            if path is not None:
+                reason += "; a newer one is next" if newer else f"; by hand: {self._command(path)}"
+            self._tell(f"--push-to-hub {self._repo}: {what}: {reason}")
             log.warning("%s: %s", self._repo, what, exc_info=True)
             return False
         return True

@@ -115,6 +115,8 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
             started(plan, output, launch, console) as ranks,
         ):
             result = _train(plan, output, ranks, console, hub)
+        if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
+            _prune(plan, result.checkpoint, result.last_step, hub, console)
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -286,15 +288,20 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         core.console.message(f"checkpoint of step {step} not written: {error}; going on")
         log.warning("checkpoint of step %d not written: %s", step, error)
         return None
-    busy: set[Path] = set()
     if core.hub is not None:
         core.hub.push(step, path)
-        busy = core.hub.busy
-    # Of the model that the run began with, files go into each checkpoint.
-    spared = {folder.resolve() for folder in (*busy, *{f.parent for f in core.plan.source.files})}
-    try:
-        prune(path, step, run.run_id, run.keep, spared)
-    except OSError as error:
-        core.console.message(f"--keep: an older checkpoint is still there: {error}")
-        log.warning("--keep: %s", error)
+    _prune(core.plan, path, step, core.hub, core.console)
     return path
+
+
+def _prune(plan: Plan, newest: Path, step: int, hub: HubUploads | None, console: Console) -> None:
+    """Carries out `--keep`; what is being uploaded stays."""
+    # Of the model that the run began with, files go into each checkpoint.
+    spared = {file.parent.resolve() for file in plan.source.files}
+    if hub is not None:
+        spared |= {path.resolve() for path in hub.busy}
+    try:
+        prune(newest, step, plan.config.run.run_id, plan.config.run.keep, spared)
+    except OSError as error:
+        console.message(f"--keep: an older checkpoint is still there: {error}")
+        log.warning("--keep: %s", error)
