@@ -361,7 +361,7 @@ def test_hostile_bytes_are_errors_in_bounded_time_and_memory() -> None:
     finally:
         tracemalloc.stop()
     assert refused > 1000
-    assert read_whole > 100
+    assert read_whole > 50
     for form, own in accepted:
         if own.sparse_val.dtype == torch.bool or own.sparse_val.isfinite().all():
             assert gradient(form).shape == form.shape
@@ -375,6 +375,11 @@ def test_a_gradient_out_of_all_proportion_is_not_decoded() -> None:
     wide = made(torch.zeros(1, 2).byte(), torch.ones(1, 1), (1, 60_000), 60_000)
     with pytest.raises(ValueError, match="up to 1024 a side"):
         gradient(wide)
+    large = torch.full((2, 2), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="not finite"):
+        gradient(made(BYTES, large, (2, 4), 4))
+    nothing = made(torch.zeros(0, 1).byte(), torch.zeros(0, 1), (0, 1), 1)
+    assert gradient(nothing).shape == (0,)
     with pytest.raises(ValueError, match="not finite"):
         gradient(made(BYTES, HALVES / 0, (2, 4), 4))
     with pytest.raises(ValueError, match="it has 3 dimensions"):
