@@ -28,6 +28,8 @@ def check_hub(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
+    if "/" not in repo:
+        raise ValueError(f"--push-to-hub: wanted OWNER/NAME, got {repo!r}")
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set, nothing can be uploaded")
 

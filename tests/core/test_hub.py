@@ -178,7 +178,7 @@ def test_a_name_that_is_none_and_an_offline_client_are_refused(
     from huggingface_hub import constants
 
     check_hub("someone/mine")
-    for name in ("a/b/c", "", "-x", "a b"):
+    for name in ("a/b/c", "", "-x", "a b", "name"):
         with pytest.raises(ValueError, match="--push-to-hub: "):
             check_hub(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
