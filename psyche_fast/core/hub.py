@@ -114,9 +114,8 @@ class HubUploads:
                 folder_path=path,
                 commit_message=f"step {step}",
             )
-            done = self._try(f"checkpoint of step {step} not uploaded", upload, path)
-            if done:
-                log.info("checkpoint of step %d uploaded to %s", step, self._repo)
+            if self._try(f"checkpoint of step {step} not uploaded", upload, path):
+                self._tell(f"checkpoint of step {step} uploaded to {self._repo}")
             with self._changed:
                 self._current = None
 
