@@ -255,7 +255,7 @@ def test_ctrl_c_ends_the_wait_for_an_upload_and_not_the_run(
             "--push-to-hub", "someone/mine",
             program="tests.core.test_hub:trained",
         )  # fmt: skip
-        wait_until(lambda: "uploading to someone/mine" in run.stderr())
+        wait_until(lambda: "uploading to someone/mine" in run.stderr(), 120)
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(60)
         assert hub.commits == []
