@@ -9,45 +9,29 @@ directory.
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
-from psyche_fast.schedules import Cosine
-
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
-Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]
-Amount = Annotated[float, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
-
-
-def _help(text: str) -> Meta:
-    return Meta(description=text)
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The options of one part; each field is the flag of that name (`--total-batch`).
-
-    Raises:
-        ValueError: a value outside the range that its field declares, named by its flag.
-    """
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for name, hint in hints.items():
-            fault = _fault(getattr(self, name), hint)
-            if fault is not None:
-                raise ValueError(f"{flag(name)} must be {fault}, got {getattr(self, name)}")
+from psyche_fast.options import (
+    Amount,
+    Count,
+    Port,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    flag,
+    without_none,
+)
+from psyche_fast.options import describe as _help
+from psyche_fast.schedules import BatchSizes, Schedule
 
 
 class Model(Section, frozen=True, kw_only=True):
@@ -145,34 +129,6 @@ class Optimizer(Section, frozen=True, kw_only=True):
                 raise ValueError(f"{flag(name)} needs --distro")
 
 
-class Schedule(Section, frozen=True, kw_only=True):
-    """Which steps there are and their learning rates."""
-
-    learning_rate: Annotated[Amount, _help("peak; a cosine falls from it to a tenth")] = 4e-4
-    warmup_steps: Annotated[Count, _help("linear rise from 0 to --learning-rate")] = 500
-    total_steps: Annotated[Positive, _help("steps until the end of the schedule and the run")] = (
-        25000
-    )
-    start_step: Annotated[Positive, _help("first step: where the schedule and the data begin")] = 1
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.start_step > self.total_steps:
-            raise ValueError(
-                f"--start-step {self.start_step} is after --total-steps {self.total_steps}"
-            )
-
-    def learning_rates(self) -> Cosine:
-        """Psyche's train example's schedule."""
-        return Cosine(
-            base_lr=self.learning_rate,
-            warmup_init_lr=0.0,
-            final_lr=self.learning_rate / 10.0,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-        )
-
-
 class Parallelism(Section, frozen=True, kw_only=True):
     """How many ranks do what, for `rank.topology`."""
 
@@ -220,6 +176,12 @@ class Run(Section, frozen=True, kw_only=True):
     """What the core does, for `core`."""
 
     total_batch: Annotated[Positive, _help("sequences per step, over all replicas")] = 256
+    total_batch_start: Annotated[
+        Positive | None, _help("sequences of step 1, from where they rise to --total-batch")
+    ] = None  # fmt: skip
+    batch_warmup_tokens: Annotated[
+        Count, _help("tokens over which they rise; needs --total-batch-start")
+    ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
@@ -227,6 +189,16 @@ class Run(Section, frozen=True, kw_only=True):
         Literal["none", "wandb", "trackio", "tensorboard"],
         _help("where metrics go besides metrics.jsonl"),
     ] = "none"
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        start = self.total_batch_start
+        if (start is None) != (self.batch_warmup_tokens == 0):
+            raise ValueError("--total-batch-start and --batch-warmup-tokens need each other")
+        if start is not None and start > self.total_batch:
+            raise ValueError(
+                f"--total-batch-start {start} is more than --total-batch {self.total_batch}"
+            )
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -251,11 +223,13 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
             )
-        if self.run.total_batch < replicas:
-            raise ValueError(
-                f"--total-batch {self.run.total_batch} is less than --replicas {replicas}: "
-                "each needs a sequence to train on"
-            )
+        for name in ("total_batch", "total_batch_start"):
+            rows = getattr(self.run, name)
+            if rows is not None and rows < replicas:
+                raise ValueError(
+                    f"{flag(name)} {rows} is less than --replicas {replicas}: "
+                    "each needs a sequence to train on"
+                )
         if self.machines.local_ranks > world_size:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} is more than the run's "
@@ -282,6 +256,17 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def ranks_here(self) -> int:
         """Ranks on the core's machine, the core's own included."""
         return self.machines.local_ranks or self.parallelism.world_size
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences by step."""
+        run = self.run
+        return BatchSizes(
+            start=run.total_batch_start or run.total_batch,
+            end=run.total_batch,
+            warmup_tokens=run.batch_warmup_tokens,
+            sequence_length=self.model.sequence_length,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All values by the flags' names; None is left out."""
@@ -320,34 +305,8 @@ def _flags() -> dict[str, Flag]:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             assert name not in flags, f"{name} is in two sections"
             help = next(meta.description for meta in hint.__metadata__ if meta.description)
-            flags[name] = Flag(section, _without_none(bare[name]), getattr(default, name), help)
+            flags[name] = Flag(section, without_none(bare[name]), getattr(default, name), help)
     return flags
-
-
-def _without_none(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) in (Union, types.UnionType) else hint
-
-
-def _fault(value: Any, hint: Any) -> str | None:
-    """What a value should have been, if it is not what its field declares."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    bare = _without_none(hint.__origin__)
-    if value is None and bare is not hint.__origin__:
-        return None
-    if get_origin(bare) is Literal:
-        return None if value in get_args(bare) else " or ".join(map(str, get_args(bare)))
-    for meta in (*hint.__metadata__, *getattr(bare, "__metadata__", ())):
-        if meta.ge is None:
-            continue
-        if value < meta.ge or (meta.lt is not None and value >= meta.lt):
-            return f"at least {meta.ge}" if meta.lt is None else f"in [{meta.ge}, {meta.lt})"
-    return None
-
-
-def flag(name: str) -> str:
-    """The command line's flag of a field."""
-    return "--" + name.replace("_", "-")
 
 
 FLAGS: Mapping[str, Flag] = _flags()

@@ -117,7 +117,7 @@ def _summary(
     devices: Devices,
 ) -> tuple[str, ...]:
     optimizer, parallelism, rows = config.optimizer, resolved.parallelism, config.run.total_batch
-    needed = config.schedule.total_steps * rows
+    needed = config.batch_sizes.before(config.schedule.total_steps + 1)
     passes = needed / len(dataset)
     again = f", read {passes:.1f} times" if passes > 1 else ""
     method = "AdamW"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "psyche_fast"
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
     *("batch", "compat", "config", "devices", "errors", "integers"),
-    *("schedules", "sharding", "strict"),
+    *("options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
     "batch": set(),
@@ -22,10 +22,11 @@ ALLOWED = {
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "options": set(),
     "sharding": set(),
     "strict": set(),
-    "schedules": {"strict"},
-    "config": {"schedules", "strict"},
+    "schedules": {"options", "strict"},
+    "config": {"options", "schedules", "strict"},
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
     "models": BOTTOM | {"distro"},
