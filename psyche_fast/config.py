@@ -9,16 +9,16 @@ directory.
 from __future__ import annotations
 
 import difflib
-import tomllib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
+from psyche_fast.locations import seed_key
 from psyche_fast.options import (
     Amount,
     Count,
@@ -78,13 +78,33 @@ class Model(Section, frozen=True, kw_only=True):
 class Data(Section, frozen=True, kw_only=True):
     """What it is trained on, for `data`."""
 
-    data_path: Annotated[str, _help("folder of token files (.npy .bin .ds) or Parquet files")] = (
-        "data"
-    )
+    data_path: Annotated[
+        str,
+        _help("token files (.npy .bin .ds) or Parquet: folder, file, URL or mixture (.toml .json)"),
+    ] = "data"
     token_size: Annotated[Literal[2, 4], _help("bytes per token in token files: 2 or 4")] = 2
     seed: Annotated[Seed | None, _help("shuffle the data with this seed; no seed, no shuffle")] = (
         None
     )
+    seed_bytes: Annotated[
+        str | None, _help("the same with Psyche's whole seed: 64 hexadecimal digits")
+    ] = None  # fmt: skip
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.seed_bytes is None:
+            return
+        if self.seed is not None:
+            raise ValueError("--seed and --seed-bytes are two seeds: give one")
+        if not re.fullmatch("[0-9a-fA-F]{64}", self.seed_bytes):
+            raise ValueError(f"--seed-bytes must be 64 hexadecimal digits, got {self.seed_bytes!r}")
+
+    @property
+    def key(self) -> bytes | None:
+        """The 32 bytes that the data are shuffled with, or None."""
+        if self.seed_bytes is not None:
+            return bytes.fromhex(self.seed_bytes)
+        return None if self.seed is None else seed_key(self.seed)
 
 
 class Training(Section, frozen=True, kw_only=True):
@@ -324,12 +344,7 @@ def read_toml(path: str) -> dict[str, Any]:
         ValueError: no such file, not TOML, or a key that does not exist (the nearest is named).
     """
     what = f"--config {path}"
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{what}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} is not TOML: {error}") from error
+    table = strict.load_toml(path, what)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if not isinstance(value, dict):

@@ -261,7 +261,7 @@ class Schedule(Section, frozen=True, kw_only=True):
             raise ValueError(
                 f"--start-step {self.start_step} is after --total-steps {self.total_steps}"
             )
-        for names, kinds in _SCHEDULES_OWN.items():
+        for names, kinds in SCHEDULES_OWN.items():
             for name in names:
                 if getattr(self, name) is not None and self.schedule not in kinds:
                     raise ValueError(
@@ -277,18 +277,30 @@ class Schedule(Section, frozen=True, kw_only=True):
                 "--schedule wsd needs --cosine-decay-steps, --linear-decay-steps or both"
             )
         try:
-            self._schedule()
+            self.plain_learning_rates()
         except ValueError as error:
             raise ValueError(f"--schedule wsd: {error}") from error
 
     def learning_rates(self) -> LearningRates:
         """Learning rates by step; by default those of Psyche's train example."""
-        schedule = self._schedule()
+        schedule = self.plain_learning_rates()
         if not self.cold_start_warmup_steps:
             return schedule
         return ColdStart(schedule, self.start_step, self.cold_start_warmup_steps)
 
-    def _schedule(self) -> LearningRateSchedule:
+    def phases(self) -> list[int]:
+        """The steps at which the schedule's phases begin after their warm-ups, or end."""
+        schedule = self.plain_learning_rates()
+        steps = [self.start_step + self.cold_start_warmup_steps, schedule.warmup_steps]
+        if isinstance(schedule, WarmupStableDecay):
+            for phase in ("stable_steps", "cosine_decay_steps", "linear_decay_steps"):
+                steps.append(steps[-1] + getattr(schedule, phase))
+        elif isinstance(schedule, _Decay):
+            steps.append(schedule.total_steps)
+        return steps
+
+    def plain_learning_rates(self) -> LearningRateSchedule:
+        """Learning rates without a cold start."""
         peak = self.learning_rate
         rise: dict[str, Any] = {
             "base_lr": peak,
@@ -326,7 +338,7 @@ class Schedule(Section, frozen=True, kw_only=True):
         )
 
 
-_SCHEDULES_OWN = {
+SCHEDULES_OWN = {
     ("final_lr", "schedule_steps"): ("cosine", "linear"),
     (
         "stable_steps", "cosine_decay_steps", "cosine_decay_final_lr", "linear_decay_steps",

@@ -84,7 +84,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         config.data.data_path,
         token_size=config.data.token_size,
         sequence_length=options.sequence_length,
-        seed=config.data.seed,
+        seed=config.data.key,
     )
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class LocalDataset:
         path: a directory of token files, or one such file (`--data-path`).
         token_size: bytes to a token, 2 or 4 (`--token-size`).
         sequence_length: tokens to a sequence, L (`--sequence-length`).
-        seed: 32-bit seed of the order, see `shuffled_order`; None keeps the order of the files.
+        seed: of the order, 32 bits or 32 bytes, see `shuffled_order`; None for that of the files.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
@@ -86,7 +87,7 @@ class LocalDataset:
         path: str | Path,
         token_size: int = 2,
         sequence_length: int = 2048,
-        seed: int | None = None,
+        seed: int | bytes | None = None,
     ) -> None:
         if token_size not in (2, 4):
             raise ValueError(f"the token size (--token-size) must be 2 or 4, got {token_size}")
@@ -194,7 +195,15 @@ class LocalDataset:
                 f"sample {last} is past the end of {self.path}, which has {len(self)} sequences of "
                 f"{self.sequence_length} tokens"
             )
-        return [self._sample(i) for i in range(first, last + 1)]
+        return self.get_ids(range(first, last + 1))
+
+    def get_ids(self, ids: Iterable[int]) -> list[Sample]:
+        """The samples of these ids, each below the length.
+
+        Raises:
+            ValueError: a file has become shorter since it was opened.
+        """
+        return [self._sample(i) for i in ids]
 
     def _sample(self, sample_id: int) -> Sample:
         index = sample_id if self._order is None else int(self._order[sample_id])

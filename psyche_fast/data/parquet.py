@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class ParquetDataset:
     Args:
         path: a directory (see `train_files`) or one Parquet file (`--data-path`).
         sequence_length: integers to a row, L (`--sequence-length`).
-        seed: 32-bit seed of the order, see `shuffled_order`; None keeps the order of the rows.
+        seed: of the order, 32 bits or 32 bytes, see `shuffled_order`; None for that of the files.
         cache_bytes: how much decoded data is kept; the row group in use is kept in any case.
 
     Raises:
@@ -97,7 +97,7 @@ class ParquetDataset:
         self,
         path: str | Path,
         sequence_length: int,
-        seed: int | None = None,
+        seed: int | bytes | None = None,
         *,
         cache_bytes: int = 1 << 30,
     ) -> None:
@@ -165,7 +165,15 @@ class ParquetDataset:
             ValueError: if the range is empty, or a row read is not L long.
         """
         check_range(first, last)
-        rows = [self._row(i % len(self)) for i in range(first, last + 1)]
+        return self.get_ids(range(first, last + 1))
+
+    def get_ids(self, ids: Iterable[int]) -> list[Sample]:
+        """The samples of these ids, modulo the row count.
+
+        Raises:
+            ValueError: a row read is not L long.
+        """
+        rows = [self._row(i % len(self)) for i in ids]
         samples: dict[int, Sample] = {}
         # Row group by row group, so that each is decoded once whatever the cache holds.
         for row in sorted(set(rows)):

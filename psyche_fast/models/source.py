@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from psyche_fast import compat
+from psyche_fast.locations import DUMMY
+from psyche_fast.models.dummy import model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +27,7 @@ _SINGLE = "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Mistral's and Meta's own formats stand beside the Hugging Face one in many repositories.
 _SKIP = ["consolidated*", "original/*", "onnx/*"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,14 @@ def resolve_model(name_or_path: str) -> FilesSource:
     """Finds a model: a local folder, or an id on the Hugging Face hub, which is downloaded.
 
     Args:
-        name_or_path: a folder (`~/` expanded) or a hub id such as `owner/name`.
+        name_or_path: a folder (`~/` expanded), a hub id such as `owner/name` or, with a branch, tag
+            or commit, `owner/name@revision`; or `dummy:`, see `dummy.model_folder`.
 
     Raises:
         ValueError: neither a folder nor downloadable.
     """
+    if name_or_path == DUMMY:
+        return resolve_model(str(model_folder()))
     # Absolute: other ranks start in other directories.
     folder = Path(name_or_path).expanduser().absolute()
     if folder.is_dir():
@@ -112,8 +117,11 @@ def resolve_model(name_or_path: str) -> FilesSource:
         raise ValueError(f"--model: there is no folder {name_or_path!r}, and it is no hub id")
     from huggingface_hub import snapshot_download
 
+    name, _, revision = name_or_path.partition("@")
     try:
-        snapshot = snapshot_download(name_or_path, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        snapshot = snapshot_download(
+            name, revision=revision or None, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP
+        )
     # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "psyche_fast"
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
     *("batch", "compat", "config", "devices", "errors", "integers"),
-    *("options", "schedules", "sharding", "strict"),
+    *("locations", "options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
     "batch": set(),
@@ -22,11 +22,14 @@ ALLOWED = {
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "locations": {"options", "strict"},
     "options": set(),
     "sharding": set(),
     "strict": set(),
     "schedules": {"options", "strict"},
-    "config": {"options", "schedules", "strict"},
+    "config": {"locations", "options", "schedules", "strict"},
+    "runfile": {"config", "locations", "options", "schedules", "strict"},
+    "conversion": {"config", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
     "models": BOTTOM | {"distro"},
@@ -37,7 +40,9 @@ ALLOWED = {
     "psyche": BOTTOM | {"distro", "models", "rank", "start"},
     "core": BOTTOM | {"data", "distro", "kernels", "metrics", "models", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
-    "cli": BOTTOM | {"core", "data", "kernels", "metrics", "psyche_fast", "sidecar", "start"},
+    "cli": BOTTOM
+    | {"conversion", "core", "data", "kernels", "metrics", "psyche_fast", "runfile", "sidecar"}
+    | {"start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "schedules"},
 }
@@ -268,7 +273,7 @@ def test_the_gradients_road_is_short() -> None:
 def test_the_package_stays_small() -> None:
     lines = {module: source(module).count("\n") for module in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 5150
-    assert sum(lines.values()) < 19_700
+    assert sum(lines.values()) < 22_900
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
