@@ -90,6 +90,11 @@ class Data(Section, frozen=True, kw_only=True):
         str | None, _help("the same with Psyche's whole seed: 64 hexadecimal digits")
     ] = None  # fmt: skip
 
+    data_cache: Annotated[
+        str | None, _help("folder for blocks of files read by URL (default: the user's cache)")
+    ] = None  # fmt: skip
+    data_cache_gb: Annotated[Amount, _help("how much of them is kept")] = 32.0
+
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         if self.seed_bytes is None:

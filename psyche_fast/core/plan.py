@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
-from psyche_fast.data import Dataset, open_dataset
+from psyche_fast.data import BlockCache, Dataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_count
@@ -85,6 +85,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         token_size=config.data.token_size,
         sequence_length=options.sequence_length,
         seed=config.data.key,
+        cache=BlockCache(config.data.data_cache, int(config.data.data_cache_gb * 1e9)),
     )
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
