@@ -15,6 +15,7 @@ import pytest
 from psyche_fast import cli, conversion
 from psyche_fast.config import RunConfig
 from psyche_fast.runfile import read_run_file
+from tests.data.server import serving
 from tests.groups import run_command
 from tests.tiny import save_llama, save_tokens
 
@@ -476,3 +477,41 @@ def test_a_run_file_trains(tmp_path: Path, text: str, batch: tuple[int, int] | N
     assert rows[0] == (2 if batch else 4)
     assert rows[-1] == (5 if batch else 4)
     assert all(m["loss"] < 6 and m["nonfinite_losses"] == 0 for m in lines)
+
+
+@pytest.mark.processes
+def test_a_run_on_data_of_a_server_that_fails_is_that_on_the_same_data_here(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    tokens = (save_tokens(tmp_path / "data", 4000) / "tokens.bin").read_bytes()
+    with serving() as server:
+        half = 62 * 64 * 2 // 2 + 4  # 31 sequences of 64 tokens, and two tokens more
+        server.files["/8.ds"], server.files["/9.ds"] = (
+            tokens[:half],
+            tokens[half - 4 : 2 * half - 4],
+        )
+        server.faults["/9.ds"] = ["fine", "cut", 503]
+        place = {
+            "NumberedFiles": {
+                "url_template": f"{server.url}/{{}}.ds", "start_index": 8, "n_left_pad_zeros": 0,
+                "num_files": 2,
+            }
+        }  # fmt: skip
+        shuffled = http(place, shuffle={"Seeded": list(range(32))})
+        remote = write(tmp_path / "r.toml", table(data_location=shuffled, max_seq_len=64))
+        local = write(tmp_path / "l.toml", table(max_seq_len=64))
+        (tmp_path / "data" / "tokens.bin").write_bytes(tokens[: 62 * 64 * 2 + 2])
+        here = ["--data-path", str(tmp_path / "data"), "--seed-bytes", bytes(range(32)).hex()]
+        losses, said = [], []
+        for name, file, arguments in (("r", remote, []), ("l", local, here)):
+            [result] = run_command(
+                "train", "--run-file", file, "--model", str(tmp_path / "model"), "--total-steps",
+                "5", "--param-dtype", "float32", "--device", "cpu", "--threads", "1", "--output",
+                str(tmp_path / name), "--data-cache", str(tmp_path / "cache"), *arguments,
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr
+            lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            said.append(result.stderr)
+            losses.append([json.loads(line)["loss"] for line in lines])
+        assert server.faults["/9.ds"] == []
+    assert losses[0] == losses[1]
+    assert said[0].count("trying again") == 2

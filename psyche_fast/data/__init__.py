@@ -2,6 +2,7 @@
 
 from psyche_fast.batch import Batch
 from psyche_fast.data.datasets import open_dataset
+from psyche_fast.data.dummy import DummyDataset
 from psyche_fast.data.local import LocalDataset
 from psyche_fast.data.mixture import MixtureDataset
 from psyche_fast.data.order import shuffled_order
@@ -18,6 +19,7 @@ __all__ = [
     "BatchPrefetcher",
     "BlockCache",
     "Dataset",
+    "DummyDataset",
     "LocalDataset",
     "MixtureDataset",
     "ParquetDataset",

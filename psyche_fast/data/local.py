@@ -30,6 +30,8 @@ _NPY_HEADER_BYTES = 1 << 16  # no header of one array is longer
 # How much of a file is looked at to tell 2-byte from 4-byte tokens, and from how many tokens on.
 _PROBE_BYTES = 16384
 _PROBE_MIN_TOKENS = 128
+# How many files' beginnings are looked at for such faults, on disk and behind URLs.
+_LOOKED_AT, _LOOKED_AT_REMOTE = 64, 16
 # No tokenizer has 2**22 entries, but two 2-byte tokens read as one reach that easily: bytes of text
 # from 64 on, the letters, in their upper half suffice.
 _MAX_TOKEN_ID = 1 << 22
@@ -118,12 +120,20 @@ class LocalDataset:
         sequence_bytes = self.sequence_length * self.token_size
         files: list[_TokenFile] = []
         longest = 0
+        # At once, where that takes time: the beginnings that are looked at.
+        looked_at = [path for path in paths if isinstance(path, RemoteFile)]
+        looked_at = [
+            path for n, path in enumerate(looked_at)
+            if n < _LOOKED_AT_REMOTE or path.suffix == ".npy"
+        ]  # fmt: skip
+        fetch((path, 0, min(path.size, _PROBE_BYTES)) for path in looked_at)
         for path in paths:
             offset, size = self._token_span(path)
             longest = max(longest, size // self.token_size)
             end = size - sequence_bytes - (self.token_size if isinstance(path, RemoteFile) else 0)
             if sequences := len(range(0, end, sequence_bytes)):
-                self._check_token_size(path, offset, size)
+                if isinstance(path, Path) or path in looked_at:
+                    self._check_token_size(path, offset, size)
                 files.append(_TokenFile(path, offset, sequences))
         if not files:
             raise ValueError(
@@ -247,12 +257,13 @@ class LocalDataset:
         return np.frombuffer(data, self._dtype)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Look at the first sequence of every file (64 files at most).
+        """Look at the first sequence of every file (64 files at most, 16 behind URLs).
 
         Raises:
             ValueError: if a token id is not below `vocab_size`.
         """
-        for file in self._files[:64]:
+        remote = isinstance(self._files[0].path, RemoteFile)
+        for file in self._files[: _LOOKED_AT_REMOTE if remote else _LOOKED_AT]:
             check_token_ids(self._read(file, 0), vocab_size, str(file.path))
 
 
