@@ -67,8 +67,18 @@ def _resolve(
     flags: dict[str, Any],
     *,
     trains: bool = True,
+    says: bool = True,
 ) -> RunConfig:
-    """Defaults, then `--run-file`, `--config` and the flags that were typed, each over those."""
+    """Defaults, then `--run-file`, `--config` and the flags that were typed, each over those.
+
+    Args:
+        context: the command's.
+        run_file: Psyche's, or None.
+        config: ours, or None.
+        flags: all of the command's by name.
+        trains: whether model and data are wanted, which a run file may not be able to give.
+        says: whether this rank is the one that says what is ignored.
+    """
     values = {} if config is None else read_toml(config)
     for name, value in flags.items():
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
@@ -79,6 +89,7 @@ def _resolve(
         file = read_run_file(run_file)
         if trains:
             file.check(values)
+        if trains and says:
             click.echo(file.ignored_line(), err=True)
         values = file.under(values)
     return RunConfig.of(**values)
@@ -100,8 +111,9 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a model, as Psyche's train example does."""
-    resolved = _resolve(context, run_file, config, flags)
     launch = launched()
+    first = launch is None or launch.rank == 0
+    resolved = _resolve(context, run_file, config, flags, says=first)
     if launch is not None:
         resolved = _launched(resolved, launch)
         if launch.rank > 0:
