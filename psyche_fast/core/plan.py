@@ -14,7 +14,7 @@ import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.core.hub import check_hub
-from psyche_fast.data import Dataset, open_dataset
+from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_count
@@ -87,7 +87,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         config.data.data_path,
         token_size=config.data.token_size,
         sequence_length=options.sequence_length,
-        seed=config.data.seed,
+        seed=config.data.key,
+        cache=BlockCache(config.data.data_cache, int(config.data.data_cache_gb * 1e9)),
     )
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
@@ -120,9 +121,15 @@ def _summary(
     devices: Devices,
 ) -> tuple[str, ...]:
     optimizer, parallelism, rows = config.optimizer, resolved.parallelism, config.run.total_batch
-    needed = config.schedule.total_steps * rows
+    needed = config.batch_sizes.before(config.schedule.total_steps + 1)
     passes = needed / len(dataset)
     again = f", read {passes:.1f} times" if passes > 1 else ""
+    there = "endless" if isinstance(dataset, DummyDataset) else format_count(len(dataset))
+    sizes = config.batch_sizes
+    rise = ""
+    if sizes.warmup_tokens:
+        tokens = format_count(sizes.warmup_tokens)
+        rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
     method = "AdamW"
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
@@ -131,7 +138,7 @@ def _summary(
     return (
         f"model    {config.model.model}: {model.model_type or config.model.python_arch}, "
         f"{format_count(model.num_parameters)} parameters",
-        f"data     {config.data.data_path}: {format_count(len(dataset))} sequences of "
+        f"data     {config.data.data_path}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
         f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
         f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
@@ -139,7 +146,7 @@ def _summary(
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step, "
+        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step{rise}, "
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),

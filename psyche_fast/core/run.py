@@ -148,7 +148,7 @@ def _train(
         names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
-        BatchPrefetcher(plan.dataset, run.total_batch, first, total) as batches,
+        BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
         make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
         also_at_exit_now(tracker.finish),
     ):
@@ -214,7 +214,7 @@ def steps(
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
     feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
-    num_tokens = (schedule.start_step - 1) * config.run.total_batch * config.model.sequence_length
+    num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
     feed.send(schedule.start_step)

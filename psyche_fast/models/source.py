@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from psyche_fast import compat
+from psyche_fast.locations import DUMMY
+from psyche_fast.models.dummy import model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +32,7 @@ _DOWNLOAD = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Mistral's and Meta's own formats stand beside the Hugging Face one in many repositories.
 _SKIP = ["consolidated*", "original/*", "onnx/*"]
 _RETRIES = 3
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,14 @@ def resolve_model(name_or_path: str) -> FilesSource:
     """Finds a model: a local folder, or an id on the Hugging Face hub, which is downloaded.
 
     Args:
-        name_or_path: a folder (`~/` expanded) or a hub id such as `owner/name`.
+        name_or_path: a folder (`~/` expanded), a hub id such as `owner/name` or, with a branch, tag
+            or commit, `owner/name@revision`; or `dummy:`, see `dummy.model_folder`.
 
     Raises:
         ValueError: neither a folder nor downloadable.
     """
+    if name_or_path == DUMMY:
+        return resolve_model(str(model_folder()))
     # Absolute: other ranks start in other directories.
     folder = Path(name_or_path).expanduser().absolute()
     if folder.is_dir():
@@ -130,10 +135,13 @@ def _download(hub_id: str) -> str:
     """The folder of a model of the hub's; files that are there already are not fetched again."""
     from huggingface_hub import snapshot_download
 
+    name, _, revision = hub_id.partition("@")
     attempt = 0
     while True:
         try:
-            return snapshot_download(hub_id, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+            return snapshot_download(
+                name, revision=revision or None, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP
+            )
         except (OSError, ValueError):  # an answer, no hub at all, the disk
             raise
         except Exception as error:

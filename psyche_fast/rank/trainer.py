@@ -28,7 +28,7 @@ from psyche_fast.rank.gradients import (
 )
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.topology import Topology
-from psyche_fast.schedules import LearningRateSchedule
+from psyche_fast.schedules import LearningRates
 from psyche_fast.sharding import is_cut_over
 
 
@@ -74,7 +74,7 @@ class Trainer:
         self,
         model: CausalLM,
         topology: Topology,
-        schedule: LearningRateSchedule,
+        schedule: LearningRates,
         optimizer: Optimizer,
         options: config.Training,
         max_grad_norm: float,

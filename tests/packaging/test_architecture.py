@@ -14,7 +14,7 @@ PACKAGE = ROOT / "psyche_fast"
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
     *("batch", "compat", "config", "devices", "errors", "integers"),
-    *("schedules", "sharding", "strict"),
+    *("locations", "options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
     "batch": set(),
@@ -22,10 +22,14 @@ ALLOWED = {
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "locations": {"options", "strict"},
+    "options": set(),
     "sharding": set(),
     "strict": set(),
-    "schedules": {"strict"},
-    "config": {"schedules", "strict"},
+    "schedules": {"options", "strict"},
+    "config": {"locations", "options", "schedules", "strict"},
+    "runfile": {"config", "locations", "options", "schedules", "strict"},
+    "conversion": {"config", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
     "models": BOTTOM | {"distro"},
@@ -37,7 +41,8 @@ ALLOWED = {
     "core": BOTTOM | {"data", "distro", "kernels", "metrics", "models", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "cli": BOTTOM
-    | {"core", "data", "kernels", "metrics", "psyche", "psyche_fast", "sidecar", "start"},
+    | {"conversion", "core", "data", "kernels", "metrics", "psyche", "psyche_fast", "runfile"}
+    | {"sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "schedules"},
 }
