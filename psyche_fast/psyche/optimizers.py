@@ -113,12 +113,7 @@ class _ReceivedDistro(Optimizer):
         self._limit = options.clip_grad_norm
         self._decay = _single(options.weight_decay or 0.0)
         self._momentum_decay = _single(options.compression_decay)
-        self._deltas = [
-            dtensor_helpers.zeros_like(p)
-            if isinstance(p, DTensor)
-            else torch.zeros_like(p.detach())
-            for p in parameters
-        ]
+        self._deltas = [torch.zeros_like(p.detach()) for p in parameters]
 
     def zero(self) -> None:
         """Zero the momentum."""

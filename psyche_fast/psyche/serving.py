@@ -82,8 +82,8 @@ def _check_clipping(operation: messages.Hyperparameters, tp: int) -> None:
     limit = None if optimizer is None else optimizer.clip_grad_norm
     if tp > 1 and limit is not None and limit > 0:
         raise ValueError(
-            f"clip_grad_norm {limit:g} with tensor parallelism: Psyche's core panics there, once it "
-            "has trained; set it to null or to 0"
+            f"clip_grad_norm {limit:g} with tensor parallelism: Psyche's core panics there, once "
+            "it has trained; set it to null or to 0"
         )
 
 

@@ -48,9 +48,8 @@ class Trace(TorchDispatchMode):
         if space in ("c10d", "_c10d_functional") and "wait" not in name and "monitor" not in name:
             tensors = [t for t in _flat(args) if isinstance(t, Tensor)]
             first = tensors[0] if tensors else torch.empty(0)
-            self.log.append(
-                (name.strip("_"), max((t.numel() for t in tensors), default=0), first.dtype)
-            )
+            most = max((t.numel() for t in tensors), default=0)
+            self.log.append((name.strip("_"), most, first.dtype))
         return func(*args, **(kwargs or {}))
 
 

@@ -108,7 +108,8 @@ def test_an_operator_starts_it_by_the_folder_that_the_command_prints(tmp_path: P
         "import psyche.models.causal_lm as models\n"
         "assert issubclass(type('Own', (models.CausalLM,), {}), psyche.models.CausalLM)\n"
         "try:\n"
-        "    psyche.make_causal_lm('Torchtitan', psyche.PretrainedSourceRepoFiles([]), 'cpu', 'sdpa')\n"
+        "    source = psyche.PretrainedSourceRepoFiles([])\n"
+        "    psyche.make_causal_lm('Torchtitan', source, 'cpu', 'sdpa')\n"
         "except ValueError as error:\n"
         "    print(error)\n"
     )

@@ -98,7 +98,7 @@ class Handed(DistroStep, Optimizer):
         self.update(collect(self.received, self.layout), lr)
 
 
-def alone(folder: Path) -> tuple[Trainer, Handed]:
+def replica(folder: Path) -> tuple[Trainer, Handed]:
     """One replica in this process."""
     model = load(folder, Topology())
     optimizer = Handed(trainable(model))
@@ -108,7 +108,7 @@ def alone(folder: Path) -> tuple[Trainer, Handed]:
 
 
 def in_one_process(folder: Path, replicas: int) -> tuple[list[float], dict[str, Tensor]]:
-    trainers = [alone(folder) for _ in range(replicas)]
+    trainers = [replica(folder) for _ in range(replicas)]
     own: list[list[Any]] = [[] for _ in trainers]
     losses = []
     for step, batch in enumerate(batches(), start=1):
