@@ -5,6 +5,7 @@ The losses are those of one process with Transformers' own model under the same 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from tests.groups import fork_ranks, in_process
-from tests.psyche.rank0 import Core, RustTrainer, signs
+from tests.psyche.rank0 import Core, RustTrainer, signs, traced
 from tests.tiny import random_tokens, save_llama
 
 pytestmark = pytest.mark.processes
@@ -212,3 +213,91 @@ def test_distro(tmp_path: Path, dp: int, tp: int, clip: float | None, bits: bool
     assert found["losses"] == pytest.approx(found["expected"], abs=5e-2)
     assert found["losses"][-1] < found["losses"][1] - 0.1, "the results reach the model"
     assert found["apart"] < 2 * LR
+
+
+Moved = tuple[str, int, torch.dtype]
+NAMES = {
+    "allgather_base": "gather", "all_gather_into_tensor": "gather", "allreduce": "sum",
+    "all_reduce": "sum", "reduce_scatter_base": "reduce", "scatter": "scatter",
+    "broadcast": "broadcast", "barrier": "barrier",
+}  # fmt: skip
+
+
+def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> dict[str, Any]:
+    core = start(folder, logs, dp, tp)
+    load(core, folder, "files", dtype=torch.bfloat16)
+    core.hyperparameters(distro(clip), micro_batch=4 // dp)
+    own: list[Any] = []
+    found: dict[str, list[Moved]] = {}
+    for step in (1, 2, 3):
+        with traced() as found[f"train {step}"]:
+            own = [core.train(step, random_tokens(4, 8), results=own)[1]]
+        with traced() as found[f"optimize {step}"]:
+            core.optimize(step, own if step > 1 else [])
+        with traced() as found[f"forward {step}"]:
+            core.forward(random_tokens(4, 8))
+    with traced() as found["extract"]:
+        core.extract()
+    split = [n for n, v in core.model.named_parameters().items() if hasattr(v, "placements")]
+    core.exit()
+    kept = {
+        operation: [(NAMES[n], size, dtype) for n, size, dtype in log if n in NAMES]
+        for operation, log in found.items()
+    }
+    return {"split": len(split), **kept}
+
+
+def test_collectives_of_two_shards(tmp_path: Path) -> None:
+    """The figures are those of a trace of Psyche's own Python with such a model."""
+    folder = save_llama(
+        tmp_path / "model", vocab_size=256, hidden_size=64, intermediate_size=128, dtype="float32"
+    )
+    found = in_process(_traces, folder, tmp_path, 2, 1, 0.5)
+    assert found["split"] == 21
+    root, layer, low = 32832, 36992, torch.bfloat16
+    begin: list[Moved] = [("barrier", 1, torch.uint8)]
+    batch: list[Moved] = [("broadcast", 32, torch.int64)]
+    forward: list[Moved] = [("gather", n, low) for n in (root, layer, layer)]
+    backward: list[Moved] = [
+        *[("gather", layer, low)] * 2,
+        *(("reduce", n, torch.float32) for n in (layer, layer, root)),
+    ]
+    clip: list[Moved] = [("sum", 21, torch.float32)]
+    loss: list[Moved] = [("sum", 1, torch.float32)]
+    for step in (1, 2, 3):
+        assert found[f"forward {step}"] == [*begin, *batch, *forward]
+        log = found[f"train {step}"]
+        results, rest = log[1 : 43 if step > 1 else 1], log[43 if step > 1 else 1 :]
+        assert [n for n, *_ in results] == ["broadcast"] * len(results)
+        length = len(batch + forward + backward + clip)
+        assert rest[:length] == [*batch, *forward, *backward, *clip]
+        each = ["scatter", "gather"] if step > 1 else ["gather"]
+        assert [n for n, *_ in rest[length:-1]] == each * 21
+        assert {t for *_, t in rest[length:-1]} == {torch.float32}, "the parameters' own type"
+        assert rest[-1:] == loss
+        applied = ["broadcast"] * 42 + ["scatter"] * 21 if step > 1 else []
+        assert [n for n, *_ in found[f"optimize {step}"]] == ["barrier", *applied]
+    assert [n for n, *_ in found["extract"]] == ["barrier"] + ["gather"] * 21
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_collectives_of_split_layers(tmp_path: Path, dp: int) -> None:
+    """By parameter after backward, and none besides; what a forward needs is the tensor plan's."""
+    folder = save_llama(tmp_path / "model", dtype="float32")
+    found = in_process(_traces, folder, tmp_path, dp, 2, None)
+    # norms stand alone on each rank where nothing shards them
+    assert found["split"] == (16 if dp == 1 else 21)
+    cuts = 16 + (21 if dp == 2 else 0)  # each is gathered over each dimension that cuts it
+    assert Counter(n for n, *_ in found["extract"]) == {"barrier": 1, "gather": cuts}
+    for step in (1, 2, 3):
+        names = Counter(n for n, *_ in found[f"optimize {step}"])
+        # the gradient of the embedding's rows stands whole on each rank, by our tensor plan
+        whole = 1 if dp == 1 else 0
+        more = {"broadcast": 42 + whole, "scatter": cuts - whole} if step > 1 else {}
+        assert names == {"barrier": 1, **more}
+        log = [n for n, *_ in found[f"train {step}"]]
+        after = log[len(log) - 1 - cuts * (2 if step > 1 else 1) : -1]
+        more = {"scatter": cuts} if step > 1 else {}
+        assert Counter(after) == {"gather": cuts, **more}
+        assert log[-1] == "sum"
+    assert found["forward 1"] == found["forward 2"] == found["forward 3"]

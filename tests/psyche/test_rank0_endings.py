@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from tests.groups import in_process, running
 from tests.processes import command, is_there, seconds_until_gone, wait_until
+from tests.psyche.rank0 import Core
 from tests.psyche.test_rank0 import adamw, distro, start
 from tests.tiny import random_tokens, save_llama
 
@@ -97,31 +96,25 @@ def test_sidecars_wait_for_the_core_and_end_with_it(tmp_path: Path, when: str) -
         assert seconds_until_gone(child) < 1
 
 
-def test_an_operator_starts_it_by_the_folder_that_the_command_prints(tmp_path: Path) -> None:
-    """Cold, with nothing but that folder on the path besides the package."""
-    folder = subprocess.run(
+def _cold(folder: Path, logs: Path, path: str) -> list[Any]:
+    core = Core(2, 1, logs, path)
+    core.load_files(sorted(folder.iterdir()), "HfLlama")
+    import psyche
+    import psyche.models.causal_lm
+
+    assert psyche.__file__.startswith(path)
+    assert psyche.models.CausalLM is psyche.models.causal_lm.CausalLM
+    with pytest.raises(ValueError, match="'Torchtitan': its model code"):
+        psyche.make_causal_lm("Torchtitan", psyche.PretrainedSourceRepoFiles([]), "cpu", "sdpa")
+    core.hyperparameters(adamw(None))
+    core.train(1, random_tokens(4, 12))
+    return core.exit()
+
+
+def test_the_folder_that_the_command_prints(tmp_path: Path) -> None:
+    """With nothing else on the path besides the package, and a sidecar that nobody has warmed."""
+    path = subprocess.run(
         command("psyche-path"), capture_output=True, text=True, check=True
     ).stdout.strip()
-    script = (
-        "import sys, psyche, psyche.dtensor_helpers, psyche.models, psyche.sidecar\n"
-        "assert psyche.__file__.startswith(sys.argv[1]), psyche.__file__\n"
-        "import psyche.models.causal_lm as models\n"
-        "assert issubclass(type('Own', (models.CausalLM,), {}), psyche.models.CausalLM)\n"
-        "try:\n"
-        "    source = psyche.PretrainedSourceRepoFiles([])\n"
-        "    psyche.make_causal_lm('Torchtitan', source, 'cpu', 'sdpa')\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-    said = subprocess.run(
-        [sys.executable, "-c", script, folder], capture_output=True, text=True, env=environment
-    )
-    assert said.returncode == 0, said.stderr
-    assert "'Torchtitan': its model code" in said.stdout
-    helped = subprocess.run(
-        [sys.executable, "-m", "psyche.sidecar", "--rank", "0", "--world-size", "2", "--backend",
-         "gloo", "--init-method", "tcp://localhost:1"],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert "--rank must be in 1 .. 1, got 0" in helped.stderr
+    folder = save_llama(tmp_path / "model")
+    assert in_process(_cold, folder, tmp_path, path) == [0]
