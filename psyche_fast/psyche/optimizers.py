@@ -68,6 +68,15 @@ def _clip(parameters: Sequence[Tensor], limit: float | None) -> None:
         torch.nn.utils.clip_grad_norm_(list(reversed(parameters)), _single(limit))
 
 
+def _scale_(tensor: Tensor, factor: float) -> Tensor:
+    """Multiplies in place as C++ does: the factor is rounded to the tensor's type first.
+
+    Python's `mul_` keeps the factor in single precision.
+    """
+    scaled: Tensor = torch.ops.aten.mul_.Scalar(tensor, factor)
+    return scaled
+
+
 def _single(number: float) -> float:
     """The core keeps such numbers in single precision, whatever its JSON says."""
     return float(np.float32(number))
@@ -93,14 +102,16 @@ class _AdamW(Optimizer):
                 continue
             value, grad = parameter, parameter.grad
             if self._decay != 0.0:
-                value.mul_(1 - lr * self._decay)
+                _scale_(value, 1 - lr * self._decay)
             if number not in self._moments:
                 self._moments[number] = torch.zeros_like(value), torch.zeros_like(value)
             mean, square = self._moments[number]
             steps = self._steps[number] = self._steps.get(number, 0) + 1
-            mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            divisor = (square.sqrt() / math.sqrt(1 - beta2**steps)).add_(self._eps)
+            _scale_(mean, beta1).add_(grad, alpha=1 - beta1)
+            _scale_(square, beta2).addcmul_(grad, grad, value=1 - beta2)
+            root = math.sqrt(1 - beta2**steps)
+            divisor = torch.ops.aten.div.Scalar(square.sqrt(), root)
+            divisor = torch.ops.aten.add_.Scalar(divisor, self._eps)
             value.addcdiv_(mean, divisor, value=-(lr / (1 - beta1**steps)))
             parameter.grad = None
 
@@ -141,11 +152,11 @@ class _ReceivedDistro(Optimizer):
                     sent = dtensor_helpers.calculate_local_tensor_from_full(sent, value)
                 delta.sub_(sent)
             if self._decay != 0.0:
-                value.mul_(1.0 - lr * self._decay)
+                _scale_(value, 1.0 - lr * self._decay)
             if self._momentum_decay != 1.0:
-                delta.mul_(self._momentum_decay)
+                _scale_(delta, self._momentum_decay)
             assert value.grad is not None, "a backward has been"
-            delta.add_(value.grad * lr)
+            delta.add_(torch.ops.aten.mul.Scalar(value.grad, lr))
             full_tensor(delta)
 
     def step(self, results: Results, lr: float) -> None:

@@ -208,8 +208,8 @@ def test_distro(tmp_path: Path, dp: int, tp: int, clip: float | None, bits: bool
     folder = save_llama(tmp_path / "model")
     found = in_process(_distro, folder, tmp_path, dp, tp, clip, bits)
     assert found["codes"] == [0] * (dp * tp - 1)
-    assert found["losses"][:5] == pytest.approx(found["expected"][:5], abs=1e-3)
-    # where signs cancel, rounding decides the direction of a step
+    assert found["losses"][:4] == pytest.approx(found["expected"][:4], abs=1e-3)
+    # results are applied now: where signs cancel, rounding decides the direction of a step
     assert found["losses"] == pytest.approx(found["expected"], abs=5e-2)
     assert found["losses"][-1] < found["losses"][1] - 0.1, "the results reach the model"
     assert found["apart"] < 2 * LR
