@@ -35,7 +35,6 @@ from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
-from psyche_fast.kernels.reference.direction import BLOCK_ELEMENTS
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
@@ -255,7 +254,7 @@ def _workspace(plan: ChunkPlan, replicas: int) -> int:
     group = max((g[-1].stop - g[0].start for g in groups(plan)), default=0)
     numbers = (2 * group + slices) * plan.totalk + slices * plan.k * (plan.h + plan.w)
     if replicas > 1:  # entries of one are not added up
-        numbers += 2 * min(group * plan.totalk, BLOCK_ELEMENTS)
+        numbers += 2 * slices * plan.totalk
     return numbers * plan.compute_dtype.itemsize
 
 
