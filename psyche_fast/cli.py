@@ -370,6 +370,12 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
     )
 
 
+@cli.command("psyche-path")
+def psyche_path() -> None:
+    """Print the folder to put first on PYTHONPATH of a core of Psyche's."""
+    click.echo(Path(__file__).with_name("psyche") / "on_path")
+
+
 @cli.command()
 @click.option("--autotune", is_flag=True, help="measure launch options on this machine's GPU")
 @click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
