@@ -312,6 +312,25 @@ def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) ->
     click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
 
 
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--decode", type=click.Path(path_type=Path), metavar="OUT.safetensors",
+              help="write the gradients that the results stand for")  # fmt: skip
+@click.option("--model", help="folder or hub id: its parameters' names instead of numbers")
+def results(file: Path, decode: Path | None, model: str | None) -> None:
+    """Show the DisTrO results in a file of Psyche's, and decode them into gradients."""
+    quiet_terminal()
+    from psyche_fast.psyche import dump
+
+    found = dump.read_file(file)
+    named = dump.named(found, model)
+    for line in dump.table(found, named):
+        click.echo(line)
+    if decode is not None:
+        dump.write_gradients(named, decode)
+        click.echo(f"{decode}: gradients of {len(named)} parameters")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
     run_command(cli, "psyche-fast", argv)

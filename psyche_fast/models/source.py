@@ -116,11 +116,19 @@ def resolve_model(name_or_path: str) -> FilesSource:
         snapshot = snapshot_download(name_or_path, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
     # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"--model: {name_or_path!r} is neither a folder nor downloadable from the hub: {reason}"
+            f"--model: {name_or_path!r} is neither a folder nor downloadable from the hub: "
+            f"{_reason(error)}"
         ) from error
     return resolve_model(snapshot)
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error of the hub's client, and of what it came from where that says more."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else repr(error)
+    cause = str(error.__cause__ or "").strip().splitlines()
+    return reason if not cause or cause[0] in reason else f"{reason} ({cause[0]})"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -162,6 +170,29 @@ def vocabulary_size(config: dict[str, Any]) -> int | None:
         if isinstance(size, int):
             return size
     return None
+
+
+def read_model(name: str) -> dict[str, Any]:
+    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        return read_config(resolve_model(name))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name, "config.json")
+    # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
+    except Exception as error:
+        raise ValueError(
+            f"--model: {name!r} is no folder, nor on the hub: {_reason(error)}"
+        ) from error
+    return read_config(FilesSource((Path(file),)))
 
 
 def weight_files(source: FilesSource) -> list[Path]:
