@@ -420,6 +420,21 @@ def results(file: Path, decode: Path | None, model: str | None) -> None:
         click.echo(f"{decode}: gradients of {len(named)} parameters")
 
 
+@cli.command()
+@click.argument("one", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def diff(one: Path, other: Path) -> None:
+    """Compare two checkpoints, or two runs: the first step and parameter that differ; status 1."""
+    from psyche_fast.core.diff import differences
+
+    found = differences(one, other)
+    for line in found.lines:
+        click.echo(line)
+    if found.lines:
+        sys.exit(1)
+    click.echo(f"the same, to the bit: {found.compared}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
     run_command(cli, "psyche-fast", argv)
