@@ -17,9 +17,10 @@ from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
+import huggingface_hub
 
 from psyche_fast.data.http import HttpFiles, NoRangesError, PublicBucket
 from psyche_fast.locations import numbered, scheme
@@ -333,15 +334,17 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
 def _folder(
     url: str, kind: str, path: str, files: Any, make: Callable[..., RemoteFile]
 ) -> list[RemoteFile]:
-    options = {} if isinstance(files, PublicBucket) else {"detail": True}
+    own = isinstance(files, HttpFiles | PublicBucket)
+    options = {} if own else {"detail": True}
     listed = retried(url, lambda: files.find(path, **options))
     found = []
     for name, info in listed.items():
         name = name.lstrip("/")
-        below = PurePosixPath(name.removeprefix(path).lstrip("/"))
+        below = PurePosixPath(unquote(name.removeprefix(path).lstrip("/")))
         if not any(part.startswith(".") for part in below.parts):
             link = info.get("mediaLink") or quote(name, safe="")
-            found.append((link, make(f"{kind}://{name}", name, info, below)))
+            full = name if kind in ("http", "https") else f"{kind}://{name}"
+            found.append((link, make(full, name, info, below)))
     return [file for _, file in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -353,6 +356,8 @@ def _version(info: dict[str, Any]) -> str:
 def _file_system(url: str, kind: str) -> Any:
     if kind in ("http", "https"):
         return HttpFiles()
+    if kind == "hf" and huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--data-path {url}: the hub is not asked for it: HF_HUB_OFFLINE is set")
     try:
         return fsspec.filesystem(kind)
     except ImportError as error:

@@ -67,6 +67,8 @@ class FileServer:
         if fault == "short":
             data = data[: len(data) // 2]
         handler.send_response(status)
+        if path.endswith(("/", ".html")):
+            headers["Content-Type"] = "text/html; charset=utf-8"
         if self.lengths:
             headers["Content-Length"] = str(len(data))
         if self.etags is not None:

@@ -252,6 +252,28 @@ def test_a_public_bucket_in_the_order_of_its_links(server, open_url, monkeypatch
         open_url("gs://private/some", 5)
 
 
+def test_a_folder_that_a_server_lists(server, open_url):
+    for name in ("b.bin", "a b.bin", "train-0.parquet", "other.txt"):
+        save(server, f"/data/{name}", [ord(name[0])] * 7)
+    links = [
+        "b.bin",
+        "../up.bin",
+        "a%20b.bin",
+        "?C=N",
+        "/data/train-0.parquet",
+        "other.txt",
+        "sub/",
+    ]
+    page = "".join(f'<a href="{link}">{link}</a>' for link in links)
+    server.files["/data/"] = server.files["/data/page.html"] = page.encode()
+    assert inputs(open_url(f"{server.url}/data/", 5)) == [[97] * 5, [98] * 5]
+    with pytest.raises(ValueError, match=r"/page\.html is a web page, not a file of data"):
+        open_url(f"{server.url}/data/page.html", 5)
+    server.files["/none/"] = b"<html>"
+    with pytest.raises(ValueError, match="/none/: there are no files"):
+        open_url(f"{server.url}/none/", 5)
+
+
 def missing(protocol):
     raise ImportError(f"install something for {protocol}")
 
@@ -282,6 +304,7 @@ class Flaky(MemoryFileSystem):
 
 @pytest.mark.parametrize("kind", ["s3", "gs", "hf"])
 def test_file_systems_of_fsspec(open_url, monkeypatch, kind):
+    monkeypatch.setattr(remote.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(Flaky, "failures", 3)
     files = Flaky()
@@ -299,7 +322,10 @@ def test_file_systems_of_fsspec(open_url, monkeypatch, kind):
         open_url(f"{kind}://b/nowhere", 5)
 
 
-def test_the_hubs_file_system_is_there():
+def test_the_hubs_file_system_is_there(open_url, monkeypatch):
+    monkeypatch.setattr(remote.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="hf://datasets/a/b: the hub is not asked for it"):
+        open_url("hf://datasets/a/b", 5)
     assert type(fsspec.filesystem("hf")).__name__ == "HfFileSystem"
 
 
