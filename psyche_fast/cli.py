@@ -282,8 +282,8 @@ def schedule(
 @click.argument("file", type=click.Path())
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="file to write (default: standard output)")  # fmt: skip
-@click.option("--run-id", default="psyche-fast", show_default=True, help="of a run file")
-def convert(file: str, output: Path | None, run_id: str) -> None:
+@click.option("--run-id", help="of a run file (default: the configuration's)")
+def convert(file: str, output: Path | None, run_id: str | None) -> None:
     """Turn Psyche's run file into our configuration, or ours into Psyche's."""
     from psyche_fast import conversion
 
@@ -393,6 +393,25 @@ def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) ->
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
     click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--decode", type=click.Path(path_type=Path), metavar="OUT.safetensors",
+              help="write the gradients that the results stand for")  # fmt: skip
+@click.option("--model", help="folder or hub id: its parameters' names instead of numbers")
+def results(file: Path, decode: Path | None, model: str | None) -> None:
+    """Show the DisTrO results in a file of Psyche's, and decode them into gradients."""
+    quiet_terminal()
+    from psyche_fast.psyche import dump
+
+    found = dump.read_file(file)
+    named = dump.named(found, model)
+    for line in dump.table(found, named):
+        click.echo(line)
+    if decode is not None:
+        dump.write_gradients(named, decode)
+        click.echo(f"{decode}: gradients of {len(named)} parameters")
 
 
 def main(argv: list[str] | None = None) -> None:

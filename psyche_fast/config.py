@@ -197,6 +197,10 @@ class Machines(Section, frozen=True, kw_only=True):
     ] = 600
 
 
+RUN_ID = re.compile(r"\w[\w.-]{0,63}")
+"""What a run may be called."""
+
+
 class Run(Section, frozen=True, kw_only=True):
     """What the core does, for `core`."""
 
@@ -210,13 +214,30 @@ class Run(Section, frozen=True, kw_only=True):
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
+    keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    run_id: Annotated[
+        str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    push_to_hub: Annotated[
+        str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
+    ] = None  # fmt: skip
     tracker: Annotated[
         Literal["none", "wandb", "trackio", "tensorboard"],
         _help("where metrics go besides metrics.jsonl"),
     ] = "none"
+    metric_names: Annotated[
+        Literal["psyche-fast", "psyche"],
+        _help("what trackers call them: as in metrics.jsonl, or as Psyche's dashboards do"),
+    ] = "psyche-fast"  # fmt: skip
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
+        # They become folders' names.
+        if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
+            raise ValueError(
+                "--run-id: wanted up to 64 letters, digits and . _ - that begin with no . or -, "
+                f"got {self.run_id!r}"
+            )
         start = self.total_batch_start
         if (start is None) != (self.batch_warmup_tokens == 0):
             raise ValueError("--total-batch-start and --batch-warmup-tokens need each other")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
+from psyche_fast.core.hub import check_hub
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
@@ -69,6 +70,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     if run.save_path is not None:
         check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
     check_tracker(run.tracker)
+    if run.push_to_hub is not None:
+        check_hub(run.push_to_hub)
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)

@@ -18,8 +18,8 @@ from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices, index_dtype
 logger = logging.getLogger(__name__)
 
 # Elements of a chunk class that are worked on at once: bounds the workspace to a few hundred MB on
-# an accelerator, a few tens on a CPU. A step of DeMo on 5 M parameters, k = 8 / 32, two threads of
-# a Xeon: 2^20 22.7 / 27.0 ms, 2^21 22.0 / 26.3, 2^22 21.9 / 27.8, 2^23 21.9 / 27.1.
+# an accelerator, a few tens on a CPU. A step of DeMo on 5 M parameters, k = 8, two threads of a
+# Xeon, least of five runs: 2^18 39.6 ms, 2^19 35.5, 2^21 30.9.
 MAX_SLICE_ELEMENTS = 1 << 25
 MAX_SLICE_ELEMENTS_CPU = 1 << 21
 # A chunk this many times smaller than the dimensions would allow is reported: it compresses that

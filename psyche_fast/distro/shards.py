@@ -449,7 +449,9 @@ class GradientGuard:
 def _all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """1 where every element is finite, else 0: float32, 0-d on `device`."""
     # Several times as fast on a CPU as magnitudes; only sums of huge numbers need these as well.
-    if device.type == "cpu" and all(t.sum(dtype=torch.float32).isfinite() for t in tensors):
+    if device.type == "cpu" and math.isfinite(
+        sum(float(t.sum(dtype=torch.float32)) for t in tensors)
+    ):
         return torch.ones((), device=device)
     # The largest magnitude, NaN if any is, rather than a sum, which finite ones could overflow.
     return get_total_norm(tensors, math.inf).to(device).isfinite().float()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from psyche_fast.batch import IGNORE
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """fp32 logits of a chunk: large enough for the matrix units (on a GPU 1,024 rows of 128k)."""
 
 PLAIN_BYTES = 256 << 20
@@ -34,13 +34,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants = ctx.needs_input_grad[:3]
         rows, device = hidden.shape[0], hidden.device
-        size = max(_CHUNK_BYTES.get(device.type, 32 << 20) // (4 * weight.shape[0]), 64)
+        size = max(_CHUNK_BYTES.get(device.type, 64 << 20) // (4 * weight.shape[0]), 64)
         total = torch.zeros((), device=device)
         # fp32: the incoming gradient scales them before they are rounded, once.
         grads = [
             torch.zeros(t.shape, device=device) if want and t is not None else None
             for t, want in zip((hidden, weight, bias), wants, strict=True)
         ]
+        wide = weight.float() if wants[0] and device.type != "cuda" else weight
         for start in range(0, rows, size):
             h, target = hidden[start : start + size], targets[start : start + size]
             logits = F.linear(h, weight, bias).float()
@@ -54,14 +55,18 @@ class _HeadLoss(torch.autograd.Function):
             gradient.scatter_add_(1, index, torch.full_like(normaliser, -1.0)).mul_(counts)
             if grads[2] is not None:
                 grads[2] += gradient.sum(0)
-            gradient = gradient.to(h.dtype)  # as autograd hands it to the product
-            if grads[0] is not None:
-                grads[0][start : start + size] = _product(gradient, weight)
-            if grads[1] is not None:
-                if device.type == "cuda" and h.dtype != torch.float32:
+            if device.type == "cuda":
+                gradient = gradient.to(h.dtype)  # as autograd hands it to the product
+                if grads[0] is not None:
+                    grads[0][start : start + size] = _product(gradient, weight)
+                if grads[1] is not None:
                     grads[1] += _product(gradient.t(), h)
-                else:  # without a second tensor of the weight's size
-                    grads[1].addmm_(gradient.t().float(), h.float())
+            else:
+                with _products_of(h.dtype):
+                    if grads[0] is not None:
+                        torch.mm(gradient, wide, out=grads[0][start : start + size])
+                    if grads[1] is not None:
+                        grads[1].addmm_(gradient.t(), h.float())
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
         return total
@@ -73,10 +78,26 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """A matrix product in fp32, whatever the factors' type."""
-    if one.dtype != torch.float32 and one.device.type == "cuda":
-        return torch.mm(one, other, out_dtype=torch.float32)
-    return one.float() @ other.float()
+    """A matrix product on a GPU, in fp32 whatever the factors' type."""
+    return (
+        one @ other if one.dtype == torch.float32 else torch.mm(one, other, out_dtype=torch.float32)
+    )
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Within, a CPU multiplies fp32 tensors as if rounded to `dtype`, where it can.
+
+    That is the only way to bf16 products of which the sums are fp32, and twice as fast.
+    """
+    knob = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    saved = knob.fp32_precision
+    if dtype == torch.bfloat16:
+        knob.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        knob.fp32_precision = saved
 
 
 def chunked_cross_entropy(

@@ -56,8 +56,11 @@ class _Kind:
 class _Follow(TorchDispatchMode):
     """Knows each tensor's kind, by its memory: views are of the same kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: set[str]) -> None:
         super().__init__()
+        self.split = split
+        """Parameters that only their layers can use."""
+        self.in_layer = False
         self.inside: set[str] = set()
         self.outside: set[str] = set()
         self.problem: str | None = None
@@ -91,6 +94,8 @@ class _Follow(TorchDispatchMode):
 
     def _look(self, name: str, args: Any, tensors: list[Tensor], kinds: list[_Kind]) -> None:
         names = frozenset[str]().union(*(kind.names for kind in kinds))
+        if not self.in_layer and (alone := names & self.split):
+            self.problem = f"{name} of {min(alone)}, a part, outside of its layer"
         if not any(kind.columns for kind in kinds):
             if any(kind.given or kind.active for kind in kinds):
                 self.outside |= names
@@ -147,7 +152,8 @@ def partial_gradients(
     Raises:
         ValueError: something would be computed from a part as if it were the whole.
     """
-    follow = _Follow()
+    split = columns | rows | whole
+    follow = _Follow({n for n, _ in module.named_parameters() if n.rpartition(".")[0] in split})
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         tensor = torch.empty_like(parameter, device="meta", requires_grad=False)
@@ -166,7 +172,9 @@ def partial_gradients(
                 x = next(iter((*args, *kwargs.values())))
                 size = part.out_features if isinstance(part, nn.Linear) else x.shape[-1]
                 return follow.mark(x.new_empty(*x.shape[:-1], size), _Kind(active=True))
+            follow.in_layer = True
             output = forward(*args, **kwargs).clone()
+            follow.in_layer = False
             if group is columns:
                 size = output.shape[-1] // ranks
                 return follow.mark(output[..., :size].clone(), _Kind(columns=frozenset([size])))

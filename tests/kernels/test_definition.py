@@ -155,12 +155,20 @@ def test_the_filter_leaves_nothing_wrong(name, peers, monkeypatch):
     plan = one_class([shape] * 4, k=8, device=torch.device("cpu"))
     for signs in (True, False):
         entries = nearly_zero(plan, entries_of(plan, "random", peers, signs=signs, seed=3))
-        filtered = direction.descent(plan, entries, 0, plan.chunks).clone()
+        filtered = minus_direction(plan, entries).clone()
         with monkeypatch.context() as patch:
-            patch.setattr(direction._Block, "_limit", lambda *_: torch.tensor([[1e30]]))
-            exact = direction.descent(plan, entries, 0, plan.chunks)
+            patch.setattr(direction.Descent, "_errors", doubt_all)
+            exact = minus_direction(plan, entries)
         assert torch.equal(filtered, exact)
         assert torch.equal(exact.to(torch.int64), -torch.from_numpy(wanted(plan, entries)))
+
+
+def minus_direction(plan, entries):
+    return direction.Descent(plan, entries, 0, plan.chunks).chunks(0, plan.chunks)
+
+
+def doubt_all(self):
+    return torch.full((len(self.c), 1), 1e30), 0.0
 
 
 def nearly_zero(plan, entries):

@@ -42,13 +42,14 @@ SAMPLE = {
     "estimate of tensor parallelism": ["deepseek_v3", "apertus"],
     # blocks in blocks, ties into a block, fused files
     "--data-parallelism 2": ["mamba", "roberta", "hrm_text"],
-    "--tensor-parallelism 2": ["apertus", "doge"],
+    "--tensor-parallelism 2": ["apertus", "doge", "gemma4"],
 }
 REFUSED: dict[tuple[str, str], str] = {
     ("rows longer than its positions", "whisper"): "more than the max_target_positions of 64",
     ("packed documents", "roberta"): "counts positions its own way",
     ("packed documents", "bart"): "counts positions its own way",
     ("estimate", "jetmoe"): "cannot be gone through without values, so there is no estimate",
+    ("--tensor-parallelism 2", "gemma4"): "embed_tokens.weight, a part, outside of its layer",
     ("--tensor-parallelism 2", "doge"): "cannot compute with a rank's part of its layers",
 }
 """Of the sample: a part of the reason."""
@@ -148,12 +149,15 @@ def test_numbers_are_right_or_refused(
 def general(why: str) -> str:
     """A reason without the names that only one model has."""
     why = " ".join(why.split()).replace("|", "/")
-    why = re.sub(r"[A-Z]\w+(LMHead\w*|For\w+LM|ForConditional\w*)\b", "the model", why)
+    why = re.sub(r"\b\w*[A-Z]\w+(LMHead\w*|For\w+LM|ForConditional\w*)\b", "the model", why)
     return re.sub(r"(?<= )[a-z_]+\.[\w.]+\.(?=\w)", "….", why)[:300]
 
 
 def page(found: dict[tuple[str, str], str], before: str) -> str:
-    """What is refused, a line for each stage and reason; of stages not gone through as before."""
+    """What is refused, a line for each stage and reason; of stages not gone through as before.
+
+    Models that no stage can take, for one reason, have a line of their own.
+    """
     lines = [
         "# What is refused",
         "",
@@ -167,13 +171,24 @@ def page(found: dict[tuple[str, str], str], before: str) -> str:
         "| what | which | why |",
         "| --- | --- | --- |",
     ]
-    for stage in [*ALONE, *SPLIT]:
-        if not all((stage, model_type) in found for model_type in CAUSAL):
-            lines += [line for line in before.splitlines() if line.startswith(f"| {stage} |")]
+    stages = [*ALONE, *SPLIT]
+    whole = [stage for stage in stages if all((stage, name) in found for name in CAUSAL)]
+    kept = [line for line in before.splitlines() if line.split(" | ")[0].strip("| ") not in whole]
+    always = {
+        name: found[whole[0], name]
+        for name in CAUSAL
+        if len({found[stage, name] for stage in whole}) == 1 and found[whole[0], name]
+    }
+    if whole != stages:  # what has not been gone through may differ
+        always = {n: why for n, why in always.items() if f"| all | {n} | {why} |" in kept}
+    lines += [f"| all | {name} | {why} |" for name, why in always.items()]
+    for stage in stages:
+        if stage not in whole:
+            lines += [line for line in kept if line.startswith(f"| {stage} |")]
             continue
         models: dict[str, list[str]] = {}
         for model_type in CAUSAL:
-            if why := found[stage, model_type]:
+            if (why := found[stage, model_type]) and model_type not in always:
                 models.setdefault(why, []).append(model_type)
         lines += [f"| {stage} | {', '.join(names)} | {why} |" for why, names in models.items()]
     return "\n".join(lines) + "\n"

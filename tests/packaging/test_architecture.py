@@ -41,8 +41,8 @@ ALLOWED = {
     "core": BOTTOM | {"data", "distro", "kernels", "metrics", "models", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "cli": BOTTOM
-    | {"conversion", "core", "data", "kernels", "metrics", "psyche_fast", "runfile", "sidecar"}
-    | {"start"},
+    | {"conversion", "core", "data", "kernels", "metrics", "psyche", "psyche_fast", "runfile"}
+    | {"sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "schedules"},
 }
@@ -122,8 +122,13 @@ def test_imports_flow_one_way() -> None:
 
 
 def test_only_the_sidecars_entry_knows_psyches_protocol() -> None:
-    importers = {part(m) for m in modules() if any(part(i) == "psyche" for i in imports(m))}
-    assert importers == {"psyche", "sidecar"}
+    importers = {
+        (part(m), i)
+        for m in modules()
+        for i in imports(m)
+        if part(i) == "psyche" and part(m) not in ("psyche", "sidecar")
+    }
+    assert importers == {("cli", "psyche_fast.psyche.dump")}, "files of Psyche's, no protocol"
 
 
 def test_only_the_core_and_the_command_know_data() -> None:
@@ -273,7 +278,7 @@ def test_the_gradients_road_is_short() -> None:
 def test_the_package_stays_small() -> None:
     lines = {module: source(module).count("\n") for module in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 5150
-    assert sum(lines.values()) < 22_900
+    assert sum(lines.values()) < 24_000
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Rates, Slice
 from psyche_fast.kernels.reference.decode import Decoder
-from psyche_fast.kernels.reference.direction import descent, exact_product
+from psyche_fast.kernels.reference.direction import Descent, exact_product
 from psyche_fast.kernels.reference.transform import ieee_matmul
 from psyche_fast.kernels.reference.update import (
     Factors,
@@ -51,12 +51,15 @@ def apply(
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
-        for part in plan.slices:
-            direction = descent(plan, entries, part.start, part.stop)
-            signed_step(plan, part, parameters, direction, rates, factors)
-            if ahead is not None:
-                assert delta is not None
-                _look_ahead(plan, part, parameters, delta, rates, ahead)
+        # Sums of entries take a place for every coefficient: a slice's fit a core's cache.
+        for group in groups(plan) if entries.unique else ([part] for part in plan.slices):
+            direction = Descent(plan, entries, group[0].start, group[-1].stop)
+            for part in group:
+                minus = direction.chunks(part.start, part.stop)
+                signed_step(plan, part, parameters, minus, rates, factors)
+                if ahead is not None:
+                    assert delta is not None
+                    _look_ahead(plan, part, parameters, delta, rates, ahead)
 
 
 def lookahead(

@@ -23,109 +23,91 @@ from psyche_fast.kernels.reference.workspace import (
     scratch,
 )
 
-BLOCK_ELEMENTS = 1 << 20
-"""Elements whose entries are worked on together."""
-_CACHED = 1 << 17
-"""Elements that go through the passes over all of them together: they stay in a core's cache."""
 _EXACT = 1 << 15
-"""Elements of doubtful rows that are worked on together, for the same reason."""
+"""Elements of doubtful rows that are worked on together: they stay in a core's cache."""
 
 
-def descent(plan: ChunkPlan, entries: Entries, start: int, stop: int) -> Tensor:
-    """Minus the direction of chunks `[start, stop)`: float32 `[stop - start, h, w]` of -1, 0, 1.
-
-    Good until the next call.
-    """
-    like = torch.empty(0, device=plan.device)
-    result = scratch(RESULT, (stop - start, plan.h, plan.w), like)
-    step = max(1, BLOCK_ELEMENTS // plan.totalk)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        index = entries.indices[first:last].to(torch.int64)
-        values = entries.values[first:last]
-        block = _Block(plan, index, values, entries.unique)
-        block.into(result[first - start : last - start])
-    return result
-
-
-class _Block:
-    """Some chunks of a class.
+class Descent:
+    """Minus the direction of chunks `[start, stop)` of a class, any part of them at a time.
 
     Attributes:
         c: coefficients, integers in float32: of every entry `[n, m]`, or dense `[n, h * w]`.
     """
 
-    def __init__(self, plan: ChunkPlan, index: Tensor, values: Tensor, unique: bool) -> None:
-        self._plan, self._index, self._unique = plan, index, unique
+    def __init__(self, plan: ChunkPlan, entries: Entries, start: int, stop: int) -> None:
+        self._plan, self._start = plan, start
+        index = entries.indices[start:stop].to(torch.int64)
+        self._index, self._unique = index, entries.unique
         n, m = index.shape
-        self._is_dense = not unique and 2 * m >= plan.totalk
-        words, factor = _words(values)
-        if unique:
+        self._is_vector = plan.h == 1 or plan.w == 1
+        self._is_dense = not entries.unique and 2 * m >= plan.totalk
+        words, factor = _words(entries.values[start:stop])
+        if entries.unique:
             self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
-            return
-        sums = scratch(SUMS, (n, plan.totalk), words).zero_().scatter_add_(1, index, words)
-        words = sums if self._is_dense else sums.gather(1, index)
-        count = words & 0xFFFF
-        mean = words.sub_(count).double().mul_(factor)
-        if self._is_dense:
-            count.clamp_(min=1)
-        self.c = mean.div_(count).round_().float()
-        self.share = self.c if self._is_dense else self.c / count
-        self._count = count
+        else:
+            sums = scratch(SUMS, (n, plan.totalk), words).zero_().scatter_add_(1, index, words)
+            words = sums if self._is_dense else sums.gather(1, index)
+            count = words & 0xFFFF
+            mean = words.sub_(count).double().mul_(factor)
+            if self._is_dense:
+                count.clamp_(min=1)
+            self.c = mean.div_(count).round_().float()
+            self.share = self.c if self._is_dense else self.c / count
+            self._count = count
+        if plan.device.type == "cpu":
+            self._limits, self._per_size = self._errors()
 
-    def dense(self, *, exact: bool) -> Tensor:
-        """Coefficients `[n, h * w]`; unless exact, off by 2^-24 for each entry that names one."""
-        if self._is_dense:
-            return self.c
-        dense = scratch(DENSE, (len(self.c), self._plan.totalk), self.c).zero_()
-        if exact:
-            return dense.scatter_(1, self._index, self.c)
-        return dense.scatter_add_(1, self._index, self.share)  # several times as fast
-
-    def into(self, out: Tensor) -> None:
-        """Write minus the direction, `[n, h, w]`."""
-        plan = self._plan
-        n, h, w = out.shape
-        is_vector = h == 1 or w == 1
+    def chunks(self, start: int, stop: int) -> Tensor:
+        """Float32 `[stop - start, h, w]` of -1, 0, 1, good until the next call."""
+        plan, part = self._plan, slice(start - self._start, stop - self._start)
+        out = scratch(RESULT, (stop - start, plan.h, plan.w), self.c)
         if plan.device.type != "cpu":  # which would have to be waited for
-            dense = self.dense(exact=True)
-            z = dense if is_vector else _in_18_bits(_exact_left(plan, dense, None))
-            out.copy_(_right(z).view(n, h, w))
-            return
-        low_rank = not is_vector and self._index.shape[1] <= h // 2
-        dense = self.c if low_rank else self.dense(exact=is_vector)
-        length = h * w if is_vector else w
-        least, sizes = [], []
-        step = max(1, _CACHED // plan.totalk)
-        for first in range(0, n, step):
-            some = slice(first, first + step)
-            to = out[some]
-            if is_vector:
-                minus = _tables(length, out.device).minus.t()
-                torch.mm(dense[some], minus, out=to.view(-1, length))
-            else:
-                sizes.append(self._outer(some, to) if low_rank else self._sandwich(dense[some], to))
-            magnitudes = torch.abs(to, out=scratch(LEFT, tuple(to.shape), to))
-            least.append(magnitudes.view(-1, length).amin(1))
-            to.sign_()
-        limit = self._limit(torch.cat(sizes) if sizes else 0.0)
-        doubtful = (torch.cat(least).view(n, -1) <= limit).view(-1).nonzero().view(-1)
-        lines = out.view(-1, length)
-        if len(doubtful) == 0:
-            return
-        elements = plan.totalk if is_vector or self._is_dense else self._index.shape[1]
-        for some in doubtful.split(max(1, _EXACT // elements)):
-            if is_vector:
+            dense = self._dense(part, exact=True)
+            z = dense if self._is_vector else _in_18_bits(_exact_left(plan, dense, None))
+            return out.copy_(_right(z).view(out.shape))
+        lines = out.view(-1, max(plan.h, plan.w) if self._is_vector else plan.w)
+        limit = self._limits[part]
+        dense = self.c[part]
+        if self._is_vector:
+            dense = self._dense(part, exact=True)
+            torch.mm(dense, _tables(lines.shape[1], out.device).minus.t(), out=lines)
+        elif self._index.shape[1] <= plan.h // 2:
+            limit = torch.add(limit, self._outer(part, out), alpha=self._per_size)
+        else:
+            dense = self._dense(part, exact=False)
+            limit = torch.add(limit, self._sandwich(dense, out), alpha=self._per_size)
+        least = torch.abs(out, out=scratch(LEFT, tuple(out.shape), out)).view(lines.shape).amin(1)
+        out.sign_()
+        doubtful = (least.view(len(limit), -1) <= limit).view(-1).nonzero().view(-1)
+        if len(doubtful) > 0:
+            self._decide(part, dense, doubtful, lines)
+        return out
+
+    def _decide(self, part: slice, dense: Tensor, doubtful: Tensor, lines: Tensor) -> None:
+        """Write rows `doubtful` of a part's `lines` as the definition has them."""
+        plan = self._plan
+        for some in doubtful.split(max(1, _EXACT // dense.shape[1])):
+            if self._is_vector:
                 z = dense.index_select(0, some)
             else:
-                row = some.remainder(h)
-                chunk = some.sub(row).floor_divide_(h)
+                row = some.remainder(plan.h)
+                chunk = some.sub(row).floor_divide_(plan.h)
                 if self._is_dense:
                     left = _exact_left(plan, dense.index_select(0, chunk), row)
                 else:
-                    left = self._exact_rows(chunk, row)
+                    left = self._exact_rows(chunk.add_(part.start), row)
                 z = _in_18_bits(left)
             lines.index_copy_(0, some, _right(z))
+
+    def _dense(self, part: slice, *, exact: bool) -> Tensor:
+        """Coefficients `[n, h * w]`; unless exact, off by 2^-24 for each entry that names one."""
+        if self._is_dense:
+            return self.c[part]
+        index, c = self._index[part], self.c[part]
+        dense = scratch(DENSE, (len(c), self._plan.totalk), c).zero_()
+        if exact:
+            return dense.scatter_(1, index, c)
+        return dense.scatter_add_(1, index, self.share[part])  # several times as fast
 
     def _exact_rows(self, chunk: Tensor, row: Tensor) -> Tensor:
         """As `_exact_left`, from entries.
@@ -169,8 +151,8 @@ class _Block:
         sums = value.new_zeros(n, w).scatter_add_(1, column, value.abs())
         return sums.amax(1, keepdim=True)
 
-    def _limit(self, size: Tensor | float) -> Tensor:
-        """How far float32 may be from what the definition takes the sign of, `[n, 1]` or `[n, h]`.
+    def _errors(self) -> tuple[Tensor, float]:
+        """How far float32 may be from what the definition takes the sign of.
 
         In units of `B_h C B_w^T / 2^36`, for any order of additions: sums of n terms are off by
         (n + 4) 2^-24 of the sum of magnitudes, coefficients by one more per entry that names them.
@@ -178,8 +160,9 @@ class _Block:
         right product) and rounds `Z'` (2^-24) and `Z` (2^-18 of the row's largest magnitude).
         Without entries, or where they cancel, all is zero and nothing in doubt.
 
-        Args:
-            size: largest magnitudes of rows of `B_h C / 2^18`.
+        Returns:
+            For each chunk `[n, 1]`, and what is to be added for each unit of the largest magnitude
+            of a row of `B_h C / 2^18`.
         """
         plan = self._plan
         total = self.share.abs().sum(1, keepdim=True)
@@ -187,7 +170,7 @@ class _Block:
         m = min(self._index.shape[1], plan.totalk)
         rows, columns = min(plan.h, m), min(plan.w, m)
         per_total, per_size = (rows + named + 8) * 2.0**-24, 0.0
-        if plan.h == 1 or plan.w == 1:
+        if self._is_vector:
             per_total = (max(rows, columns) + named + 8) * 2.0**-24
         else:
             right = _tables(plan.w, plan.device)
@@ -195,8 +178,8 @@ class _Block:
             per_size = reach * (2.0**-18 + (columns + 8) * 2.0**-24)
             per_size += min(256 * columns, right.low_reach) * 2.0**-27
         # 1.01 for products of errors, those of magnitudes included, and for this bound's own.
-        limit = total * (1.01 * per_total) + 1.01 * m / 4
-        return torch.where(total > 0, limit + size * (1.01 * per_size), -1.0)
+        limits = torch.where(total > 0, total * (1.01 * per_total) + 1.01 * m / 4, -1.0)
+        return limits, 1.01 * per_size
 
 
 @dataclass(frozen=True)

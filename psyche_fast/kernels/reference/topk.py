@@ -6,22 +6,20 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
 
 from psyche_fast.kernels.reference.workspace import ROWS, scratch
 
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _LONGEST_RUN = 64
+_RANKED_AT_ONCE = 256  # a ranking costs as much as some hundred numbers
 
 
 def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `k` entries of largest magnitude of every row, ties to the lowest index.
 
-    `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's
-    bits, which for non-negative floats are ordered like their values, above the reversed index. To
-    keep the keys few, only the `k` runs of neighbouring coefficients with the largest maxima are
-    looked into: an entry outside of them is preceded by at least `k` others. These runs are
-    determined in the same way. NaN counts as larger than any number.
+    To rank few, only the `k` runs of coefficients with the largest maxima are looked into: an entry
+    outside of them comes after at least `k` others. These runs are determined in the same way. NaN
+    counts as larger than any number.
 
     Args:
         coefficients: `[n, totalk]`, contiguous, float32 or float64.
@@ -34,18 +32,51 @@ def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple
     n, totalk = coefficients.shape
     if k == totalk:
         return torch.arange(k, device=coefficients.device).expand(n, k), coefficients
-    if coefficients.dtype == torch.float32:
-        index = _chosen(coefficients, k, maxima)
-    else:
+    if coefficients.dtype != torch.float32:
         # 63 magnitude bits leave no room for an index in a 64-bit key; a stable sort keeps the
         # lower index first.
         index = coefficients.abs().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    elif coefficients.device.type != "cpu":  # which would have to be waited for
+        index = _by_keys(coefficients, k)
+    else:
+        index, is_clear = _by_values(coefficients, k, maxima)
+        tied = is_clear.logical_not_().nonzero().view(-1)
+        if len(tied) > 0:
+            index.index_copy_(0, tied, _by_keys(coefficients.index_select(0, tied), k))
     index = index.sort(dim=-1).values
     return index, coefficients.gather(1, index)
 
 
-def _chosen(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
-    """Indices of each row's `k` largest magnitudes in no particular order, int64 `[n, k]`."""
+def _by_values(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Indices `[n, k]` in no particular order, and whether they are clear: bool `[n]`.
+
+    They are where the last one of each ranking is larger than the next: no tie decided.
+    """
+    totalk = coefficients.shape[1]
+    run = run_length(totalk, k)
+    if run == 1:
+        values, index = coefficients.abs().topk(k + 1, dim=1)
+        return index[:, :k], values[:, k - 1] > values[:, k]
+    count = totalk // run
+    maxima = run_maxima(coefficients, run) if maxima is None else maxima
+    if k == count:
+        runs = torch.arange(k).expand(len(maxima), k)
+        is_clear = torch.ones(len(maxima), dtype=torch.bool)
+    else:
+        runs, is_clear = _by_values(maxima, k)
+    first = torch.arange(0, totalk, count).unsqueeze(1)
+    members = runs.unsqueeze(1).add(first).view(-1, run * k)
+    values, index = coefficients.gather(1, members).abs_().topk(k + 1, dim=1)
+    is_clear.logical_and_(values[:, k - 1] > values[:, k])
+    return members.gather(1, index[:, :k]), is_clear
+
+
+def _by_keys(coefficients: Tensor, k: int) -> Tensor:
+    """Indices of each row's `k` largest magnitudes in no particular order, int64 `[n, k]`.
+
+    `torch.topk` promises nothing about ties, so it is given unique integer keys: the magnitude's
+    bits, which for non-negative floats are ordered like their values, above the reversed index.
+    """
     n, totalk = coefficients.shape
     if k == totalk:
         return torch.arange(k, device=coefficients.device).expand(n, k)
@@ -55,7 +86,9 @@ def _chosen(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> Tenso
     if run == 1:
         keys = _magnitude_keys(coefficients).bitwise_or_(reverse)
     else:
-        runs = _chosen(run_maxima(coefficients, run) if maxima is None else maxima, k)
+        # Runs of neighbours: of two with one maximum, the first has it at the lower index.
+        maxima = coefficients.abs().view(n, -1, run).amax(2)
+        runs = _by_keys(maxima, k)
         first = torch.arange(0, n * (totalk // run), totalk // run, device=runs.device)
         members = runs.add(first.unsqueeze(1)).view(-1)
         keys = _magnitude_keys(coefficients.view(-1, run).index_select(0, members))
@@ -71,16 +104,20 @@ def _magnitude_keys(values: Tensor) -> Tensor:
 
 
 def run_maxima(coefficients: Tensor, run: int) -> Tensor:
-    """Largest magnitude of each run of neighbours, `[n, totalk / run]` of `[n, totalk]`."""
-    magnitudes = torch.abs(coefficients, out=scratch(ROWS, tuple(coefficients.shape), coefficients))
-    # Pooling takes the maxima in one vectorised pass; a reduction over a short last dimension takes
-    # twice as long.
-    return max_pool1d(magnitudes.unsqueeze(1), run).squeeze(1)
+    """Largest magnitudes `[n, totalk / run]`; every `totalk / run`-th coefficient is of one run.
+
+    Maxima of neighbours would take three times as long.
+    """
+    n, totalk = coefficients.shape
+    magnitudes = torch.abs(coefficients, out=scratch(ROWS, (n, totalk), coefficients))
+    return magnitudes.view(n, run, totalk // run).amax(1)
 
 
 @lru_cache(maxsize=256)
 def run_length(totalk: int, k: int) -> int:
     """Length of the runs that keeps both rankings short, near `sqrt(totalk / k)`; 1: no runs."""
+    if totalk <= _RANKED_AT_ONCE:
+        return 1
     best, best_cost = 1, totalk * 0.6  # what two rankings have to save
     for run in range(2, min(totalk, _LONGEST_RUN) + 1):
         cost = totalk // run + k * run
