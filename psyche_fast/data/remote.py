@@ -135,6 +135,7 @@ class RemoteFile:
         cache: where its blocks are kept.
         name: its name below the URL that was asked for.
         block_bytes: how much of it is read at once.
+        options: further ones of `files.cat_file`.
     """
 
     url: str
@@ -145,6 +146,7 @@ class RemoteFile:
     cache: BlockCache
     name: PurePosixPath
     block_bytes: int
+    options: dict[str, Any]
     _whole: threading.Lock = field(default_factory=threading.Lock)
 
     def __str__(self) -> str:
@@ -196,7 +198,7 @@ class RemoteFile:
         start = block * self.block_bytes
 
         def read() -> bytes:
-            data = self.files.cat_file(self.path, start, start + length)
+            data = self.files.cat_file(self.path, start, start + length, **self.options)
             if len(data) != length:
                 raise OSError(f"{len(data)} bytes came instead of {length}")
             return bytes(data)
@@ -302,6 +304,8 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
     kind = scheme(url)
     assert kind is not None
     files = _file_system(url, kind)
+    # The hub's would read some megabytes ahead of every block.
+    options = {"cache_type": "none"} if kind == "hf" else {}
     found: list[RemoteFile] = []
 
     def make(one: str, path: str, info: dict[str, Any], name: PurePosixPath) -> RemoteFile:
@@ -309,7 +313,7 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
         if isinstance(files, PublicBucket):
             system, path = HttpFiles(), info["mediaLink"]
             system.known[path] = size, ""
-        return RemoteFile(one, path, size, version, system, cache, name, block_bytes)
+        return RemoteFile(one, path, size, version, system, cache, name, block_bytes, options)
 
     def look(one: str) -> list[RemoteFile]:
         path = one if kind in ("http", "https") else one.split("://", 1)[1].rstrip("/")

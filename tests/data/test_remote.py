@@ -294,12 +294,14 @@ class Flaky(MemoryFileSystem):
     store: dict[str, object] = {}  # noqa: RUF012 - as its base has it
     pseudo_dirs = [""]  # noqa: RUF012
     failures = 0
+    options = None
 
     def cat_file(self, path, start=None, end=None, **kwargs):
+        Flaky.options = kwargs
         if Flaky.failures:
             Flaky.failures -= 1
             raise RuntimeError("SlowDown")
-        return super().cat_file(path, start, end, **kwargs)
+        return super().cat_file(path, start, end)
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs", "hf"])
@@ -318,6 +320,7 @@ def test_file_systems_of_fsspec(open_url, monkeypatch, kind):
         files.pipe(f"/b/tokens/{name}.bin", np.array([ord(name)] * 7, "<u2").tobytes())
     files.pipe("/b/tokens/.hidden/x.bin", bytes(14))
     assert inputs(open_url(f"{kind}://b/tokens/", 5)) == [[97] * 5, [98] * 5]
+    assert Flaky.options == ({"cache_type": "none"} if kind == "hf" else {})
     with pytest.raises(ValueError, match=f"{kind}://b/nowhere"):
         open_url(f"{kind}://b/nowhere", 5)
 
