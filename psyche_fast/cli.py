@@ -370,6 +370,12 @@ def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **opti
     )
 
 
+@cli.command("psyche-path")
+def psyche_path() -> None:
+    """Print the folder to put first on PYTHONPATH of a core of Psyche's."""
+    click.echo(Path(__file__).with_name("psyche") / "on_path")
+
+
 @cli.command()
 @click.option("--autotune", is_flag=True, help="measure launch options on this machine's GPU")
 @click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
@@ -412,6 +418,21 @@ def results(file: Path, decode: Path | None, model: str | None) -> None:
     if decode is not None:
         dump.write_gradients(named, decode)
         click.echo(f"{decode}: gradients of {len(named)} parameters")
+
+
+@cli.command()
+@click.argument("one", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def diff(one: Path, other: Path) -> None:
+    """Compare two checkpoints, or two runs: the first step and parameter that differ; status 1."""
+    from psyche_fast.core.diff import differences
+
+    found = differences(one, other)
+    for line in found.lines:
+        click.echo(line)
+    if found.lines:
+        sys.exit(1)
+    click.echo(f"the same, to the bit: {found.compared}")
 
 
 def main(argv: list[str] | None = None) -> None:

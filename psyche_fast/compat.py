@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 # Private or undocumented in all of torch 2.11 .. 2.13 and transformers 5.17 .. 5.23.
 _NAMES = {
@@ -85,6 +86,13 @@ def set_default_timeout(timeout: timedelta) -> None:
             backend = world._get_backend(device)
             # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
             getattr(backend, "wrapped_pg", backend)._set_default_timeout(timeout)
+
+
+def default_store() -> dist.Store:
+    """The store of the default process group (2.11 .. 2.13)."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
 
 
 def storage_key(tensor: torch.Tensor) -> int:

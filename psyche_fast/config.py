@@ -212,6 +212,12 @@ class Run(Section, frozen=True, kw_only=True):
         Count, _help("tokens over which they rise; needs --total-batch-start")
     ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
+    resume: Annotated[
+        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+    ] = None  # fmt: skip
+    fork: Annotated[
+        str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
+    ] = None  # fmt: skip
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
@@ -232,6 +238,8 @@ class Run(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
+        if self.resume is not None and self.fork is not None:
+            raise ValueError("--resume and --fork: give one of them")
         # They become folders' names.
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(

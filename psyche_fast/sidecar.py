@@ -1,9 +1,8 @@
 """A sidecar: one rank after the first, driven by our own core or by Psyche's.
 
 `python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
---world-size N --rank R [--device D]`
-
-Any core that speaks Psyche's protocol can drive it; nothing beyond the protocol is required.
+--world-size N --rank R [--device D]`; Psyche's core says `python -m psyche.sidecar`, which is
+`main_for_psyche`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ log = logging.getLogger("psyche_fast.sidecar")
 
 DEFAULT_TIMEOUT = 600
 """Seconds, where `TIMEOUT` is not set."""
+PSYCHES_TIMEOUT = 7200
+"""The same with Psyche's core, which loads and warms up at its leisure."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +50,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
     run(parse(argv))
+
+
+def main_for_psyche(argv: list[str] | None = None) -> None:
+    """`main` as Psyche's core starts it: patient, and with a `--device` that may be of no use.
+
+    The core aborts when a sidecar ends unasked, with status 0 too.
+    """
+    os.environ.setdefault(TIMEOUT, str(PSYCHES_TIMEOUT))
+    args = parse(argv)
+    if args.backend == "gloo" and args.device is not None:
+        import torch
+
+        if torch.cuda.device_count() == 0:
+            args.device = None  # it always gives one
+    run(args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ PRELOADED = [
     "torch.distributed.run", "matplotlib.figure", "pytest", "hypothesis", "psyche_fast.cli",
     "psyche_fast.core.run",
     "psyche_fast.core.plan", "psyche_fast.sidecar", "psyche_fast.rank.serve",
+    "psyche_fast.psyche.serving",
 ]  # fmt: skip
 """What the server imports; what cannot be imported is left out."""
 _TRAIN = "psyche_fast.cli:main"

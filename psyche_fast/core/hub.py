@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from psyche_fast.rank.state import FOLDER
 from psyche_fast.start.signals import also_at_exit_now
 
 log = logging.getLogger("psyche_fast.core")
@@ -91,7 +92,9 @@ class HubUploads:
             self._tell(text.format(self._repo, self._command(newest[1])))
 
     def _command(self, path: Path) -> str:
-        return shlex.join(["hf", "upload", self._repo, str(path.resolve()), "."])
+        return shlex.join(
+            ["hf", "upload", self._repo, str(path.resolve()), ".", "--exclude", f"{FOLDER}/*"]
+        )
 
     def _work(self) -> None:
         from huggingface_hub import HfApi
@@ -113,6 +116,7 @@ class HubUploads:
                 repo_id=self._repo,
                 folder_path=path,
                 commit_message=f"step {step}",
+                ignore_patterns=[f"{FOLDER}/*"],
             )
             if self._try(f"checkpoint of step {step} not uploaded", upload, path):
                 self._tell(f"checkpoint of step {step} uploaded to {self._repo}")

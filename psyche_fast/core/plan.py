@@ -14,6 +14,7 @@ import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.core.hub import check_hub
+from psyche_fast.core.resume import Start, check_start, find_start, identity
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
@@ -42,6 +43,7 @@ class Plan:
         resolved: what every rank is told: `auto` and 0 replaced by what they stand for.
         source: the model's files.
         dataset: the data, opened.
+        data: what tells it from other data.
         devices: of the ranks on this machine.
         summary: lines for the user.
     """
@@ -50,6 +52,7 @@ class Plan:
     resolved: RunConfig
     source: FilesSource
     dataset: Dataset
+    data: dict[str, Any]
     devices: Devices
     summary: tuple[str, ...]
 
@@ -64,9 +67,11 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
+    start = find_start(config)
+    if config.run.output is not None and config.run.resume is None:
+        _check_output(Path(config.run.output), config)
+    config = _from_start(config, start)
     run, options, parallelism = config.run, config.model, config.parallelism
-    if run.output is not None:
-        _check_output(Path(run.output), config.schedule.start_step)
     if run.save_path is not None:
         check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
     check_tracker(run.tracker)
@@ -108,9 +113,11 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         threads=threads,
     )
     summary = _summary(config, resolved, model, dataset, devices)
+    if start is not None:
+        summary += check_start(start, resolved, dataset)
     if config.optimizer.distro and not on_cpu:
         summary += (_kernels(config, devices.devices[0], tensor_shapes(source).values()),)
-    return Plan(config, resolved, source, dataset, devices, summary)
+    return Plan(config, resolved, source, dataset, identity(dataset), devices, summary)
 
 
 def _summary(
@@ -204,12 +211,34 @@ def _splits(parallelism: Parallelism, on_cpu: bool, ranks_here: int) -> bool:
     return wanted == "split" or (wanted == "auto" and several)
 
 
-def _check_output(output: Path, start_step: int) -> None:
+def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
+    """The run where it goes on: in its own directory, or with `--fork` in another."""
+    if start is None:
+        return config.replace(resume=None)
+    folder, step = start.folder, start.manifest.step
+    if config.schedule.start_step not in (1, step + 1):
+        raise ValueError(
+            f"--start-step {config.schedule.start_step}: {folder} goes on with step {step + 1}"
+        )
+    if step >= config.schedule.total_steps:
+        raise ValueError(
+            f"{folder} is of step {step}: nothing is left of --total-steps "
+            f"{config.schedule.total_steps}"
+        )
+    changes: dict[str, Any] = {"start_step": step + 1}
+    changes["resume" if config.run.resume else "fork"] = str(folder)
+    if config.run.resume and config.run.output is None and folder.parent.name == "checkpoints":
+        changes["output"] = str(folder.parent.parent)
+    return config.replace(**changes)
+
+
+def _check_output(output: Path, config: RunConfig) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} exists and is not a folder")
-    if start_step == 1 and (output / "metrics.jsonl").exists():
+    begins = config.schedule.start_step == 1 or config.run.fork is not None
+    if begins and (output / "metrics.jsonl").exists():
         raise ValueError(
-            f"--output {output} already holds a run; name another folder, or --start-step to go on"
+            f"--output {output} already holds a run; name another folder, or --resume auto to go on"
         )
 
 

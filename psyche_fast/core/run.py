@@ -20,6 +20,7 @@ from psyche_fast.core.hub import HubUploads, uploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
+from psyche_fast.core.resume import complete_state
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -36,7 +37,9 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder, save_model
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.saving import restore, state_folder, write_state
 from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.state import FOLDER
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
@@ -74,6 +77,7 @@ class Core:
         output: the run directory.
         trainer: rank 0's own.
         sender: takes what the other ranks are told.
+        store: what the other ranks say.
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
@@ -84,6 +88,7 @@ class Core:
     output: Path
     trainer: Trainer
     sender: Sender
+    store: dist.Store
     stop: StopRequest
     console: Console
     timer: PhaseTimer
@@ -138,7 +143,8 @@ def _train(
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
-    core = Core(plan, output, trainer, sender, stop, console, PhaseTimer(), hub)
+    restore(trainer, config)
+    core = Core(plan, output, trainer, sender, ranks.store, stop, console, PhaseTimer(), hub)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -180,7 +186,7 @@ def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
     path = Path(save_path).resolve()
     try:
         with atomic_folder(path, replaces=False) as folder:
-            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=lambda *_: {FOLDER})
     except OSError as error:
         return OSError(f"--save-path {path}: {error}; the model is in {checkpoint}")
     return None
@@ -265,6 +271,17 @@ def steps(
             return
 
 
+def _complete(core: Core, folder: Path, step: int) -> None:
+    """Adds what `--resume` needs to a checkpoint's folder; without it, it is still the model."""
+    written, config = state_folder(core.output, step), core.plan.resolved
+    try:
+        complete_state(folder, written, core.store, config, step, core.plan.data)
+    except OSError as error:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        core.console.message(f"--resume will not know the checkpoint of step {step}: {error}")
+        log.warning("state of step %d not complete: %s", step, error)
+
+
 def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
     """Writes a checkpoint folder; all ranks take part.
 
@@ -279,8 +296,12 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         with core.timer.phase("checkpoint"):
             trainer.plain()
             trainer.check_replicas(step)
+            write_state(trainer, core.store, core.output, step)
             tensors = trainer.model.full_state_dict_iter(tied_twice=run.run_id is not None)
-            save_model(path, trainer.model, tensors, core.plan.source.side_files)
+            save_model(
+                path, trainer.model, tensors, core.plan.source.side_files,
+                lambda folder: _complete(core, folder, step),
+            )  # fmt: skip
     except OSError as error:
         if must:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +135,19 @@ class CausalLM:
             ValueError: malformed, or packed for a model whose documents would see one another.
         """
         batch = packing.prepare(batch)
-        if batch.position_ids is not None and self._keeps_documents_apart is None:
-            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
-        if batch.position_ids is not None and not self._keeps_documents_apart:
+        if batch.position_ids is not None and not self.keeps_documents_apart():
             raise ValueError(
                 f"{self._class_name} lets packed documents see one another, or counts positions "
                 "its own way; train it without position_ids and sequence_lengths, one document a "
                 "row"
             )
         return batch.to(self.device)
+
+    def keeps_documents_apart(self) -> bool:
+        """Whether packed documents do not see one another; asks the model once, by all ranks."""
+        if self._keeps_documents_apart is None:
+            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
+        return self._keeps_documents_apart
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels that are not -100, shifted; labels default to inputs.
@@ -178,7 +183,8 @@ class CausalLM:
 
         Args:
             batch: `B` rows of `L` tokens.
-            num_logits_to_keep: only the last so many positions' logits; None or 0 for all.
+            num_logits_to_keep: the last so many positions' logits (without labels no others are
+                computed, where the model can do that); None or 0 for all.
             loss_scale: the loss is divided by it; None or 0 for not at all.
 
         Returns:
@@ -190,8 +196,10 @@ class CausalLM:
         has_labels = batch.labels is not None
         batch = self.prepare(batch)
         labels = batch.labels if has_labels else None
-        output = self._call(batch, labels=labels)
-        self._reshard()
+        keep = (num_logits_to_keep or 0) if labels is None else 0
+        output = self._call(batch, labels=labels, keep=keep)
+        if not torch.is_grad_enabled():
+            self._reshard()
         logits = _field(output, "logits")
         counts = sum(batch.real_tokens()) > 0
         loss = None if labels is None else self._loss(output, labels, counts)
@@ -250,8 +258,9 @@ class CausalLM:
         return ""
 
     def _call(
-        self, batch: Batch, labels: Tensor | None = None, *, logits: bool = True, **kwargs: Any
-    ) -> Any:
+        self, batch: Batch, labels: Tensor | None = None, *,
+        logits: bool = True, keep: int = 0, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         self._reshard()
         inputs, positions = batch.input_ids, batch.position_ids
         if not isinstance(self.module, PreTrainedModel):
@@ -259,6 +268,8 @@ class CausalLM:
         kwargs |= {"use_cache": False, "return_dict": True}
         if "num_items_in_batch" in kwargs:
             kwargs["labels"] = labels
+        if keep and "logits_to_keep" in signature(self.module.forward).parameters:
+            kwargs["logits_to_keep"] = keep
         if positions is None:
             return self.module(input_ids=inputs, **kwargs)
         if self.attn_implementation == "flash_attention_2":
@@ -274,6 +285,9 @@ class CausalLM:
         # row is -100, so nothing is predicted from row to row.
         if kwargs.get("labels") is not None:
             kwargs["labels"] = kwargs["labels"].reshape(1, -1)
+        if "logits_to_keep" in kwargs:
+            places = torch.arange(inputs.numel(), device=self.device).reshape(inputs.shape)
+            kwargs["logits_to_keep"] = places[:, -keep:].flatten()
         output = self.module(
             input_ids=inputs.reshape(1, -1),
             position_ids=positions.reshape(1, -1),
@@ -281,7 +295,7 @@ class CausalLM:
             **kwargs,
         )
         if logits and output.logits is not None:
-            output.logits = output.logits.reshape(*inputs.shape, -1)
+            output.logits = output.logits.unflatten(1, (inputs.shape[0], -1)).squeeze(0)
         return output
 
     def _loss(self, output: Any, labels: Tensor, counts: bool) -> Tensor:

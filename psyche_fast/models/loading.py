@@ -43,6 +43,7 @@ def load_model(
     liger: bool = False,
     loss: str = "plain",
     compile_blocks: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> CausalLM:
     """Loads this rank's part of a model; with meshes, all their ranks have to call it.
 
@@ -67,6 +68,7 @@ def load_model(
         liger: use Liger-Kernel's kernels.
         loss: see `CausalLM`; without meaning where Liger's kernels compute it.
         compile_blocks: compile each of the transformer's blocks with `torch.compile`.
+        compute_dtype: with a `shard_mesh` the type of forward and backward; None for `param_dtype`.
 
     Raises:
         ValueError: the model cannot be loaded as asked; what and why.
@@ -95,7 +97,7 @@ def load_model(
         if activation_checkpointing:
             _checkpoint_activations(module)
         if shard_mesh is not None:
-            parallel.shard(module, shard_mesh)
+            parallel.shard(module, shard_mesh, compute_dtype)
         building.materialise(module, device, aliases)
         masters = building.master_copies(module) if master_dtype == torch.float32 else {}
         weights.load_weights(module, reader, plan, aliases, masters)

@@ -51,10 +51,15 @@ def blocks(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
     """Applies FSDP2 to each block and to what is left.
 
     Gradients are averaged over the mesh, in fp32 whatever the parameters' type.
+
+    Args:
+        module: the model.
+        mesh: the ranks.
+        compute_dtype: what parameters are rounded to where they are gathered; None for their type.
 
     Raises:
         ValueError: the model's parameters are of different types, or a layer has a backward of its
@@ -75,7 +80,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
             f"--data-parallelism wants parameters of one type, but {both}; "
             "use --param-dtype float32"
         )
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     place = partial(_placement, ranks=mesh.size())
     for block in blocks(module).values():
         fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)

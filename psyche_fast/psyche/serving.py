@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from psyche_fast.batch import Batch
-from psyche_fast.models import CausalLM, choose_attention, load_model
-from psyche_fast.models.source import read_config
-from psyche_fast.psyche import messages
+from psyche_fast.models.source import FilesSource
+from psyche_fast.psyche import interface, messages
+from psyche_fast.psyche.model import make_causal_lm
 from psyche_fast.psyche.store import PsycheStore
 from psyche_fast.psyche.tensors import receive_batch, receive_results
-from psyche_fast.psyche.training import PsycheTrainer, reported_loss
-from psyche_fast.rank.counts import warn_of_refusal
-from psyche_fast.rank.gradients import local_parts
-from psyche_fast.rank.topology import Topology
+from psyche_fast.psyche.trainer import Trainer
 from psyche_fast.start.store import StoreClient
 
 log = logging.getLogger(__name__)
@@ -35,95 +31,87 @@ def serve(client: StoreClient, device: torch.device) -> None:
             `hyperparameters`.
     """
     store = PsycheStore(client, device)
-    architecture, source = store.receive_model()
-    topology = Topology.build(*store.receive_parallelism(), device)
-    model = load_model(
-        source,
-        architecture=architecture,
-        device=device,
-        shard_mesh=topology.shard_mesh,
-        tensor_mesh=topology.tensor_mesh,
-        group=topology.copy,
-        attn_implementation=choose_attention(
-            "auto", device.type, read_config(source).get("model_type")
-        ),
-    )
+    architecture, own = store.receive_model()
+    source: interface.Source
+    if isinstance(own, FilesSource):
+        source = interface.PretrainedSourceRepoFiles([str(file) for file in own.files])
+    else:
+        source = interface.PretrainedSourceStateDict(own.config_json, own.tensors)
+    dp, tp = store.receive_parallelism()
+    # What attends and the like are rank 0's to say: nobody has told this rank.
+    model = make_causal_lm(architecture, source, device, "sdpa", dp, tp)
+    del own, source
     log.info("loaded %s on %s", architecture, device)
-    trainer: PsycheTrainer | None = None
+    trainer: Trainer | None = None
     while True:
         operation = store.receive()
-        reads = (messages.Forward, messages.Extract, messages.TruncateBf16)
-        if trainer is not None and isinstance(operation, reads):
-            trainer.plain()
         match operation:
             case messages.Exit():
                 return
             case messages.Hyperparameters():
-                trainer = PsycheTrainer(model, topology, operation)
+                _check_clipping(operation, tp)
+                trainer = Trainer(
+                    device,
+                    model,
+                    json.dumps(operation.lr_scheduler),
+                    json.dumps(operation.optimizer),
+                    json.dumps(model.get_config()),
+                    operation.micro_batch_size,
+                    operation.grad_accum_in_fp32,
+                )
             case messages.Forward():
-                batch = receive_batch(operation, device)
-                keep, scale = operation.num_logits_to_keep, operation.loss_scale
-                forward(model, topology, batch, keep, scale)
-            case messages.Extract():
-                for _ in model.full_state_dict_iter():
-                    pass  # the other ranks' part of each gather
-            case messages.TruncateBf16():
-                truncate_bf16(model)
-            case messages.Train() | messages.Optimize():
-                if trainer is None:
-                    name = operation.__struct_config__.tag
-                    raise ValueError(f"operation {name!r} came before 'hyperparameters'")
+                _forward(operation, model, device)
+            case _ if trainer is None:
+                name = operation.__struct_config__.tag
+                raise ValueError(f"operation {name!r} came before 'hyperparameters'")
+            case messages.Train():
                 _train(operation, trainer, device)
+            case messages.Optimize():
+                results = receive_results(operation.results_len, operation.results_metadata, device)
+                trainer.optimize(operation.step, operation.warmup_lr_between, results)
+            case messages.Extract():
+                trainer.extract()
+            case messages.TruncateBf16():
+                trainer.truncate_bf16()
             case _:
                 raise AssertionError(f"no handler for {operation}")
 
 
-@torch.no_grad()
-def forward(
-    model: CausalLM,
-    topology: Topology,
-    batch: Batch,
-    num_logits_to_keep: int | None,
-    loss_scale: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Forward without gradient, each dp rank on its rows.
-
-    Args:
-        model: this rank's model.
-        topology: this rank's groups.
-        batch: the whole batch, the same on every rank.
-        num_logits_to_keep: only the last so many positions' logits.
-        loss_scale: the loss is divided by it.
-
-    Returns:
-        logits of this rank's rows and, where the batch has labels, their loss.
-
-    Raises:
-        ValueError: a malformed batch.
-    """
-    mine = model.prepare(batch).pad_rows(topology.dp).share(topology.shard, topology.dp)
-    was_training = model.module.training
-    model.eval()
-    try:
-        return model.forward(mine, num_logits_to_keep=num_logits_to_keep, loss_scale=loss_scale)
-    finally:
-        if was_training:
-            model.train()
+def _check_clipping(operation: messages.Hyperparameters, tp: int) -> None:
+    optimizer = messages.read_optimizer(operation.optimizer)
+    limit = None if optimizer is None else optimizer.clip_grad_norm
+    if tp > 1 and limit is not None and limit > 0:
+        raise ValueError(
+            f"clip_grad_norm {limit:g} with tensor parallelism: Psyche's core panics there, once "
+            "it has trained; set it to null or to 0"
+        )
 
 
 @torch.no_grad()
-def truncate_bf16(model: CausalLM) -> None:
-    """Rounds the parameters to bfloat16 in place."""
-    for part in local_parts(model.named_parameters()).values():
-        part.copy_(part.to(torch.bfloat16))
+def _forward(operation: messages.Forward, model: interface.CausalLM, device: torch.device) -> None:
+    batch = receive_batch(operation, device)
+    model.forward(
+        batch.input_ids,
+        batch.labels,
+        batch.position_ids,
+        batch.sequence_lengths,
+        operation.num_logits_to_keep,
+        operation.loss_scale,
+    )
 
 
-def _train(
-    operation: messages.Train | messages.Optimize, trainer: PsycheTrainer, device: torch.device
-) -> None:
+def _train(operation: messages.Train, trainer: Trainer, device: torch.device) -> None:
     results = receive_results(operation.results_len, operation.results_metadata, device)
-    batch = receive_batch(operation, device) if isinstance(operation, messages.Train) else None
-    output = trainer.carry_out(operation, results, batch)
-    if output is not None:
-        dist.all_reduce(reported_loss(output))
-        warn_of_refusal(output)
+    batch = receive_batch(operation, device)
+    _, loss = trainer.train(
+        operation.step,
+        operation.zero_optim,
+        operation.batch_id,
+        batch.input_ids,
+        batch.labels,
+        batch.position_ids,
+        batch.sequence_lengths,
+        operation.warmup_lr_between,
+        results,
+    )
+    dist.all_reduce(torch.tensor([loss], dtype=torch.float32, device=device))

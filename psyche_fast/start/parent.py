@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import psutil
 
@@ -36,9 +37,18 @@ def die_with_parent(parent_pid: int) -> None:
     watch.start()
 
 
-def _until_gone(parent_pid: int) -> None:
+def start_process_watcher(pid: int, duration: timedelta) -> None:
+    """Ends this process soon after the process `pid` is gone, which is looked at each `duration`.
+
+    Psyche's core calls a function of this name so.
+    """
+    seconds = duration.total_seconds()
+    threading.Thread(target=_until_gone, args=(pid, seconds), daemon=True).start()
+
+
+def _until_gone(parent_pid: int, seconds: float = _POLL_SECONDS) -> None:
     while _alive(parent_pid):
-        time.sleep(_POLL_SECONDS)
+        time.sleep(seconds)
     os._exit(1)
 
 

@@ -6,7 +6,7 @@ that are handed one another's results as Psyche's rank 0 would.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from psyche_fast import config
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.estimate import estimate
-from psyche_fast.distro.results import quantize_1bit
+from psyche_fast.distro import DistroResult, DistroStep
+from psyche_fast.distro.results import collect, collect_own, quantize_1bit, to_results
 from psyche_fast.models.source import read_config, resolve_model
-from psyche_fast.psyche.messages import Hyperparameters
-from psyche_fast.psyche.training import PsycheTrainer
 from psyche_fast.rank.counts import Totals
-from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.optimizers import Optimizer, distro_options, make_optimizer
 from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.schedules import Constant
@@ -83,38 +82,49 @@ def trainer(folder: Path, topology: Topology) -> Trainer:
     return Trainer(model, topology, schedule(), optimizer, training, OPTIONS.max_grad_norm)
 
 
-def psyches(folder: Path) -> PsycheTrainer:
-    """One replica as Psyche's core has it."""
-    distro = {
-        "clip_grad_norm": 1.0, "weight_decay": 0.1, "compression_decay": 0.9,
-        "compression_topk": 4, "compression_chunk": 16, "quantize_1bit": True,
-    }  # fmt: skip
-    operation = Hyperparameters(
-        lr_scheduler=schedule().to_json(), optimizer={"Distro": distro}, micro_batch_size=2,
-        grad_accum_in_fp32=False,
-    )  # fmt: skip
-    return PsycheTrainer(load(folder, Topology()), Topology(), operation)
+class Handed(DistroStep, Optimizer):
+    """DisTrO on results that are handed over between steps, where ranks would exchange them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(parameters, master_dtype=torch.bfloat16, **distro_options(OPTIONS))
+        self.received: list[list[DistroResult]] = []
+        self.generated: list[DistroResult] = []
+
+    def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
+        entries = self.compress(collect_own(self.received, self.layout), lr, grad_scale=factor)
+        self.generated = to_results(self.layout, entries)
+
+    def step(self, lr: float) -> None:
+        self.update(collect(self.received, self.layout), lr)
+
+
+def replica(folder: Path) -> tuple[Trainer, Handed]:
+    """One replica in this process."""
+    model = load(folder, Topology())
+    optimizer = Handed(trainable(model))
+    training = config.Training(micro_batch=2, check_every=0)
+    clip = OPTIONS.max_grad_norm
+    return Trainer(model, Topology(), schedule(), optimizer, training, clip), optimizer
 
 
 def in_one_process(folder: Path, replicas: int) -> tuple[list[float], dict[str, Tensor]]:
-    trainers = [psyches(folder) for _ in range(replicas)]
+    trainers = [replica(folder) for _ in range(replicas)]
     own: list[list[Any]] = [[] for _ in trainers]
     losses = []
     for step, batch in enumerate(batches(), start=1):
         outputs = []
-        for r, t in enumerate(trainers):
-            assert t.received is not None
-            t.received.received = own[r] and [own[r]]
-            outputs.append(t.train(step, batch.share(r, replicas)))
+        for r, (one, optimizer) in enumerate(trainers):
+            optimizer.received = own[r] and [own[r]]
+            outputs.append(one.train(step, batch.share(r, replicas)))
         losses.append(sum(float(o.loss) for o in outputs) / replicas)
         if step > 1:
-            for t in trainers:
-                assert t.received is not None
-                t.received.received = [quantize_1bit(result) for result in own]
-                t.optimize(step)
-        own = [t.received.generated for t in trainers if t.received is not None]
-    trainers[0].plain()
-    return losses, dict(trainers[0].model.full_state_dict_iter())
+            for one, optimizer in trainers:
+                optimizer.received = [quantize_1bit(result) for result in own]
+                one.optimize(step)
+        own = [optimizer.generated for _, optimizer in trainers]
+    first = trainers[0][0]
+    first.plain()
+    return losses, dict(first.model.full_state_dict_iter())
 
 
 def in_processes(

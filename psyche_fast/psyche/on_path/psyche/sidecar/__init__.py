@@ -1,0 +1,1 @@
+"""The further ranks, which the core starts as `python -m psyche.sidecar`."""
