@@ -111,7 +111,7 @@ _OF_ADAMW = {"distro", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"}
 def _left_out(config: RunConfig) -> tuple[str, ...]:
     written = _WRITTEN | (_OF_DISTRO if config.optimizer.distro else _OF_ADAMW)
     written |= {name for name, known in FLAGS.items() if known.section == "schedule"}
-    written.discard("start_step")
+    written -= {"start_step", "cold_start_step"}
     data = config.data
     if "Http" not in _write_data(data):
         written -= {"token_size", "seed", "seed_bytes"}
