@@ -59,6 +59,8 @@ class BlockCache:
         self.most_bytes = most_bytes
         self._lock = threading.Lock()
         self._bytes: int | None = None
+        self.fails = False
+        """Whether a block could not be kept."""
 
     @cached_property
     def pool(self) -> ThreadPool:
@@ -89,7 +91,7 @@ class BlockCache:
                 file.write(data)
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)
             raise
         with self._lock:
             if self._bytes is None:
@@ -209,7 +211,12 @@ class RemoteFile:
             return self._read_whole(block)
         except FileNotFoundError as error:
             raise ValueError(f"{self.url} is gone since it was opened: {error}") from error
-        self.cache.put(self.key, block, data)
+        try:
+            self.cache.put(self.key, block, data)
+        except OSError as error:  # a full disk is no reason to lose the run
+            if not self.cache.fails:
+                logger.warning("blocks are not kept: %s", error)
+            self.cache.fails = True
         return data
 
     def _read_whole(self, block: int) -> bytes:

@@ -137,6 +137,15 @@ def test_the_cache_keeps_what_was_used_last(server, open_url, tmp_path):
     assert 0 < kept <= 5 << 16
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(server, open_url, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    save(server, "/a.bin", range(100))
+    cache = BlockCache(tmp_path / "file" / "below")
+    dataset = open_url(f"{server.url}/a.bin", 9, cache=cache)
+    assert inputs(dataset, 1, 2) == [list(range(9, 18)), list(range(18, 27))]
+    assert caplog.text.count("blocks are not kept: ") == 1
+
+
 @pytest.mark.parametrize(
     "faults", [["cut"], ["reset"], ["short"], ["other"], [500], [503, "cut", 429, "short", 408]]
 )
