@@ -187,7 +187,7 @@ def _get(url: str, range_: str | None) -> HTTPResponse:
 
 
 def _refusal(url: str, error: HTTPError) -> Exception:
-    said = f"{url}: {error.code} {error.reason}"
+    said = f"{url}: {error.code} {error.reason}".splitlines()[0]
     if error.code in (404, 410):
         return FileNotFoundError(said)
     if error.code in (401, 403):

@@ -116,6 +116,15 @@ def test_files_of_no_version_are_not_kept(server, open_url):
         assert inputs(open_url(f"{server.url}/a.bin", 5)) == [[1, 2, 3, 4, last]]
 
 
+def test_a_file_that_has_moved(server, open_url):
+    save(server, "/new/a.bin", range(100))
+    server.moved["/a.bin"] = "/new/a.bin"
+    assert inputs(open_url(f"{server.url}/a.bin", 9), 3, 3) == [list(range(27, 36))]
+    server.moved["/a.bin"] = "/a.bin"
+    with pytest.raises(ValueError, match=r"/a\.bin: 302 .*infinite loop.$"):
+        open_url(f"{server.url}/a.bin", 9)
+
+
 def test_a_damaged_block_is_read_anew(server, open_url, tmp_path):
     save(server, "/a.bin", range(100))
     wanted = inputs(open_url(f"{server.url}/a.bin", 9))
