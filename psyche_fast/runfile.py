@@ -324,7 +324,7 @@ def _data(value: Any, what: str) -> dict[str, Any] | str:
     if form == "Server":
         return (
             f"'Server' {content}: the protocol of Psyche's data server is not spoken here; give "
-            "--data-path with the data that it serves"
+            "--data-path with the data that it serves, or with its data.toml"
         )
     return {"data_path": location_path(form, content, what)}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from html import unescape
 from http.client import HTTPResponse
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
@@ -180,6 +180,10 @@ def _get(url: str, range_: str | None) -> HTTPResponse:
             if error.code == 416 and (error.headers.get("Content-Range") or "").endswith("*/0"):
                 raise _EmptyError from error
             raise _refusal(url, error) from error
+    except URLError as error:
+        if isinstance(error.reason, OSError):
+            raise error.reason from error
+        raise ValueError(f"{url}: {error.reason}") from error
     if response.status not in (200, 206):
         with response:
             raise OSError(f"{url}: status {response.status}")
