@@ -16,7 +16,8 @@ from psyche_fast.runfile import AdamW, Coordination, Distro, read_run_file
 
 def is_run_file(table: Mapping[str, Any]) -> bool:
     """Whether a TOML file's table is one of Psyche's, not our configuration."""
-    return isinstance(table.get("config"), dict) or "LLM" in table.get("model", {})
+    model = table.get("model")
+    return isinstance(table.get("config"), dict) or (isinstance(model, dict) and "LLM" in model)
 
 
 def convert(path: str, run_id: str | None) -> tuple[str, tuple[str, ...]]:

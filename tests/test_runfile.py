@@ -430,6 +430,9 @@ def test_there_and_back(tmp_path: Path, text: str) -> None:
 def test_ours_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = RunConfig.of(**changes)
     ours = write(tmp_path / "ours.toml", config.to_toml())
+    assert conversion.is_run_file(tomllib.loads(SMALL))
+    for flat in ({"model": "my/LLM"}, {"schedule": "linear"}, tomllib.loads(config.to_toml())):
+        assert not conversion.is_run_file(flat)
     text, notes = conversion.convert(ours, "x")
     assert notes == ()
     assert tomllib.loads(text)["run_id"] == "x"
