@@ -336,7 +336,9 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
         hint = ""
         if isinstance(error, PermissionError) and isinstance(files, PublicBucket):
             hint = "; buckets that are not public need gcsfs: pip install 'psyche-fast[remote]'"
-        raise ValueError(f"--data-path {url}: {_line(error)}{hint}") from error
+        said = _line(error)
+        where = f"--data-path {said}" if url in said else f"--data-path {url}: {said}"
+        raise ValueError(where + hint) from error
     if not found:
         raise ValueError(f"--data-path {url}: there are no files")
     return found
@@ -397,10 +399,12 @@ def retried(what: str, operation: Callable[[], T]) -> T:
             raise
         # File systems have errors of their own, of no common class.
         except Exception as error:
+            line = _line(error)
+            said = line if what in line else f"{what}: {line}"
             if attempt + 1 == ATTEMPTS:
-                raise OSError(f"{what}: {_line(error)}; tried {ATTEMPTS} times") from error
+                raise OSError(f"{said}; tried {ATTEMPTS} times") from error
             wait = FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0)
-            logger.warning("%s: %s; trying again in %.1f s", what, _line(error), wait)
+            logger.warning("%s; trying again in %.1f s", said, wait)
             time.sleep(wait)
     raise AssertionError("every attempt returns or raises")
 

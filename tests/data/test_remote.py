@@ -187,6 +187,7 @@ def test_what_does_not_pass_is_one_line(server, open_url, fault, said):
     with pytest.raises(OSError, match=f"/a.bin: .*{said}") as error:
         open_url(f"{server.url}/a.bin", 9).get_samples(0, 0)
     assert "\n" not in str(error.value)
+    assert str(error.value).count("/a.bin") == 1
     # The next run finds nothing of it in the cache.
     assert inputs(open_url(f"{server.url}/a.bin", 9), 0, 0) == [list(range(9))]
 
