@@ -34,6 +34,8 @@ FIRST_WAIT = 0.5
 FEW_BYTES, MANY_BYTES = 1 << 16, 1 << 20
 """Sizes of blocks: of what is read here and there, and of what is read from end to end."""
 _CONNECTIONS = 16
+_RECENT = 60.0
+"""Seconds for which a block counts as used without being marked anew."""
 _FINAL = (FileNotFoundError, PermissionError, ValueError, NoRangesError, NotImplementedError)
 """Errors that another attempt would meet again."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -67,15 +69,26 @@ class BlockCache:
         """Threads that read several blocks at once."""
         return ThreadPool(_CONNECTIONS)
 
-    def get(self, key: str, block: int, length: int) -> bytes | None:
-        """A block of a file, or None where it is not there."""
+    def get(self, key: str, block: int, length: int, part: slice = slice(None)) -> bytes | None:
+        """A part of a block of so many bytes, or None where it is not there whole."""
         path = self._path(key, block)
+        start, stop, _ = part.indices(length)
         try:
-            data = path.read_bytes()
-            os.utime(path)
+            with path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != length:
+                    return None
+                file.seek(start)
+                data = file.read(stop - start)
+            if time.time() - status.st_mtime > _RECENT:
+                os.utime(path)
         except OSError:
             return None
-        return data if len(data) == length else None
+        return data if len(data) == stop - start else None
+
+    def has(self, key: str, block: int, length: int) -> bool:
+        """Whether a block of so many bytes is there."""
+        return self.get(key, block, length, slice(0, 0)) is not None
 
     def put(self, key: str, block: int, data: bytes) -> None:
         """Keeps a block.
@@ -175,11 +188,14 @@ class RemoteFile:
             OSError: it cannot be read, however often it is tried.
         """
         assert 0 <= offset <= offset + length <= self.size
-        size, blocks = self.block_bytes, self._blocks(offset, length)
-        pieces = self.cache.pool.map(self._block, blocks) if len(blocks) > 1 else None
-        data = b"".join(pieces or map(self._block, blocks))
-        start = offset - blocks[0] * size if blocks else 0
-        return data[start : start + length]
+        blocks = self._blocks(offset, length)
+        if len(blocks) > 1:
+            fetch([(self, offset, length)])
+        size, end = self.block_bytes, offset + length
+        return b"".join(
+            self._block(block, slice(max(offset - block * size, 0), min(end - block * size, size)))
+            for block in blocks
+        )
 
     def open(self) -> io.BufferedReader:
         """The file as a seekable one, for what reads files."""
@@ -192,11 +208,14 @@ class RemoteFile:
     def _length(self, block: int) -> int:
         return min(self.block_bytes, self.size - block * self.block_bytes)
 
-    def _block(self, block: int) -> bytes:
+    def _block(self, block: int, part: slice = slice(None)) -> bytes:
         length = self._length(block)
-        data = self.cache.get(self.key, block, length)
-        if data is not None:
-            return data
+        data = self.cache.get(self.key, block, length, part)
+        return self._fetched(block)[part] if data is None else data
+
+    def _fetched(self, block: int) -> bytes:
+        """A block that is not in the cache, where it then is."""
+        length = self._length(block)
         start = block * self.block_bytes
 
         def read() -> bytes:
@@ -289,8 +308,9 @@ def fetch(wanted: Iterable[tuple[RemoteFile, int, int]]) -> None:
         OSError: likewise.
     """
     blocks = dict.fromkeys((f, b) for f, at, length in wanted for b in f._blocks(at, length))
-    if len(blocks) > 1:
-        next(iter(blocks))[0].cache.pool.starmap(RemoteFile._block, blocks, chunksize=1)
+    missing = [(f, b) for f, b in blocks if not f.cache.has(f.key, b, f._length(b))]
+    if missing:
+        missing[0][0].cache.pool.starmap(RemoteFile._fetched, missing, chunksize=1)
 
 
 def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
