@@ -34,6 +34,8 @@ FIRST_WAIT = 0.5
 FEW_BYTES, MANY_BYTES = 1 << 16, 1 << 20
 """Sizes of blocks: of what is read here and there, and of what is read from end to end."""
 _CONNECTIONS = 16
+_KEPT = 0.9
+"""How full the cache is after blocks were dropped, so that not every new one drops others."""
 _RECENT = 60.0
 """Seconds for which a block counts as used without being marked anew."""
 _FINAL = (FileNotFoundError, PermissionError, ValueError, NoRangesError, NotImplementedError)
@@ -127,11 +129,11 @@ class BlockCache:
         return found
 
     def _drop(self) -> None:
-        """Makes room: down to nine tenths, so that not every block has the folder gone through."""
+        """Makes room."""
         blocks = sorted(self._blocks())
         self._bytes = sum(size for _, size, _ in blocks)
         for _, size, path in blocks:
-            if self._bytes <= self.most_bytes * 0.9:
+            if self._bytes <= self.most_bytes * _KEPT:
                 break
             path.unlink(missing_ok=True)
             self._bytes -= size
@@ -240,7 +242,7 @@ class RemoteFile:
 
     def _read_whole(self, block: int) -> bytes:
         """Keeps all blocks of a file whose server knows no ranges; returns one of them."""
-        if self.size > self.cache.most_bytes:
+        if self.size > self.cache.most_bytes * _KEPT:
             raise ValueError(
                 f"{self.url}: its server sends whole files only, and it has {self.size} bytes, "
                 f"more than the cache of {self.cache.most_bytes} (--data-cache-gb)"
