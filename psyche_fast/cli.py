@@ -60,27 +60,60 @@ def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
     return function
 
 
-def _resolve(context: click.Context, config: str | None, flags: dict[str, Any]) -> RunConfig:
-    """Defaults, then `--config`, then the flags that were typed."""
+def _resolve(
+    context: click.Context,
+    run_file: str | None,
+    config: str | None,
+    flags: dict[str, Any],
+    *,
+    trains: bool = True,
+    says: bool = True,
+) -> RunConfig:
+    """Defaults, then `--run-file`, `--config` and the flags that were typed, each over those.
+
+    Args:
+        context: the command's.
+        run_file: Psyche's, or None.
+        config: ours, or None.
+        flags: all of the command's by name.
+        trains: whether model and data are wanted, which a run file may not be able to give.
+        says: whether this rank is the one that says what is ignored.
+    """
     values = {} if config is None else read_toml(config)
     for name, value in flags.items():
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             values[name] = value
+    if run_file is not None:
+        from psyche_fast.runfile import read_run_file
+
+        file = read_run_file(run_file)
+        if trains:
+            file.check(values)
+        if trains and says:
+            click.echo(file.ignored_line(), err=True)
+        values = file.under(values)
     return RunConfig.of(**values)
 
 
 @cli.command()
 @click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
+@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
 @click.option("--python", is_flag=True, help="accepted for Psyche's command line: always on")
 @config_options
 @click.pass_context
 def train(
-    context: click.Context, config: str | None, dry_run: bool, python: bool, **flags: Any
+    context: click.Context,
+    config: str | None,
+    run_file: str | None,
+    dry_run: bool,
+    python: bool,
+    **flags: Any,
 ) -> None:
     """Train a model, as Psyche's train example does."""
-    resolved = _resolve(context, config, flags)
     launch = launched()
+    first = launch is None or launch.rank == 0
+    resolved = _resolve(context, run_file, config, flags, says=first)
     if launch is not None:
         resolved = _launched(resolved, launch)
         if launch.rank > 0:
@@ -213,6 +246,56 @@ def estimate(
         )
 
 
+_SCHEDULED = (
+    "sequence_length", "total_batch", "total_batch_start", "batch_warmup_tokens",
+    *(name for name, known in FLAGS.items() if known.section == "schedule"),
+)  # fmt: skip
+
+
+@cli.command()
+@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
+@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
+@click.option("--every", type=click.IntRange(min=1), help="steps from line to line (default: few)")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default="schedule.png",
+              show_default=True, help="file that takes the plot")  # fmt: skip
+@partial(config_options, only=_SCHEDULED)
+@click.pass_context
+def schedule(
+    context: click.Context,
+    run_file: str | None,
+    config: str | None,
+    every: int | None,
+    plot: Path,
+    **flags: Any,
+) -> None:
+    """Print and plot learning rate and batch size by step."""
+    from psyche_fast.metrics.schedule import lines, plot_schedule
+
+    run = _resolve(context, run_file, config, flags, trains=False)
+    for line in lines(run, every):
+        click.echo(line)
+    plot_schedule(run, plot)
+    click.echo(f"plot     {plot}", err=True)
+
+
+@cli.command()
+@click.argument("file", type=click.Path())
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="file to write (default: standard output)")  # fmt: skip
+@click.option("--run-id", default="psyche-fast", show_default=True, help="of a run file")
+def convert(file: str, output: Path | None, run_id: str) -> None:
+    """Turn Psyche's run file into our configuration, or ours into Psyche's."""
+    from psyche_fast import conversion
+
+    text, notes = conversion.convert(file, run_id)
+    for note in notes:
+        click.echo(note, err=True)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
 @cli.command()
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="folder to write")
@@ -316,6 +399,25 @@ def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) ->
     tuner.write(out, tuner.gpu_name(chosen), table)
     click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
     click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--decode", type=click.Path(path_type=Path), metavar="OUT.safetensors",
+              help="write the gradients that the results stand for")  # fmt: skip
+@click.option("--model", help="folder or hub id: its parameters' names instead of numbers")
+def results(file: Path, decode: Path | None, model: str | None) -> None:
+    """Show the DisTrO results in a file of Psyche's, and decode them into gradients."""
+    quiet_terminal()
+    from psyche_fast.psyche import dump
+
+    found = dump.read_file(file)
+    named = dump.named(found, model)
+    for line in dump.table(found, named):
+        click.echo(line)
+    if decode is not None:
+        dump.write_gradients(named, decode)
+        click.echo(f"{decode}: gradients of {len(named)} parameters")
 
 
 def main(argv: list[str] | None = None) -> None:

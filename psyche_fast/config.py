@@ -9,45 +9,29 @@ directory.
 from __future__ import annotations
 
 import difflib
-import math
-import tomllib
-import types
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
-from psyche_fast.schedules import Cosine
-
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
-Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]
-Amount = Annotated[float, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
-
-
-def _help(text: str) -> Meta:
-    return Meta(description=text)
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The options of one part; each field is the flag of that name (`--total-batch`).
-
-    Raises:
-        ValueError: a value outside the range that its field declares, named by its flag.
-    """
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for name, hint in hints.items():
-            fault = _fault(getattr(self, name), hint)
-            if fault is not None:
-                raise ValueError(f"{flag(name)} must be {fault}, got {getattr(self, name)}")
+from psyche_fast.locations import seed_key
+from psyche_fast.options import (
+    Amount,
+    Count,
+    Port,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    flag,
+    without_none,
+)
+from psyche_fast.options import describe as _help
+from psyche_fast.schedules import BatchSizes, Schedule
 
 
 class Model(Section, frozen=True, kw_only=True):
@@ -94,13 +78,38 @@ class Model(Section, frozen=True, kw_only=True):
 class Data(Section, frozen=True, kw_only=True):
     """What it is trained on, for `data`."""
 
-    data_path: Annotated[str, _help("folder of token files (.npy .bin .ds) or Parquet files")] = (
-        "data"
-    )
+    data_path: Annotated[
+        str,
+        _help("token files (.npy .bin .ds) or Parquet: folder, file, URL or mixture (.toml .json)"),
+    ] = "data"
     token_size: Annotated[Literal[2, 4], _help("bytes per token in token files: 2 or 4")] = 2
     seed: Annotated[Seed | None, _help("shuffle the data with this seed; no seed, no shuffle")] = (
         None
     )
+    seed_bytes: Annotated[
+        str | None, _help("the same with Psyche's whole seed: 64 hexadecimal digits")
+    ] = None  # fmt: skip
+
+    data_cache: Annotated[
+        str | None, _help("folder for blocks of files read by URL (default: the user's cache)")
+    ] = None  # fmt: skip
+    data_cache_gb: Annotated[Amount, _help("how much of them is kept")] = 32.0
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.seed_bytes is None:
+            return
+        if self.seed is not None:
+            raise ValueError("--seed and --seed-bytes are two seeds: give one")
+        if not re.fullmatch("[0-9a-fA-F]{64}", self.seed_bytes):
+            raise ValueError(f"--seed-bytes must be 64 hexadecimal digits, got {self.seed_bytes!r}")
+
+    @property
+    def key(self) -> bytes | None:
+        """The 32 bytes that the data are shuffled with, or None."""
+        if self.seed_bytes is not None:
+            return bytes.fromhex(self.seed_bytes)
+        return None if self.seed is None else seed_key(self.seed)
 
 
 class Training(Section, frozen=True, kw_only=True):
@@ -143,34 +152,6 @@ class Optimizer(Section, frozen=True, kw_only=True):
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")
-
-
-class Schedule(Section, frozen=True, kw_only=True):
-    """Which steps there are and their learning rates."""
-
-    learning_rate: Annotated[Amount, _help("peak; a cosine falls from it to a tenth")] = 4e-4
-    warmup_steps: Annotated[Count, _help("linear rise from 0 to --learning-rate")] = 500
-    total_steps: Annotated[Positive, _help("steps until the end of the schedule and the run")] = (
-        25000
-    )
-    start_step: Annotated[Positive, _help("first step: where the schedule and the data begin")] = 1
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.start_step > self.total_steps:
-            raise ValueError(
-                f"--start-step {self.start_step} is after --total-steps {self.total_steps}"
-            )
-
-    def learning_rates(self) -> Cosine:
-        """Psyche's train example's schedule."""
-        return Cosine(
-            base_lr=self.learning_rate,
-            warmup_init_lr=0.0,
-            final_lr=self.learning_rate / 10.0,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-        )
 
 
 class Parallelism(Section, frozen=True, kw_only=True):
@@ -220,13 +201,54 @@ class Run(Section, frozen=True, kw_only=True):
     """What the core does, for `core`."""
 
     total_batch: Annotated[Positive, _help("sequences per step, over all replicas")] = 256
+    total_batch_start: Annotated[
+        Positive | None, _help("sequences of step 1, from where they rise to --total-batch")
+    ] = None  # fmt: skip
+    batch_warmup_tokens: Annotated[
+        Count, _help("tokens over which they rise; needs --total-batch-start")
+    ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
+    resume: Annotated[
+        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+    ] = None  # fmt: skip
+    fork: Annotated[
+        str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
+    ] = None  # fmt: skip
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
+    keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    run_id: Annotated[
+        str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    push_to_hub: Annotated[
+        str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
+    ] = None  # fmt: skip
     tracker: Annotated[
         Literal["none", "wandb", "trackio", "tensorboard"],
         _help("where metrics go besides metrics.jsonl"),
     ] = "none"
+    metric_names: Annotated[
+        Literal["psyche-fast", "psyche"],
+        _help("what trackers call them: as in metrics.jsonl, or as Psyche's dashboards do"),
+    ] = "psyche-fast"  # fmt: skip
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.resume is not None and self.fork is not None:
+            raise ValueError("--resume and --fork: give one of them")
+        # They become folders' names.
+        if self.run_id is not None and not re.fullmatch(r"\w[\w.-]{0,63}", self.run_id):
+            raise ValueError(
+                "--run-id: wanted up to 64 letters, digits and . _ - that begin with no . or -, "
+                f"got {self.run_id!r}"
+            )
+        start = self.total_batch_start
+        if (start is None) != (self.batch_warmup_tokens == 0):
+            raise ValueError("--total-batch-start and --batch-warmup-tokens need each other")
+        if start is not None and start > self.total_batch:
+            raise ValueError(
+                f"--total-batch-start {start} is more than --total-batch {self.total_batch}"
+            )
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -251,11 +273,13 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
             )
-        if self.run.total_batch < replicas:
-            raise ValueError(
-                f"--total-batch {self.run.total_batch} is less than --replicas {replicas}: "
-                "each needs a sequence to train on"
-            )
+        for name in ("total_batch", "total_batch_start"):
+            rows = getattr(self.run, name)
+            if rows is not None and rows < replicas:
+                raise ValueError(
+                    f"{flag(name)} {rows} is less than --replicas {replicas}: "
+                    "each needs a sequence to train on"
+                )
         if self.machines.local_ranks > world_size:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} is more than the run's "
@@ -282,6 +306,17 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def ranks_here(self) -> int:
         """Ranks on the core's machine, the core's own included."""
         return self.machines.local_ranks or self.parallelism.world_size
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences by step."""
+        run = self.run
+        return BatchSizes(
+            start=run.total_batch_start or run.total_batch,
+            end=run.total_batch,
+            warmup_tokens=run.batch_warmup_tokens,
+            sequence_length=self.model.sequence_length,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All values by the flags' names; None is left out."""
@@ -320,34 +355,8 @@ def _flags() -> dict[str, Flag]:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             assert name not in flags, f"{name} is in two sections"
             help = next(meta.description for meta in hint.__metadata__ if meta.description)
-            flags[name] = Flag(section, _without_none(bare[name]), getattr(default, name), help)
+            flags[name] = Flag(section, without_none(bare[name]), getattr(default, name), help)
     return flags
-
-
-def _without_none(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) in (Union, types.UnionType) else hint
-
-
-def _fault(value: Any, hint: Any) -> str | None:
-    """What a value should have been, if it is not what its field declares."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    bare = _without_none(hint.__origin__)
-    if value is None and bare is not hint.__origin__:
-        return None
-    if get_origin(bare) is Literal:
-        return None if value in get_args(bare) else " or ".join(map(str, get_args(bare)))
-    for meta in (*hint.__metadata__, *getattr(bare, "__metadata__", ())):
-        if meta.ge is None:
-            continue
-        if value < meta.ge or (meta.lt is not None and value >= meta.lt):
-            return f"at least {meta.ge}" if meta.lt is None else f"in [{meta.ge}, {meta.lt})"
-    return None
-
-
-def flag(name: str) -> str:
-    """The command line's flag of a field."""
-    return "--" + name.replace("_", "-")
 
 
 FLAGS: Mapping[str, Flag] = _flags()
@@ -365,12 +374,7 @@ def read_toml(path: str) -> dict[str, Any]:
         ValueError: no such file, not TOML, or a key that does not exist (the nearest is named).
     """
     what = f"--config {path}"
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{what}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} is not TOML: {error}") from error
+    table = strict.load_toml(path, what)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if not isinstance(value, dict):

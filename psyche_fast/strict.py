@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -43,6 +45,20 @@ def loads(text: str | bytes, what: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except ValueError as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
+
+
+def load_toml(path: str, what: str) -> dict[str, Any]:
+    """Reads a TOML file; a byte order mark is left out.
+
+    Raises:
+        ValueError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is not TOML: {error}") from error
 
 
 def convert(obj: Any, kind: type[T], what: str) -> T:

@@ -258,3 +258,68 @@ def test_a_config_file_with_a_byte_order_mark(
     status, out, _ = run(capsys, *train(place, "--config", str(tmp_path / "run.toml"), "--dry-run"))
     assert status == 0
     assert "total_batch = 24" in out
+
+
+def rates(*arguments: str, steps: tuple[int, ...]) -> list[float]:
+    """Learning rates by step of a configuration with these flags."""
+    values = {
+        a[2:].replace("-", "_"): v for a, v in zip(arguments[::2], arguments[1::2], strict=True)
+    }
+    kinds = {name: FLAGS[name].kind for name in values}
+    typed = {n: kinds[n](v) if kinds[n] in (int, float) else v for n, v in values.items()}
+    schedule = RunConfig.of(**typed).schedule.learning_rates()
+    return [schedule.get_lr(step) for step in steps]
+
+
+RISE = ["--learning-rate", "0.1", "--warmup-steps", "10", "--warmup-init-lr", "0.02"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "expected"),
+    [
+        (["--total-steps", "110"], (0, 5, 10, 60, 110), (0.02, 0.06, 0.1, 0.055, 0.01)),
+        (["--schedule-steps", "60", "--final-lr", "0"], (35, 60, 99), (0.05, 0, 0)),
+        (["--schedule", "linear", "--total-steps", "20", "--final-lr", "0.04"], (15, 20, 21),
+         (0.07, 0.04, 0.04)),
+        (["--schedule", "constant"], (5, 10, 25000), (0.06, 0.1, 0.1)),
+        (["--schedule", "wsd", "--stable-steps", "5", "--cosine-decay-steps", "10",
+          "--cosine-decay-final-lr", "0.05", "--linear-decay-steps", "10",
+          "--linear-decay-final-lr", "0.01"], (14, 15, 20, 25, 30, 35, 99),
+         (0.1, 0.1, 0.075, 0.05, 0.03, 0.01, 0.01)),
+        (["--schedule", "wsd", "--total-steps", "40", "--linear-decay-steps", "10"],
+         (29, 30, 35, 40), (0.1, 0.1, 0.05, 0.0)),
+        (["--schedule", "wsd", "--total-steps", "40", "--cosine-decay-steps", "20"],
+         (20, 30, 40, 41), (0.1, 0.055, 0.01, 0.01)),
+        (["--schedule", "constant", "--start-step", "11", "--cold-start-warmup-steps", "2"],
+         (11, 12, 13), (0.0, 0.05, 0.1)),
+    ],
+)  # fmt: skip
+def test_flags_reach_all_schedules(
+    arguments: list[str], steps: tuple[int, ...], expected: tuple[float, ...]
+) -> None:
+    assert rates(*RISE, *arguments, steps=steps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--schedule", "wsd"], "--schedule wsd needs --cosine-decay-steps"),
+        (["--stable-steps", "5"], "--stable-steps needs --schedule wsd, not cosine"),
+        (["--schedule", "constant", "--final-lr", "0"], "--final-lr needs --schedule cosine or"),
+        (["--schedule", "wsd", "--linear-decay-steps", "1", "--linear-decay-final-lr", "9"],
+         "--schedule wsd: linear_decay_final_lr 9 must not be more than"),
+        (["--schedule", "wsdd"], "'wsdd' is not one of 'cosine', 'linear', 'constant', 'wsd'"),
+        (["--total-batch-start", "4"], "--batch-warmup-tokens need each other"),
+        (["--total-batch-start", "400", "--batch-warmup-tokens", "9"], "more than --total-batch"),
+        (["--replicas", "3", "--distro", "--total-batch-start", "2", "--batch-warmup-tokens", "9"],
+         "--total-batch-start 2 is less than --replicas 3"),
+        (["--warmup-init-lr", "-1"], "--warmup-init-lr must be at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_schedules_that_cannot_be(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    status, _, err = run(capsys, *train(place, *arguments, "--dry-run"))
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +37,8 @@ from psyche_fast.kernels.plan import ChunkPlan
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
-from psyche_fast.models.source import (
-    FilesSource,
-    TensorsSource,
-    read_config,
-    resolve_model,
-    vocabulary_size,
-)
+from psyche_fast.models.source import read_model as read_model
+from psyche_fast.models.source import vocabulary_size
 from psyche_fast.models.tensor_parallel import tensor_parallel
 from psyche_fast.rank.topology import Topology
 from psyche_fast.sharding import local_tensor
@@ -296,28 +290,6 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
                 f"there is no estimate: {type(error).__name__}: {why}"
             ) from error
     return bytes_.peak
-
-
-def read_model(name: str) -> dict[str, Any]:
-    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))
-    if path.is_dir() or name.startswith((".", "/", "~")):
-        return read_config(resolve_model(name))
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = hf_hub_download(name, "config.json")
-    # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"--model: {name!r} is no folder, nor on the hub: {reason}") from error
-    return read_config(FilesSource((Path(file),)))
 
 
 _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}

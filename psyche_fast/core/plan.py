@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
-from psyche_fast.data import Dataset, open_dataset
+from psyche_fast.core.hub import check_hub
+from psyche_fast.core.resume import Start, check_start, find_start, identity
+from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_count
@@ -41,6 +43,7 @@ class Plan:
         resolved: what every rank is told: `auto` and 0 replaced by what they stand for.
         source: the model's files.
         dataset: the data, opened.
+        data: what tells it from other data.
         devices: of the ranks on this machine.
         summary: lines for the user.
     """
@@ -49,6 +52,7 @@ class Plan:
     resolved: RunConfig
     source: FilesSource
     dataset: Dataset
+    data: dict[str, Any]
     devices: Devices
     summary: tuple[str, ...]
 
@@ -63,12 +67,16 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
+    start = find_start(config)
+    if config.run.output is not None and config.run.resume is None:
+        _check_output(Path(config.run.output), config)
+    config = _from_start(config, start)
     run, options, parallelism = config.run, config.model, config.parallelism
-    if run.output is not None:
-        _check_output(Path(run.output), config.schedule.start_step)
     if run.save_path is not None:
         check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
     check_tracker(run.tracker)
+    if run.push_to_hub is not None:
+        check_hub(run.push_to_hub)
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)
@@ -84,7 +92,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         config.data.data_path,
         token_size=config.data.token_size,
         sequence_length=options.sequence_length,
-        seed=config.data.seed,
+        seed=config.data.key,
+        cache=BlockCache(config.data.data_cache, int(config.data.data_cache_gb * 1e9)),
     )
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
@@ -104,9 +113,11 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         threads=threads,
     )
     summary = _summary(config, resolved, model, dataset, devices)
+    if start is not None:
+        summary += check_start(start, resolved, dataset)
     if config.optimizer.distro and not on_cpu:
         summary += (_kernels(config, devices.devices[0], tensor_shapes(source).values()),)
-    return Plan(config, resolved, source, dataset, devices, summary)
+    return Plan(config, resolved, source, dataset, identity(dataset), devices, summary)
 
 
 def _summary(
@@ -117,9 +128,15 @@ def _summary(
     devices: Devices,
 ) -> tuple[str, ...]:
     optimizer, parallelism, rows = config.optimizer, resolved.parallelism, config.run.total_batch
-    needed = config.schedule.total_steps * rows
+    needed = config.batch_sizes.before(config.schedule.total_steps + 1)
     passes = needed / len(dataset)
     again = f", read {passes:.1f} times" if passes > 1 else ""
+    there = "endless" if isinstance(dataset, DummyDataset) else format_count(len(dataset))
+    sizes = config.batch_sizes
+    rise = ""
+    if sizes.warmup_tokens:
+        tokens = format_count(sizes.warmup_tokens)
+        rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
     method = "AdamW"
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
@@ -128,7 +145,7 @@ def _summary(
     return (
         f"model    {config.model.model}: {model.model_type or config.model.python_arch}, "
         f"{format_count(model.num_parameters)} parameters",
-        f"data     {config.data.data_path}: {format_count(len(dataset))} sequences of "
+        f"data     {config.data.data_path}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
         f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
         f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
@@ -136,7 +153,7 @@ def _summary(
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step, "
+        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step{rise}, "
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
@@ -194,12 +211,34 @@ def _splits(parallelism: Parallelism, on_cpu: bool, ranks_here: int) -> bool:
     return wanted == "split" or (wanted == "auto" and several)
 
 
-def _check_output(output: Path, start_step: int) -> None:
+def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
+    """The run where it goes on: in its own directory, or with `--fork` in another."""
+    if start is None:
+        return config.replace(resume=None)
+    folder, step = start.folder, start.manifest.step
+    if config.schedule.start_step not in (1, step + 1):
+        raise ValueError(
+            f"--start-step {config.schedule.start_step}: {folder} goes on with step {step + 1}"
+        )
+    if step >= config.schedule.total_steps:
+        raise ValueError(
+            f"{folder} is of step {step}: nothing is left of --total-steps "
+            f"{config.schedule.total_steps}"
+        )
+    changes: dict[str, Any] = {"start_step": step + 1}
+    changes["resume" if config.run.resume else "fork"] = str(folder)
+    if config.run.resume and config.run.output is None and folder.parent.name == "checkpoints":
+        changes["output"] = str(folder.parent.parent)
+    return config.replace(**changes)
+
+
+def _check_output(output: Path, config: RunConfig) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} exists and is not a folder")
-    if start_step == 1 and (output / "metrics.jsonl").exists():
+    begins = config.schedule.start_step == 1 or config.run.fork is not None
+    if begins and (output / "metrics.jsonl").exists():
         raise ValueError(
-            f"--output {output} already holds a run; name another folder, or --start-step to go on"
+            f"--output {output} already holds a run; name another folder, or --resume auto to go on"
         )
 
 

@@ -14,24 +14,32 @@ from typing import Any
 import torch.distributed as dist
 
 from psyche_fast.batch import Batch
+from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.core.feed import Feed
+from psyche_fast.core.hub import HubUploads, uploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
+from psyche_fast.core.resume import complete_state
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
     PhaseTimer,
+    PsycheNames,
+    flatten,
     make_tracker,
     memory_bytes,
     plot_run,
 )
+from psyche_fast.metrics.trackers import Names
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder, save_model
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.saving import restore, state_folder, write_state
 from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.state import FOLDER
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
@@ -69,18 +77,22 @@ class Core:
         output: the run directory.
         trainer: rank 0's own.
         sender: takes what the other ranks are told.
+        store: what the other ranks say.
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
+        hub: takes checkpoints, with `--push-to-hub`.
     """
 
     plan: Plan
     output: Path
     trainer: Trainer
     sender: Sender
+    store: dist.Store
     stop: StopRequest
     console: Console
     timer: PhaseTimer
+    hub: HubUploads | None = None
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -102,8 +114,14 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with console, started(plan, output, launch, console) as ranks:
-            result = _train(plan, output, ranks, console)
+        with (
+            console,
+            uploads(config.run.push_to_hub, console.message) as hub,
+            started(plan, output, launch, console) as ranks,
+        ):
+            result = _train(plan, output, ranks, console, hub)
+        if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
+            _prune(plan, result.checkpoint, result.last_step, hub, console)
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -111,7 +129,9 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     return result
 
 
-def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResult:
+def _train(
+    plan: Plan, output: Path, ranks: Ranks, console: Console, hub: HubUploads | None
+) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
     run, stop = config.run, ranks.stop
@@ -123,15 +143,19 @@ def _train(plan: Plan, output: Path, ranks: Ranks, console: Console) -> RunResul
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
-    core = Core(plan, output, trainer, sender, stop, console, PhaseTimer())
+    restore(trainer, config)
+    core = Core(plan, output, trainer, sender, ranks.store, stop, console, PhaseTimer(), hub)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
+    names: Names = flatten
+    if run.metric_names == "psyche":
+        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
-        BatchPrefetcher(plan.dataset, run.total_batch, first, total) as batches,
-        make_tracker(run.tracker, output, plan.config.to_dict()) as tracker,
+        BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
+        make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
         also_at_exit_now(tracker.finish),
     ):
 
@@ -162,7 +186,7 @@ def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
     path = Path(save_path).resolve()
     try:
         with atomic_folder(path, replaces=False) as folder:
-            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=lambda *_: {FOLDER})
     except OSError as error:
         return OSError(f"--save-path {path}: {error}; the model is in {checkpoint}")
     return None
@@ -196,7 +220,7 @@ def steps(
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
     feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
-    num_tokens = (schedule.start_step - 1) * config.run.total_batch * config.model.sequence_length
+    num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
     feed.send(schedule.start_step)
@@ -247,6 +271,17 @@ def steps(
             return
 
 
+def _complete(core: Core, folder: Path, step: int) -> None:
+    """Adds what `--resume` needs to a checkpoint's folder; without it, it is still the model."""
+    written, config = state_folder(core.output, step), core.plan.resolved
+    try:
+        complete_state(folder, written, core.store, config, step, core.plan.data)
+    except OSError as error:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        core.console.message(f"--resume will not know the checkpoint of step {step}: {error}")
+        log.warning("state of step %d not complete: %s", step, error)
+
+
 def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
     """Writes a checkpoint folder; all ranks take part.
 
@@ -254,15 +289,19 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         OSError: it cannot be written, and `must` be; the ranks are in step all the same.
         ReplicasDiffer: no replica is worth writing.
     """
-    path = core.output / "checkpoints" / f"step-{step:06d}"
-    trainer = core.trainer
+    run, trainer = core.plan.config.run, core.trainer
+    path = core.output / "checkpoints" / checkpoint_name(step, run.run_id)
     hand_on(Save(step), trainer.topology)
     try:
         with core.timer.phase("checkpoint"):
             trainer.plain()
             trainer.check_replicas(step)
-            tensors = trainer.model.full_state_dict_iter()
-            save_model(path, trainer.model, tensors, core.plan.source.side_files)
+            write_state(trainer, core.store, core.output, step)
+            tensors = trainer.model.full_state_dict_iter(tied_twice=run.run_id is not None)
+            save_model(
+                path, trainer.model, tensors, core.plan.source.side_files,
+                lambda folder: _complete(core, folder, step),
+            )  # fmt: skip
     except OSError as error:
         if must:
             raise
@@ -270,4 +309,20 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         core.console.message(f"checkpoint of step {step} not written: {error}; going on")
         log.warning("checkpoint of step %d not written: %s", step, error)
         return None
+    if core.hub is not None:
+        core.hub.push(step, path)
+    _prune(core.plan, path, step, core.hub, core.console)
     return path
+
+
+def _prune(plan: Plan, newest: Path, step: int, hub: HubUploads | None, console: Console) -> None:
+    """Carries out `--keep`; what is being uploaded stays."""
+    # Of the model that the run began with, files go into each checkpoint.
+    spared = {file.parent.resolve() for file in plan.source.files}
+    if hub is not None:
+        spared |= {path.resolve() for path in hub.busy}
+    try:
+        prune(newest, step, plan.config.run.run_id, plan.config.run.keep, spared)
+    except OSError as error:
+        console.message(f"--keep: an older checkpoint is still there: {error}")
+        log.warning("--keep: %s", error)

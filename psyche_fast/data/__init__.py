@@ -2,10 +2,13 @@
 
 from psyche_fast.batch import Batch
 from psyche_fast.data.datasets import open_dataset
+from psyche_fast.data.dummy import DummyDataset
 from psyche_fast.data.local import LocalDataset
+from psyche_fast.data.mixture import MixtureDataset
 from psyche_fast.data.order import shuffled_order
 from psyche_fast.data.parquet import ParquetDataset
 from psyche_fast.data.prefetch import BatchPrefetcher
+from psyche_fast.data.remote import BlockCache
 from psyche_fast.data.samples import Dataset, Sample, collate
 from psyche_fast.data.texts import find_files, iter_texts
 from psyche_fast.data.tokenize import TokenizeSummary, tokenize_files
@@ -14,8 +17,11 @@ from psyche_fast.data.tokenizer import load_tokenizer, train_tokenizer
 __all__ = [
     "Batch",
     "BatchPrefetcher",
+    "BlockCache",
     "Dataset",
+    "DummyDataset",
     "LocalDataset",
+    "MixtureDataset",
     "ParquetDataset",
     "Sample",
     "TokenizeSummary",

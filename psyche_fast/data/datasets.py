@@ -4,31 +4,105 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from psyche_fast import strict
+from psyche_fast.data.dummy import DummyDataset
 from psyche_fast.data.local import TOKEN_FILE_SUFFIXES, LocalDataset, token_files
-from psyche_fast.data.parquet import ParquetDataset, train_files
+from psyche_fast.data.mixture import MixtureDataset, Part
+from psyche_fast.data.parquet import ParquetDataset, remote_train_files, train_files
+from psyche_fast.data.remote import FEW_BYTES, MANY_BYTES, BlockCache, find
+from psyche_fast.data.samples import Dataset
+from psyche_fast.locations import DUMMY, MIXTURE, Source, is_mixture, read_mixture, scheme
 
 
 def open_dataset(
-    path: str | Path, *, token_size: int = 2, sequence_length: int, seed: int | None = None
-) -> LocalDataset | ParquetDataset:
-    """Open token files if `path` is or holds any, else the Parquet files of its train split.
+    path: str | Path,
+    *,
+    token_size: int = 2,
+    sequence_length: int,
+    seed: int | bytes | None = None,
+    cache: BlockCache | None = None,
+) -> Dataset:
+    """Open what `--data-path` names.
+
+    That is token files if a folder holds any, else the Parquet files of its train split; one file;
+    any of these behind a URL; `dummy:`; or a mixture of data sets, described by a `.toml` or
+    `.json` file.
 
     Args:
-        path: a directory or one file (`--data-path`).
+        path: `--data-path`.
         token_size: bytes to a token of token files, 2 or 4; of no effect on Parquet.
         sequence_length: tokens to a sequence, L.
-        seed: 32-bit seed of the order; None keeps the order of the files.
+        seed: of the order, 32 bits or 32 bytes; None keeps the order of the files.
+        cache: of what is read from URLs; None for the user's.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
         ValueError: if there is neither, or the data set refuses its files.
+        OSError: if a server cannot be reached.
     """
-    if token_files(path):
+    name, cache = str(path), cache or BlockCache()
+    if is_mixture(name) and not Path(name).is_dir():
+        return _open_mixture(name.removeprefix(MIXTURE), token_size, sequence_length, seed, cache)
+    return _open_part(Source(name, token_size), sequence_length, seed, cache, seed is not None)
+
+
+def _open_part(
+    source: Source,
+    sequence_length: int,
+    seed: int | bytes | None,
+    cache: BlockCache,
+    shuffled: bool,
+) -> Part:
+    path, token_size = source.path, source.token_size or 2
+    if path == DUMMY:
+        return DummyDataset(sequence_length)
+    if scheme(path) is not None:
+        # A shuffled sequence wants little more than itself, others have their neighbours follow.
+        files = find(path, cache, FEW_BYTES if shuffled else MANY_BYTES)
+        tokens = [file for file in files if file.suffix in TOKEN_FILE_SUFFIXES]
+        if train := [] if tokens else remote_train_files(files):
+            return ParquetDataset(path, sequence_length, seed, files=train)
+        if not tokens and path.startswith("http"):
+            tokens = files  # named one by one: whatever they are called
+        if tokens:
+            return LocalDataset(path, token_size, sequence_length, seed, files=tokens)
+    elif token_files(path):
         return LocalDataset(path, token_size, sequence_length, seed)
-    if train_files(path):
+    elif train_files(path):
         return ParquetDataset(path, sequence_length, seed)
     wanted = ", ".join(f"*{suffix}" for suffix in TOKEN_FILE_SUFFIXES)
     raise ValueError(
         f"no training data in {path} (--data-path): expected token files ({wanted}) or Parquet "
         "files of a train split; psyche-fast tokenize makes token files from text"
     )
+
+
+def _open_mixture(
+    path: str, token_size: int, sequence_length: int, seed: int | bytes | None, cache: BlockCache
+) -> MixtureDataset:
+    what = f"--data-path {path}"
+    remote = scheme(path) is not None
+    if remote:
+        [file] = find(path, cache, FEW_BYTES)
+        text = file.read(0, file.size)
+        described = strict.loads(text, what)
+    elif path.endswith(".toml"):
+        described = strict.load_toml(path, what)
+    else:
+        try:
+            described = strict.loads(Path(path).read_bytes(), what)
+        except OSError as error:
+            raise ValueError(f"{what}: {error.strerror}") from error
+    mixture = read_mixture(described, what)
+    folder, parts = Path(path).parent, []
+    order = mixture.key if seed is None else seed
+    for source in mixture.sources:
+        # Beside the description, wherever the run is started.
+        local = not remote and source.path != DUMMY and scheme(source.path) is None
+        place = str(folder / Path(source.path).expanduser()) if local else source.path
+        chosen = Source(place, source.token_size or token_size)
+        shuffled = order is not None or source.key is not None
+        parts.append(_open_part(chosen, sequence_length, source.key, cache, shuffled))
+    if len(parts) > 1 and any(isinstance(part, DummyDataset) for part in parts):
+        raise ValueError(f"{what}: {DUMMY} has no end and cannot be mixed")
+    return MixtureDataset(parts, mixture.weights, order)

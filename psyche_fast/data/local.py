@@ -1,9 +1,11 @@
-"""Flat token files, as Psyche's local data provider reads them."""
+"""Flat token files, as Psyche's local and HTTP data providers read them."""
 
 from __future__ import annotations
 
+import io
 import logging
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 from psyche_fast.data.order import shuffled_order
+from psyche_fast.data.remote import RemoteFile, fetch
 from psyche_fast.data.samples import (
     Sample,
     check_range,
@@ -23,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 TOKEN_FILE_SUFFIXES = (".bin", ".ds", ".npy")
 _NPY_MAGIC = b"\x93NUMPY"
+_NPY_HEADER_BYTES = 1 << 16  # no header of one array is longer
 # How much of a file is looked at to tell 2-byte from 4-byte tokens, and from how many tokens on.
 _PROBE_BYTES = 16384
 _PROBE_MIN_TOKENS = 128
+# How many files' beginnings are looked at for such faults, on disk and behind URLs.
+_LOOKED_AT, _LOOKED_AT_REMOTE = 64, 16
 # No tokenizer has 2**22 entries, but two 2-byte tokens read as one reach that easily: bytes of text
 # from 64 on, the letters, in their upper half suffice.
 _MAX_TOKEN_ID = 1 << 22
@@ -33,7 +39,7 @@ _MAX_TOKEN_ID = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class _TokenFile:
-    path: Path
+    path: Path | RemoteFile
     offset: int
     """Byte where the tokens begin."""
     sequences: int
@@ -64,7 +70,8 @@ class LocalDataset:
     The files of a directory follow one another in sorted name order. With L tokens of s bytes to a
     sequence, the sequences of a file start at the byte offsets `range(0, size - L*s, L*s)`, as in
     Psyche: one that would end exactly at the end of the file is not used. A `.npy` file that has
-    NumPy's header is read from behind it, any other from its first byte.
+    NumPy's header is read from behind it, any other from its first byte. Of a file behind a URL one
+    token more has to be there, as with Psyche's HTTP provider: `range(0, size - L*s - s, L*s)`.
 
     Sequences are read from disk one by one when asked for; nothing is kept in memory but the order
     (4 bytes a sequence, with a seed only).
@@ -73,7 +80,8 @@ class LocalDataset:
         path: a directory of token files, or one such file (`--data-path`).
         token_size: bytes to a token, 2 or 4 (`--token-size`).
         sequence_length: tokens to a sequence, L (`--sequence-length`).
-        seed: 32-bit seed of the order, see `shuffled_order`; None keeps the order of the files.
+        seed: of the order, 32 bits or 32 bytes, see `shuffled_order`; None for that of the files.
+        files: those that `path` stands for where it is a URL.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
@@ -86,7 +94,9 @@ class LocalDataset:
         path: str | Path,
         token_size: int = 2,
         sequence_length: int = 2048,
-        seed: int | None = None,
+        seed: int | bytes | None = None,
+        *,
+        files: Sequence[RemoteFile] = (),
     ) -> None:
         if token_size not in (2, 4):
             raise ValueError(f"the token size (--token-size) must be 2 or 4, got {token_size}")
@@ -94,48 +104,60 @@ class LocalDataset:
             raise ValueError(
                 f"the sequence length (--sequence-length) must be at least 1, got {sequence_length}"
             )
-        self.path = Path(path)
+        self.path = path if files else Path(path)
         self.token_size = token_size
         self.sequence_length = sequence_length
         self._dtype = np.dtype(f"<u{token_size}")
-        self._files = self._index_files()
+        self._files = self._index_files(files or token_files(path))
         # _ends[f] is the number of sequences in the files up to and with file f.
         self._ends = np.cumsum([file.sequences for file in self._files]).tolist()
         self._order = None if seed is None else shuffled_order(len(self), seed)
 
-    def _index_files(self) -> list[_TokenFile]:
-        paths = token_files(self.path)
+    def _index_files(self, paths: Sequence[Path | RemoteFile]) -> list[_TokenFile]:
         if not paths:
             wanted = ", ".join(f"*{suffix}" for suffix in TOKEN_FILE_SUFFIXES)
             raise ValueError(f"no token files ({wanted}) in {self.path} (--data-path)")
         sequence_bytes = self.sequence_length * self.token_size
         files: list[_TokenFile] = []
         longest = 0
+        # At once, where that takes time: the beginnings that are looked at.
+        looked_at = [path for path in paths if isinstance(path, RemoteFile)]
+        looked_at = [
+            path for n, path in enumerate(looked_at)
+            if n < _LOOKED_AT_REMOTE or path.suffix == ".npy"
+        ]  # fmt: skip
+        fetch((path, 0, min(path.size, _PROBE_BYTES)) for path in looked_at)
         for path in paths:
             offset, size = self._token_span(path)
             longest = max(longest, size // self.token_size)
-            if sequences := len(range(0, size - sequence_bytes, sequence_bytes)):
-                self._check_token_size(path, offset, size)
+            end = size - sequence_bytes - (self.token_size if isinstance(path, RemoteFile) else 0)
+            if sequences := len(range(0, end, sequence_bytes)):
+                if isinstance(path, Path) or path in looked_at:
+                    self._check_token_size(path, offset, size)
                 files.append(_TokenFile(path, offset, sequences))
         if not files:
             raise ValueError(
                 f"no file in {self.path} fills a sequence of {self.sequence_length} tokens: it "
-                f"takes more than that and the longest has {longest} "
+                f"takes {'2 tokens ' if isinstance(paths[0], RemoteFile) else ''}more than that "
+                f"and the longest has {longest} "
                 "(--sequence-length, --data-path)"
             )
-        for path in sorted({*paths} - {file.path for file in files}):
+        for path in [path for path in paths if path not in {file.path for file in files}]:
             logger.warning(
                 "%s is skipped: it has no more than %d tokens (--sequence-length)",
-                path, self.sequence_length,
+                path, self.sequence_length + isinstance(path, RemoteFile),
             )  # fmt: skip
         return files
 
-    def _token_span(self, path: Path) -> tuple[int, int]:
+    def _token_span(self, path: Path | RemoteFile) -> tuple[int, int]:
         """Byte offset of the first token and number of bytes from there on."""
-        with path.open("rb") as file:
-            has_header = path.suffix == ".npy" and file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
-        offset = self._npy_offset(path) if has_header else 0
-        size = path.stat().st_size - offset
+        size = path.size if isinstance(path, RemoteFile) else path.stat().st_size
+        offset = 0
+        if path.suffix == ".npy":
+            head = _read(path, 0, min(size, _NPY_HEADER_BYTES))
+            if head.startswith(_NPY_MAGIC):
+                offset = self._npy_offset(path, head, size)
+        size -= offset
         if size % self.token_size:
             raise ValueError(
                 f"{path} holds {size} bytes of tokens, not a multiple of {self.token_size} "
@@ -143,27 +165,31 @@ class LocalDataset:
             )
         return offset, size
 
-    def _npy_offset(self, path: Path) -> int:
+    def _npy_offset(self, path: Path | RemoteFile, head: bytes, size: int) -> int:
         try:
-            array = np.load(path, mmap_mode="r")
+            if isinstance(path, Path):
+                array = np.load(path, mmap_mode="r")
+                dtype, in_c_order, offset = array.dtype, array.flags.c_contiguous, array.offset
+            else:
+                dtype, in_c_order, offset = _npy_header(head, size)
         except ValueError as error:
             raise ValueError(f"{path} is damaged, or no .npy file of integers: {error}") from None
-        if array.dtype != self._dtype:
+        if dtype != self._dtype:
             raise ValueError(
-                f"{path} holds {array.dtype.name} ({array.dtype.str}), expected "
+                f"{path} holds {dtype.name} ({dtype.str}), expected "
                 f"{self._dtype.name} ({self._dtype.str}) for {self.token_size}-byte tokens "
                 "(--token-size)"
             )
-        if not array.flags.c_contiguous:
+        if not in_c_order:
             raise ValueError(f"{path} is in Fortran order: save it in C order")
-        return int(array.offset)
+        return int(offset)
 
-    def _check_token_size(self, path: Path, offset: int, size: int) -> None:
+    def _check_token_size(self, path: Path | RemoteFile, offset: int, size: int) -> None:
         """Refuse files whose first tokens only make sense at the other token size."""
         count = min(size, _PROBE_BYTES) // self.token_size
         if count < _PROBE_MIN_TOKENS:
             return
-        tokens = np.fromfile(path, self._dtype, count, offset=offset)
+        tokens = np.frombuffer(_read(path, offset, count * self.token_size), self._dtype)
         if self.token_size == 4:
             wrong = int(tokens.max()) >= _MAX_TOKEN_ID
         else:
@@ -194,30 +220,72 @@ class LocalDataset:
                 f"sample {last} is past the end of {self.path}, which has {len(self)} sequences of "
                 f"{self.sequence_length} tokens"
             )
-        return [self._sample(i) for i in range(first, last + 1)]
+        return self.get_ids(range(first, last + 1))
 
-    def _sample(self, sample_id: int) -> Sample:
+    def get_ids(self, ids: Iterable[int]) -> list[Sample]:
+        """The samples of these ids, each below the length.
+
+        Raises:
+            ValueError: a file has become shorter since it was opened.
+        """
+        places = [self._place(i) for i in ids]
+        # Those behind URLs at once, not one after the other.
+        ranges = [(file.path, *self._span(file, at)) for file, at in places]
+        fetch((f, at, length) for f, at, length in ranges if isinstance(f, RemoteFile))
+        return [self._sample(file, at) for file, at in places]
+
+    def _place(self, sample_id: int) -> tuple[_TokenFile, int]:
+        """The file of a sample, and its number there."""
         index = sample_id if self._order is None else int(self._order[sample_id])
         which = bisect_right(self._ends, index)
-        in_file = index - (self._ends[which - 1] if which else 0)
-        tokens = self._read(self._files[which], in_file)
-        input_ids = torch.from_numpy(tokens.astype(np.int64))
+        return self._files[which], index - (self._ends[which - 1] if which else 0)
+
+    def _sample(self, file: _TokenFile, in_file: int) -> Sample:
+        input_ids = torch.from_numpy(self._read(file, in_file).astype(np.int64))
         return Sample(input_ids, labels=input_ids)
 
+    def _span(self, file: _TokenFile, in_file: int) -> tuple[int, int]:
+        """First byte and length of a sequence."""
+        length = self.sequence_length * self.token_size
+        return file.offset + in_file * length, length
+
     def _read(self, file: _TokenFile, in_file: int) -> np.ndarray:
-        # Read, not mapped: a mapped file that is truncated kills the process with SIGBUS, and a
-        # directory of thousands of files would hold as many descriptors.
-        start = file.offset + in_file * self.sequence_length * self.token_size
-        tokens = np.fromfile(file.path, self._dtype, self.sequence_length, offset=start)
-        if len(tokens) != self.sequence_length:
+        start, length = self._span(file, in_file)
+        data = _read(file.path, start, length)
+        if len(data) != length:
             raise ValueError(f"{file.path} has become shorter since it was opened")
-        return tokens
+        return np.frombuffer(data, self._dtype)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Look at the first sequence of every file (64 files at most).
+        """Look at the first sequence of every file (64 files at most, 16 behind URLs).
 
         Raises:
             ValueError: if a token id is not below `vocab_size`.
         """
-        for file in self._files[:64]:
+        remote = isinstance(self._files[0].path, RemoteFile)
+        for file in self._files[: _LOOKED_AT_REMOTE if remote else _LOOKED_AT]:
             check_token_ids(self._read(file, 0), vocab_size, str(file.path))
+
+
+def _npy_header(head: bytes, size: int) -> tuple[np.dtype, bool, int]:
+    """Type, whether it is in C order, and the first byte of the array in a file's head."""
+    file = io.BytesIO(head)
+    read = np.lib.format.read_array_header_2_0
+    if np.lib.format.read_magic(file) == (1, 0):
+        read = np.lib.format.read_array_header_1_0
+    shape, in_fortran_order, dtype = read(file)
+    length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if dtype.hasobject or size - file.tell() < length:
+        raise ValueError(f"it cannot hold {dtype} of shape {shape}")
+    return dtype, not in_fortran_order or len(shape) < 2, file.tell()
+
+
+def _read(path: Path | RemoteFile, offset: int, length: int) -> bytes:
+    """Bytes of a file; fewer where one on disk ends before."""
+    if isinstance(path, RemoteFile):
+        return path.read(offset, length)
+    # Read, not mapped: a mapped file that is truncated kills the process with SIGBUS, and a
+    # directory of thousands of files would hold as many descriptors.
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)

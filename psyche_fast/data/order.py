@@ -9,10 +9,12 @@ consecutive swaps for as long as the product of their ranges fits in 32 bits.
 
 from __future__ import annotations
 
-import struct
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
+
+from psyche_fast.locations import seed_key
 
 _WORD = 1 << 32
 _BUFFERED_WORDS = 1 << 18
@@ -113,15 +115,16 @@ def _grouped_targets(words: _Words, n: int) -> tuple[list[int], int]:
     return targets[: n - 1], position
 
 
-def shuffled_order(n: int, seed: int) -> np.ndarray:
+def shuffled_order(n: int, seed: int | bytes) -> np.ndarray:
     """The order in which Psyche visits `n` sequences shuffled with `seed`.
 
-    The generator is ChaCha8 keyed with 28 zero bytes and the seed as a big-endian 32-bit number;
-    the shuffle is that of rand 0.9: for i = 1, 2, ... swap elements i and j, j drawn from [0, i].
+    The generator is ChaCha8 keyed with the seed; one of 32 bits is 28 zero bytes and the number,
+    big-endian. The shuffle is that of rand 0.9: for i = 1, 2, ... swap elements i and j, j drawn
+    from [0, i].
 
     Args:
         n: number of sequences, below 2**32 - 1 (rand shuffles larger slices another way).
-        seed: 0 to 2**32 - 1.
+        seed: 0 to 2**32 - 1, or 32 bytes.
 
     Returns:
         `uint32 [n]`: element k is the index of the sequence that is visited as the k-th.
@@ -129,12 +132,7 @@ def shuffled_order(n: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: if `n` or `seed` is out of range.
     """
-    if not 0 <= n < _WORD - 1:
-        raise ValueError(f"a seeded order needs 0 to {_WORD - 2} sequences, got {n}")
-    if not 0 <= seed < _WORD:
-        raise ValueError(f"the seed (--seed) must be between 0 and {_WORD - 1}, got {seed}")
-
-    words = _Words(bytes(28) + struct.pack(">I", seed))
+    words = _Words(_key(n, seed))
     order = array("I", bytes(4 * n))
     assert order.itemsize == 4
 
@@ -146,13 +144,65 @@ def shuffled_order(n: int, seed: int) -> np.ndarray:
 
     targets, position = _grouped_targets(words, n)
     swap_all(1, targets)
-    index = 1 + len(targets)
-    while index < n:
+    for i, drawn in _single_draws(words, position, 1 + len(targets), n, 1):
+        swap_all(i, drawn)
+    return np.frombuffer(order, dtype=np.uint32) if n else np.empty(0, dtype=np.uint32)
+
+
+def reversed_order(n: int, seed: int | bytes) -> np.ndarray:
+    """The order in which Psyche visits the `n` samples of a mixture shuffled with `seed`.
+
+    The generator is that of `shuffled_order`; for i = n-1, n-2, ... 1 swap elements i and j, each j
+    drawn by itself (`random_range(0..=i)` of rand 0.9).
+
+    Args:
+        n: number of samples, below 2**32 - 1.
+        seed: 0 to 2**32 - 1, or 32 bytes.
+
+    Returns:
+        `uint32 [n]`: element k is the index of the sample that is visited as the k-th.
+
+    Raises:
+        ValueError: if `n` or `seed` is out of range.
+    """
+    words = _Words(_key(n, seed))
+    order = array("I", range(n))
+    for i, drawn in _single_draws(words, 0, n - 1, 0, -1):
+        for at, j in enumerate(drawn):
+            order[i - at], order[j] = order[j], order[i - at]
+    return np.frombuffer(order, dtype=np.uint32) if n else np.empty(0, dtype=np.uint32)
+
+
+def _key(n: int, seed: int | bytes) -> bytes:
+    if not 0 <= n < _WORD - 1:
+        raise ValueError(f"a seeded order needs 0 to {_WORD - 2} sequences, got {n}")
+    if isinstance(seed, int):
+        if not 0 <= seed < _WORD:
+            raise ValueError(f"the seed (--seed) must be between 0 and {_WORD - 1}, got {seed}")
+        return seed_key(seed)
+    if len(seed) != 32:
+        raise ValueError(f"the seed (--seed-bytes) must be 32 bytes, got {len(seed)}")
+    return seed
+
+
+def _single_draws(
+    words: _Words, position: int, first: int, end: int, way: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Swap targets j in [0, i], a word or two each, for i = `first`, `first + way`, ... to `end`.
+
+    Yields:
+        an i, and the targets from it on.
+    """
+    index = first
+    while (end - index) * way > 0:
         # A range m asks for a second word once in 2**32 / m draws, and all later words move on by
         # one; a window of about that length is drawn as if none did, and kept up to the first.
-        count = min(n - index, max(256, min(_BUFFERED_WORDS // 4, _WORD // (index + 1))))
+        count = max(256, min(_BUFFERED_WORDS // 4, _WORD // (index + 1)))
+        count = min((end - index) * way, count)
         drawn = words.get(position, count + 1).astype(np.uint64)
-        ranges = np.arange(index + 1, index + 1 + count, dtype=np.uint64)
+        ranges = np.arange(index + 1, index + 1 + way * count, way, dtype=np.int64).astype(
+            np.uint64
+        )
         products = drawn[:count] * ranges
         low = products & np.uint64(0xFFFFFFFF)
         chosen = products >> np.uint64(32)
@@ -163,7 +213,6 @@ def shuffled_order(n: int, seed: int) -> np.ndarray:
             chosen[at] += np.uint64(carry)
             count = at + 1
             position += 1
-        swap_all(index, chosen[:count].tolist())
+        yield index, chosen[:count].tolist()
         position += count
-        index += count
-    return np.frombuffer(order, dtype=np.uint32) if n else np.empty(0, dtype=np.uint32)
+        index += way * count

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from psyche_fast.data.order import shuffled_order
+from psyche_fast.data.remote import RemoteFile
 from psyche_fast.data.samples import (
     Sample,
     check_range,
@@ -36,7 +38,7 @@ _LISTS = (
 
 @dataclass(frozen=True, slots=True)
 class _RowGroup:
-    path: Path
+    path: Path | RemoteFile
     index: int
     """Number of the row group in its file."""
     first_row: int
@@ -69,6 +71,15 @@ def train_files(path: str | Path) -> list[Path]:
     return in_folder or [p for p in files if p.name.startswith("train")]
 
 
+def remote_train_files(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Those of a URL's files that `train_files` takes; a URL of one file is that file's."""
+    parquet = [f for f in files if f.suffix == ".parquet"]
+    if len(files) == 1:
+        return parquet
+    in_folder = [f for f in parquet if is_train(f.name.parent.name)]
+    return in_folder or [f for f in parquet if f.name.name.startswith("train")]
+
+
 class ParquetDataset:
     """Rows of Parquet files, one training sequence each.
 
@@ -84,7 +95,8 @@ class ParquetDataset:
     Args:
         path: a directory (see `train_files`) or one Parquet file (`--data-path`).
         sequence_length: integers to a row, L (`--sequence-length`).
-        seed: 32-bit seed of the order, see `shuffled_order`; None keeps the order of the rows.
+        seed: of the order, 32 bits or 32 bytes, see `shuffled_order`; None for that of the files.
+        files: those that `path` stands for where it is a URL.
         cache_bytes: how much decoded data is kept; the row group in use is kept in any case.
 
     Raises:
@@ -97,22 +109,22 @@ class ParquetDataset:
         self,
         path: str | Path,
         sequence_length: int,
-        seed: int | None = None,
+        seed: int | bytes | None = None,
         *,
+        files: Sequence[RemoteFile] = (),
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.path = Path(path)
+        self.path = path if files else Path(path)
         self.sequence_length = sequence_length
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[int, _Decoded] = OrderedDict()
-        self._columns, self._groups = self._index_files()
+        self._columns, self._groups = self._index_files(files or train_files(path))
         # _ends[g] is the number of rows in the row groups up to and with group g.
         self._ends = np.cumsum([group.rows for group in self._groups]).tolist()
         self._decode(0)  # so that a wrong sequence length shows before training starts
         self._order = None if seed is None else shuffled_order(len(self), seed)
 
-    def _index_files(self) -> tuple[list[str], list[_RowGroup]]:
-        paths = train_files(self.path)
+    def _index_files(self, paths: Sequence[Path | RemoteFile]) -> tuple[list[str], list[_RowGroup]]:
         if not paths:
             raise ValueError(
                 f"no Parquet files of a train split in {self.path} (--data-path): "
@@ -122,8 +134,8 @@ class ParquetDataset:
         groups: list[_RowGroup] = []
         for path in paths:
             try:
-                metadata = pq.read_metadata(path)
-                schema = metadata.schema.to_arrow_schema()
+                with pq.ParquetFile(_readable(path)) as file:
+                    metadata, schema = file.metadata, file.schema_arrow
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
             names = self._check_schema(path, schema)
@@ -142,7 +154,7 @@ class ParquetDataset:
         return columns, groups
 
     @staticmethod
-    def _check_schema(path: Path, schema: pa.Schema) -> list[str]:
+    def _check_schema(path: Path | RemoteFile, schema: pa.Schema) -> list[str]:
         names = {_ALIASES.get(name, name) for name in schema.names}
         columns = [name for name in _COLUMNS if name in names]
         if "inputs" not in columns:
@@ -165,7 +177,15 @@ class ParquetDataset:
             ValueError: if the range is empty, or a row read is not L long.
         """
         check_range(first, last)
-        rows = [self._row(i % len(self)) for i in range(first, last + 1)]
+        return self.get_ids(range(first, last + 1))
+
+    def get_ids(self, ids: Iterable[int]) -> list[Sample]:
+        """The samples of these ids, modulo the row count.
+
+        Raises:
+            ValueError: a row read is not L long.
+        """
+        rows = [self._row(i % len(self)) for i in ids]
         samples: dict[int, Sample] = {}
         # Row group by row group, so that each is decoded once whatever the cache holds.
         for row in sorted(set(rows)):
@@ -198,7 +218,7 @@ class ParquetDataset:
             return self._cache[which]
         group = self._groups[which]
         try:
-            with pq.ParquetFile(group.path) as file:
+            with pq.ParquetFile(_readable(group.path)) as file:
                 names = {name: _stored(name, file.schema_arrow.names) for name in self._columns}
                 table = file.read_row_group(group.index, columns=list(names.values()))
         except (pa.ArrowException, OSError) as error:
@@ -237,6 +257,10 @@ class ParquetDataset:
         """
         inputs = self._decode(0)["inputs"]
         check_token_ids(inputs, vocab_size, str(self._groups[0].path))
+
+
+def _readable(path: Path | RemoteFile) -> Any:
+    return path.open() if isinstance(path, RemoteFile) else path
 
 
 def _stored(name: str, stored: Sequence[str]) -> str:

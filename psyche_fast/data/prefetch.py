@@ -9,6 +9,7 @@ from typing import Self
 
 from psyche_fast.batch import Batch
 from psyche_fast.data.samples import Dataset, Sample, collate
+from psyche_fast.schedules import BatchSizes
 
 _DEPTH = 2
 """Batches to hold ready."""
@@ -16,10 +17,9 @@ _JOIN_SECONDS = 2.0
 """How long `close` waits for a read that is under way; the thread is a daemon and ends after it."""
 
 
-def step_samples(dataset: Dataset, total_batch: int, step: int) -> list[Sample]:
-    """Samples (t-1)B .. tB-1 of step t (from 1), wrapping round at the end of the data set."""
-    position = (step - 1) * total_batch
-    end = position + total_batch
+def step_samples(dataset: Dataset, position: int, rows: int) -> list[Sample]:
+    """Samples from `position` on, wrapping round at the end of the data set."""
+    end = position + rows
     samples: list[Sample] = []
     while position < end:
         first = position % len(dataset)
@@ -32,22 +32,26 @@ def step_samples(dataset: Dataset, total_batch: int, step: int) -> list[Sample]:
 class BatchPrefetcher:
     """Iterator of `(step, batch)` for the steps `first_step` to `last_step`, both included.
 
-    A thread reads a few batches ahead. Step t uses the samples (t-1)B .. tB-1 of the data set; ids
-    beyond its end begin it anew, in the same order. An exception of the data set is raised by the
+    A thread reads a few batches ahead. A step uses the samples after those of the steps before it:
+    with B of them to each, step t has (t-1)B .. tB-1. Ids beyond the end of the data set begin it
+    anew, in the same order. An exception of the data set is raised by the
     `next()` that would have given the batch, and by every one after it. Use it as a context manager
     or call `close()`.
 
     Args:
         dataset: what to read.
-        total_batch: samples to a step, B (`--total-batch`), at least 1.
+        sizes: samples to a step, one number (`--total-batch`, at least 1) or by step.
         first_step: first step, from 1.
         last_step: last step; below `first_step` there are none.
     """
 
-    def __init__(self, dataset: Dataset, total_batch: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, dataset: Dataset, sizes: int | BatchSizes, first_step: int, last_step: int
+    ) -> None:
         self._dataset = dataset
-        self._total_batch = total_batch
-        self._steps = range(first_step, last_step + 1)
+        if isinstance(sizes, int):
+            sizes = BatchSizes(start=sizes, end=sizes, warmup_tokens=0, sequence_length=1)
+        self._steps = sizes.steps(first_step, last_step)
         self._room = threading.Semaphore(_DEPTH)
         self._ready: queue.SimpleQueue[tuple[int, Batch] | BaseException] = queue.SimpleQueue()
         self._closed = False
@@ -56,11 +60,11 @@ class BatchPrefetcher:
 
     def _work(self) -> None:
         try:
-            for step in self._steps:
+            for step, position, rows in self._steps:
                 self._room.acquire()
                 if self._closed:
                     return
-                samples = step_samples(self._dataset, self._total_batch, step)
+                samples = step_samples(self._dataset, position, rows)
                 self._ready.put((step, collate(samples)))
             self._ready.put(StopIteration())
         except BaseException as error:  # whatever it is, the consumer must not wait for ever

@@ -261,11 +261,15 @@ class Momentum:
         """Give one parameter's delta other values, in any shape."""
         self._views[position].copy_(delta.view(self._views[position].shape))
 
-    def zero(self) -> None:
-        """Forget all."""
+    def buffers(self) -> list[Tensor]:
+        """The state itself, one per plan: `[chunks, h, w]`, in host memory where offloaded."""
         if self._offload and any(plan.device.type == "cuda" for plan in self._layout.plans):
             torch.cuda.current_stream().synchronize()  # copies to the host may be under way
-        for buffer in self._buffers:
+        return self._buffers
+
+    def zero(self) -> None:
+        """Forget all."""
+        for buffer in self.buffers():
             buffer.zero_()
 
 

@@ -208,6 +208,25 @@ class Exchange:
         for _, check in self._under_way:
             check.result()
 
+    def state(self) -> tuple[Tensor, list[int]] | None:
+        """The one result between steps: messages `[peers, n]`, and which of them are refused.
+
+        None before the first one. A result stays to be received.
+        """
+        assert self._unpacking is None
+        assert len(self._under_way) < 2
+        if not self._under_way:
+            return None
+        pending, check = self._under_way[0]
+        return pending.wait(), sorted(check.result())
+
+    def load_state(self, messages: Tensor, refused: Sequence[int]) -> None:
+        """Take up what `state` gave, as if it had just arrived."""
+        assert len(self) == 0
+        check: Future[dict[int, str]] = Future()
+        check.set_result(dict.fromkeys(refused, "it was before the checkpoint"))
+        self._under_way.append((Pending(0, messages.device, [], [messages], []), check))
+
     def _unpack(self) -> None:
         pending, check = self._under_way.popleft()
         refused = check.result()

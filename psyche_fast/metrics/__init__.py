@@ -7,15 +7,18 @@ need them.
 from psyche_fast.metrics.console import Console
 from psyche_fast.metrics.memory import memory_bytes
 from psyche_fast.metrics.plots import plot_run
+from psyche_fast.metrics.psyche_names import PsycheNames
 from psyche_fast.metrics.timing import PhaseTimer
-from psyche_fast.metrics.trackers import Tracker, make_tracker
+from psyche_fast.metrics.trackers import Tracker, flatten, make_tracker
 from psyche_fast.metrics.writer import MetricsWriter, read_metrics
 
 __all__ = [
     "Console",
     "MetricsWriter",
     "PhaseTimer",
+    "PsycheNames",
     "Tracker",
+    "flatten",
     "make_tracker",
     "memory_bytes",
     "plot_run",

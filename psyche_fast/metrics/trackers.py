@@ -6,16 +6,19 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 _LOG = logging.getLogger(__name__)
 
 _PROJECT = "psyche-fast"
+
+Names: TypeAlias = Callable[[Mapping[str, Any]], dict[str, float]]
+"""Turns a line of `metrics.jsonl` into scalars by the names that a tracker shows."""
 
 
 class Tracker:
@@ -67,23 +70,25 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 class _RunTracker(Tracker):
     """wandb and trackio: `init` returns a run, whose `finish` takes `failure` after an error."""
 
-    def __init__(self, run: Any, failure: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, run: Any, names: Names, failure: Mapping[str, Any] | None = None) -> None:
         self._run = run
+        self._names = names
         self._failure = failure or {}
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._run.log(flatten(metrics), step=step)
+        self._run.log(self._names(metrics), step=step)
 
     def finish(self, *, failed: bool = False) -> None:
         self._run.finish(**(self._failure if failed else {}))
 
 
 class _TensorBoard(Tracker):
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, names: Names) -> None:
         self._writer = writer
+        self._names = names
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in flatten(metrics).items():
+        for name, value in self._names(metrics).items():
             self._writer.add_scalar(name, value, global_step=step)
 
     def finish(self, *, failed: bool = False) -> None:
@@ -100,7 +105,12 @@ def check_tracker(name: str) -> None:
         raise ValueError(f"--tracker {name} is not installed; pip install 'psyche-fast[trackers]'")
 
 
-def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> Tracker:
+def make_tracker(
+    name: str,
+    run_dir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    names: Names = flatten,
+) -> Tracker:
     """Starts a tracker.
 
     Args:
@@ -108,6 +118,7 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
         run_dir: The run directory: its name becomes the run's name, and wandb and tensorboard keep
             their local files in it.
         config: The resolved configuration, shown beside the run; anything JSON can hold.
+        names: What the metrics are called; those of `metrics.jsonl` unless another one is given.
 
     Returns:
         The tracker, a context manager that finishes it.
@@ -129,8 +140,8 @@ def make_tracker(name: str, run_dir: str | os.PathLike[str], config: Mapping[str
         text = json.dumps(dict(config), indent=2, default=str)
         # Markdown shows text as it is when every line is indented by four spaces.
         writer.add_text("config", indent(text, "    "))
-        return _TensorBoard(writer)
+        return _TensorBoard(writer, names)
     run = {"project": _PROJECT, "name": folder.name, "config": dict(config)}
     if name == "wandb":
-        return _RunTracker(module.init(dir=str(folder), **run), failure={"exit_code": 1})
-    return _RunTracker(module.init(**run))
+        return _RunTracker(module.init(dir=str(folder), **run), names, failure={"exit_code": 1})
+    return _RunTracker(module.init(**run), names)

@@ -178,6 +178,22 @@ def check_fit(
     weights.load_weights(module.to("meta"), reader, plan, aliases, {})
 
 
+def parameter_shapes(
+    config: dict[str, Any], architecture: str = "HfAuto"
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, tied ones once, in ascending order of the names.
+
+    Args:
+        config: `config.json`.
+        architecture: see `load_model`.
+
+    Raises:
+        ValueError: the model cannot be built; what and why.
+    """
+    module = _build(config, architecture, torch.float32, "eager", None)
+    return {name: tuple(p.shape) for name, p in sorted(module.named_parameters())}
+
+
 def _build(
     config: dict[str, Any],
     architecture: str,

@@ -7,8 +7,10 @@ anything is spawned or loaded.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +18,21 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from psyche_fast import compat
+from psyche_fast.locations import DUMMY
+from psyche_fast.models.dummy import model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Mistral's and Meta's own formats stand beside the Hugging Face one in many repositories.
 _SKIP = ["consolidated*", "original/*", "onnx/*"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_RETRIES = 3
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,14 @@ def resolve_model(name_or_path: str) -> FilesSource:
     """Finds a model: a local folder, or an id on the Hugging Face hub, which is downloaded.
 
     Args:
-        name_or_path: a folder (`~/` expanded) or a hub id such as `owner/name`.
+        name_or_path: a folder (`~/` expanded), a hub id such as `owner/name` or, with a branch, tag
+            or commit, `owner/name@revision`; or `dummy:`, see `dummy.model_folder`.
 
     Raises:
         ValueError: neither a folder nor downloadable.
     """
+    if name_or_path == DUMMY:
+        return resolve_model(str(model_folder()))
     # Absolute: other ranks start in other directories.
     folder = Path(name_or_path).expanduser().absolute()
     if folder.is_dir():
@@ -110,17 +120,46 @@ def resolve_model(name_or_path: str) -> FilesSource:
     looks_like_path = name_or_path.startswith((".", "/", "~"))
     if looks_like_path or not _HUB_ID.fullmatch(name_or_path):
         raise ValueError(f"--model: there is no folder {name_or_path!r}, and it is no hub id")
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = snapshot_download(name_or_path, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        snapshot = _download(name_or_path)
     # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"--model: {name_or_path!r} is neither a folder nor downloadable from the hub: {reason}"
+            f"--model: {name_or_path!r} is neither a folder nor downloadable from the hub: "
+            f"{_reason(error)}"
         ) from error
     return resolve_model(snapshot)
+
+
+def _download(hub_id: str) -> str:
+    """The folder of a model of the hub's; files that are there already are not fetched again."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = hub_id.partition("@")
+    attempt = 0
+    while True:
+        try:
+            return snapshot_download(
+                name, revision=revision or None, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP
+            )
+        except (OSError, ValueError):  # an answer, no hub at all, the disk
+            raise
+        except Exception as error:
+            # A reset connection is an error of the HTTP library's, of which the client lets pass
+            # what it does not take up itself.
+            if attempt == _RETRIES:
+                raise
+            log.warning("%s: %s; once more", hub_id, _reason(error))
+            time.sleep(2.0**attempt)
+            attempt += 1
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error of the hub's client, and of what it came from where that says more."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else repr(error)
+    cause = str(error.__cause__ or "").strip().splitlines()
+    return reason if not cause or cause[0] in reason else f"{reason} ({cause[0]})"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -162,6 +201,29 @@ def vocabulary_size(config: dict[str, Any]) -> int | None:
         if isinstance(size, int):
             return size
     return None
+
+
+def read_model(name: str) -> dict[str, Any]:
+    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        return read_config(resolve_model(name))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name, "config.json")
+    # The client's errors share no base class: HTTP, offline mode, cache and disk each have theirs.
+    except Exception as error:
+        raise ValueError(
+            f"--model: {name!r} is no folder, nor on the hub: {_reason(error)}"
+        ) from error
+    return read_config(FilesSource((Path(file),)))
 
 
 def weight_files(source: FilesSource) -> list[Path]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-                _sync(file)
+            _sync(file)
         _sync(temporary)
         if not replaces:
             temporary.rename(path)  # over an empty folder alone
@@ -175,6 +175,7 @@ def save_model(
     model: CausalLM,
     tensors: Iterator[tuple[str, Tensor | None]],
     side_files: Iterable[Path],
+    complete: Callable[[Path], None],
 ) -> None:
     """Writes a checkpoint folder; the rank that calls it gets the tensors.
 
@@ -184,6 +185,7 @@ def save_model(
         tensors: `model.full_state_dict_iter()`; consumed even where writing fails, since the
             other ranks take part in each of its gathers.
         side_files: tokenizer and other files to go beside.
+        complete: puts what else there is into the folder, before that has its name.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind, and a
@@ -197,6 +199,7 @@ def save_model(
             for file in side_files:
                 if not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
+            complete(folder)
         try:
             check_fit(resolve_model(str(path)), model.architecture)
         except ValueError as error:

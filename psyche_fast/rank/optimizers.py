@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import gradients, scale_
+from psyche_fast.rank.state import fill
 from psyche_fast.sharding import local_tensor
 
 _STEPPED_ELEMENTS = 1 << 25
@@ -72,6 +73,18 @@ class Optimizer:
     def momentum(self) -> Mapping[str, Tensor]:
         """The momentum by parameter name, for statistics."""
         return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank has beside the parameters, after `plain` and `settle`; not copies."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave; this optimiser has not made a step yet.
+
+        Raises:
+            ValueError: it is another optimiser's.
+        """
+        _check_names(state, ())
 
 
 class AdamWOptimizer(Optimizer):
@@ -159,6 +172,40 @@ class AdamWOptimizer(Optimizer):
             if stepped in part.adamw.state
         }
         return {name: moments[name] for name in self._names if name in moments}
+
+    def state(self) -> dict[str, Tensor]:
+        """`NAME/exp_avg`, `NAME/exp_avg_sq` and `NAME/step` of parameters that were stepped."""
+        return {
+            f"{name}/{key}": local_tensor(value)
+            for part in self._parts
+            for name, (_, stepped) in zip(part.names, part.pairs, strict=True)
+            for key, value in part.adamw.state.get(stepped, {}).items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ValueError: it is another optimiser's.
+        """
+        keys = ("exp_avg", "exp_avg_sq")
+        stepped = {n for n in self._names if f"{n}/step" in state}
+        _check_names(state, [f"{n}/{key}" for n in stepped for key in (*keys, "step")])
+        for part in self._parts:
+            for name, (_, tensor) in zip(part.names, part.pairs, strict=True):
+                if name not in stepped:
+                    continue
+                moments = {key: torch.zeros_like(tensor.detach()) for key in keys}
+                parts = {f"{name}/{key}": local_tensor(m) for key, m in moments.items()}
+                fill(parts, {n: state[n] for n in parts})
+                step = state[f"{name}/step"].to(tensor.device, copy=True)
+                part.adamw.state[tensor] = {"step": step, **moments}
+
+
+def _check_names(state: Mapping[str, Tensor], wanted: Collection[str]) -> None:
+    if odd := set(state) ^ set(wanted):
+        raise ValueError(f"the state is another optimizer's: {min(odd)}")
 
 
 @dataclass(frozen=True)
@@ -256,6 +303,53 @@ class DistroOptimizer(DistroStep, Optimizer):
     def settle(self) -> None:
         """Wait for results under way."""
         self._exchange.settle()
+
+    def state(self) -> dict[str, Tensor]:
+        """Delta, own entries, and the results under way, `messages` of all replicas."""
+        state = self.local_state()
+        for at, own in enumerate(self._own or ()):
+            state |= {f"own/{at}/indices": own.indices, f"own/{at}/values": own.values}
+        if (under_way := self._exchange.state()) is not None:
+            state["messages"] = under_way[0]
+            state["messages/refused"] = torch.tensor(under_way[1], dtype=torch.int64)
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave.
+
+        A replica that is new to the run has a part of it: the messages under way, which it is to
+        apply as the others do.
+
+        Raises:
+            ValueError: it is another optimiser's.
+        """
+        mine, plans = self.local_state(), self.layout.plans
+        own = [f"own/{at}/{key}" for at in range(len(plans)) for key in ("indices", "values")]
+        has_own, has_messages = "own/0/indices" in state, "messages" in state
+        is_new = "refused" not in state
+        _check_names(
+            state,
+            [
+                *(() if is_new else mine),
+                *(own if has_own else ()),
+                *(("messages", "messages/refused") if has_messages else ()),
+            ],
+        )
+        if not is_new:
+            fill(mine, {name: state[name] for name in mine})
+        if has_own:
+            self._own = [
+                Entries(
+                    state[f"own/{at}/indices"].to(plan.device),
+                    state[f"own/{at}/values"].to(plan.device),
+                    unique=True,
+                )
+                for at, plan in enumerate(plans)
+            ]
+        if has_messages:
+            messages = state["messages"].to(plans[0].device if plans else "cpu")
+            self._exchange.load_state(messages, state["messages/refused"].tolist())
 
     def zero_momentum(self) -> None:
         """Zero delta; what was in it is no longer to be subtracted from it."""

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from psyche_fast import strict
 from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.models.source import FilesSource
+from psyche_fast.rank.state import StateFile
 from psyche_fast.rank.topology import Topology
 from psyche_fast.start.store import StoreClient
 
@@ -179,6 +181,40 @@ def receive_run(client: StoreClient) -> tuple[RunConfig, FilesSource]:
     handshake = strict.read(client.get(FIRST_KEY), Handshake, what)
     client.seconds = handshake.config.machines.timeout
     return handshake.config, FilesSource.from_strings(handshake.files)
+
+
+class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a rank says of its part of a checkpoint's state."""
+
+    files: list[StateFile] = []
+    error: str | None = None
+
+
+def report_saved(store: dist.Store, step: int, rank: int, saved: Saved) -> None:
+    """Tells rank 0 of this rank's part of a checkpoint's state."""
+    store.set(_saved_key(step, rank), msgspec.json.encode(saved).decode())
+
+
+def collect_saved(store: dist.Store, step: int, ranks: int, timeout: timedelta) -> list[Saved]:
+    """Waits for what all ranks say of a checkpoint's state.
+
+    Raises:
+        OSError: some have not written theirs in time.
+    """
+    keys = [_saved_key(step, rank) for rank in range(ranks)]
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        late = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise OSError(f"rank {', '.join(late)} has not written its state in time") from None
+    saved = [msgspec.json.decode(store.get(key), type=Saved) for key in keys]
+    for key in keys:
+        store.delete_key(key)
+    return saved
+
+
+def _saved_key(step: int, rank: int) -> str:
+    return f"{FIRST_KEY}/saved/{step}/{rank}"
 
 
 def hand_on(operation: Operation | None, topology: Topology) -> Operation:

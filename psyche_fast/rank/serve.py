@@ -16,6 +16,7 @@ from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import protocol
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.saving import restore, write_state
 from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.logs import keep_rank_log
@@ -81,6 +82,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
     rank = dist.get_rank()
     keep_rank_log(Path(config.run.output, "logs", f"rank-{rank}.log"), rank)
     trainer = build_trainer(config, source, device)
+    restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)
     inbox = protocol.Inbox(client, trainer.topology)
     totals: Totals | None = None
@@ -94,7 +96,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
                     totals.wait()
                 totals = began
             case protocol.Save(step):
-                take_part_in_save(trainer, step)
+                take_part_in_save(trainer, client.store, config.run.output, step)
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
@@ -103,14 +105,21 @@ def serve(client: StoreClient, device: torch.device) -> None:
                 return
 
 
-def take_part_in_save(trainer: Trainer, step: int) -> None:
+def take_part_in_save(trainer: Trainer, store: dist.Store, output: str, step: int) -> None:
     """The further ranks' part of a checkpoint.
+
+    Args:
+        trainer: this rank's.
+        store: where rank 0 hears of it.
+        output: the run directory.
+        step: the step.
 
     Raises:
         ReplicasDiffer: there is nothing worth saving.
     """
     trainer.plain()
     trainer.check_replicas(step)
+    write_state(trainer, store, output, step)
     if trainer.topology.replica == 0:
         for _ in trainer.model.full_state_dict_iter():
             pass  # this rank's part of each gather

@@ -7,6 +7,7 @@ the step's counts are read, during the step after it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ from psyche_fast.rank.gradients import (
     local_parts,
 )
 from psyche_fast.rank.optimizers import Optimizer
+from psyche_fast.rank.state import fill
 from psyche_fast.rank.topology import Topology
-from psyche_fast.schedules import LearningRateSchedule
+from psyche_fast.schedules import LearningRates
 from psyche_fast.sharding import is_cut_over
 
 
@@ -74,7 +76,7 @@ class Trainer:
         self,
         model: CausalLM,
         topology: Topology,
-        schedule: LearningRateSchedule,
+        schedule: LearningRates,
         optimizer: Optimizer,
         options: config.Training,
         max_grad_norm: float,
@@ -200,6 +202,44 @@ class Trainer:
         """
         self._optimizer.plain()
         self._optimizer.settle()
+
+    def parameter_state(self) -> dict[str, Tensor]:
+        """This rank's part of all parameters, masters and buffers, after `plain`; not copies."""
+        model = self.model
+        kinds = {
+            "parameter": local_parts(model.named_parameters()),
+            "master": local_parts(model.masters),
+            "buffer": local_parts(dict(model.module.named_buffers())),
+        }
+        return {f"{kind}/{n}": t for kind, tensors in kinds.items() for n, t in tensors.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank alone has, after `plain`: the optimiser's state and random numbers'."""
+        state = {f"optimizer/{name}": t for name, t in self._optimizer.state().items()}
+        state["random/cpu"] = torch.get_rng_state()
+        if self.model.device.type == "cuda":
+            state["random/cuda"] = torch.cuda.get_rng_state(self.model.device)
+        return state
+
+    @torch.no_grad()
+    def load_state(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Takes up what `parameter_state` and `state` gave, before the first step.
+
+        Args:
+            parameters: all of them.
+            state: this rank's; empty for the parameters alone.
+
+        Raises:
+            ValueError: they are another model's or optimiser's.
+        """
+        fill(self.parameter_state(), parameters)
+        if not state:
+            return
+        own = {n.removeprefix("optimizer/"): t for n, t in state.items() if n[:10] == "optimizer/"}
+        self._optimizer.load_state(own)
+        torch.set_rng_state(state["random/cpu"])
+        if self.model.device.type == "cuda" and "random/cuda" in state:
+            torch.cuda.set_rng_state(state["random/cuda"], self.model.device)
 
     def zero(self) -> None:
         """Forgets the optimiser's momentum."""

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from psyche_fast.data.order import chacha_blocks, shuffled_order
+from psyche_fast.data.order import chacha_blocks, reversed_order, shuffled_order
 
 MASK = 0xFFFFFFFF
 
@@ -116,3 +116,33 @@ def test_a_seed_outside_32_bits_is_refused(seed):
 def test_more_sequences_than_rand_counts_in_32_bits_are_refused():
     with pytest.raises(ValueError, match="4294967295"):
         shuffled_order(MASK, 0)
+
+
+def oracle_reversed(n: int, key: bytes) -> list[int]:
+    words = iter(chacha_blocks(key, 0, n // 8 + 4).tolist())
+    order = list(range(n))
+    for i in range(n - 1, 0, -1):
+        wide = next(words) * (i + 1)
+        j, low = wide >> 32, wide & MASK
+        if low > (-(i + 1)) & MASK and low + (next(words) * (i + 1) >> 32) > MASK:
+            j += 1
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 300, 70_001, 200_003])
+def test_reversed_orders_equal_the_scalar_ones(n):
+    key = bytes(range(3, 35))
+    assert reversed_order(n, key).tolist() == oracle_reversed(n, key)
+
+
+def test_a_seed_of_bytes_is_the_whole_key():
+    assert np.array_equal(shuffled_order(500, bytes(28) + b"\x00\x00\x01\x07"),
+                          shuffled_order(500, 0x107))  # fmt: skip
+    assert not np.array_equal(shuffled_order(500, b"\x01" + bytes(31)), shuffled_order(500, 0))
+    with pytest.raises(ValueError, match=r"--seed-bytes.* 32 bytes, got 31"):
+        shuffled_order(5, bytes(31))
+
+
+def test_order_of_two_sequences_in_psyches_own_tests():
+    assert shuffled_order(2, bytes(range(1, 33))).tolist() == [0, 1]

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from psyche_fast.metrics import make_tracker
+from psyche_fast.metrics import PsycheNames, make_tracker
 
 CONFIG = {"learning_rate": 4e-4, "distro": {"compression_topk": 4}}
 LINE = {
@@ -116,6 +116,54 @@ def test_tensorboard_gets_each_scalar_by_step(tmp_path, monkeypatch):
     assert '"compression_topk": 4' in text
     assert scalars == [(name, value, 7) for name, value in SCALARS.items()]
     assert closed == ("close",)
+
+
+def test_psyches_names_and_what_they_stand_for(tmp_path, monkeypatch):
+    """Of 17 steps: the first is no more in the mean of 16."""
+    run = FakeRun()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    tracker = make_tracker("wandb", tmp_path, CONFIG, PsycheNames(3, 1024))
+    for step in range(1, 18):
+        tracker.log(
+            step,
+            {
+                "step": step, "loss": 2.5, "grad_norm": 0.5, "learning_rate": 4e-4,
+                "num_tokens": 100 * step, "tokens_per_second": 50.0 * step,
+                "step_seconds": 2.0 / step, "seconds": {"train": 1.0 / step, "data": 0.1},
+                "memory": {"process": 7}, "optim_stats": {"grad_norm/a.weight": 1.0},
+            },
+        )  # fmt: skip
+    tracker.log(18, {"step": 18, "loss": 1e6, "learning_rate": 0.0})
+    tracker.log(19, {"step": 19, "loss": math.nan})
+    *_, (_, seventeenth, step), (_, infinite, _), (_, none, _) = run.calls
+    assert step == 17
+    seconds = sum(2.0 / n for n in range(2, 18))
+    assert seventeenth == pytest.approx(
+        {
+            "train/loss": 2.5,
+            "train/perplexity": math.exp(2.5),
+            "train/confidence": 0.75,
+            "train/lr": 4e-4,
+            "train/total_tokens": 1700,
+            "train/tokens_per_sec": 1600 / seconds,
+            "train/global_token_batch_size": 100,
+            "train/efficency": 0.5,
+            "coordinator/num_clients": 3,
+            "grad_norm": 0.5,
+            "step_seconds": 2.0 / 17,
+            "seconds/train": 1.0 / 17,
+            "seconds/data": 0.1,
+            "memory/process": 7,
+            "optim_stats/grad_norm/a.weight": 1.0,
+        }
+    )
+    assert infinite == {
+        "train/loss": 1e6,
+        "train/confidence": 1.0 - 1e5,
+        "train/lr": 0.0,
+        "coordinator/num_clients": 3.0,
+    }
+    assert none == {"coordinator/num_clients": 3.0}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])

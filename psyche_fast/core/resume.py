@@ -1,0 +1,237 @@
+"""`--resume` and `--fork`: which checkpoint a run goes on from, and whether it is of this run."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from psyche_fast import __version__
+from psyche_fast.config import FLAGS, RunConfig, flag
+from psyche_fast.data import Dataset
+from psyche_fast.rank import state
+from psyche_fast.rank.protocol import collect_saved
+from psyche_fast.rank.state import Manifest
+
+_FREE = {
+    *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
+    *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
+    *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
+    *("optim_stats", "attn_implementation"),
+}
+"""Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
+_NEW_NUMBERS = ("total_steps", "replicas")
+"""Flags that may be others, which changes what is trained from then on."""
+_PLACES = ("data_parallelism", "tensor_parallelism")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        folder: the checkpoint's.
+        manifest: of its state.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    manifest: Manifest
+    notes: tuple[str, ...]
+
+
+def find_start(config: RunConfig) -> Start | None:
+    """The checkpoint that `--resume` or `--fork` names; None where the run begins.
+
+    Raises:
+        ValueError: there is none that is whole; the last one that is not is named.
+    """
+    name = config.run.resume or config.run.fork
+    if name is None:
+        return None
+    which = flag("resume" if config.run.resume else "fork")
+    output = config.run.output
+    if name == "auto" or name.isdigit():
+        if which == "--fork" or output is None:
+            raise ValueError(f"{which} {name} needs --output, the run directory to go on in")
+        if name == "auto" and not Path(output, "checkpoints").exists():
+            return None
+    root = Path(output or "") if name == "auto" or name.isdigit() else Path(name)
+    step = int(name) if name.isdigit() else None
+    notes: list[str] = []
+    for folder in _candidates(root, which):
+        try:
+            manifest = state.read_manifest(folder)
+            if step is not None and manifest.step != step:
+                continue
+            state.check_sums(folder, manifest)
+        except ValueError as error:
+            notes.append(f"{which}: passed over {error}")
+            continue
+        return Start(folder.resolve(), manifest, tuple(notes))
+    if name == "auto" and not notes:
+        return None  # it ended before its first checkpoint
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise ValueError(
+        "; ".join([f"{which} {name}: {wanted} that can be gone on from in {root}", *notes])
+    )
+
+
+def _candidates(root: Path, which: str) -> Iterator[Path]:
+    """Checkpoints in a run directory, the newest first, or the one that a folder is."""
+    if (root / state.FOLDER).is_dir() or (root / "config.json").is_file():
+        yield root
+        return
+    if not (root / "checkpoints").is_dir():
+        raise ValueError(f"{which}: {root} is neither a checkpoint nor a run directory")
+    folders = [p for p in (root / "checkpoints").iterdir() if p.is_dir() and p.name[0] != "."]
+    yield from sorted(folders, key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    digits = folder.name.rpartition("step")[2].lstrip("-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Checks that a run can go on where its checkpoint is.
+
+    Args:
+        start: the checkpoint.
+        config: the run, resolved.
+        dataset: opened.
+
+    Returns:
+        Lines for the user: where it goes on, and what changes the bits of what follows.
+
+    Raises:
+        ValueError: it is of another run, model, world or data set.
+    """
+    manifest, forks = start.manifest, config.run.fork is not None
+    changed = {
+        name: values
+        for name, known in FLAGS.items()
+        if (values := (manifest.config.get(name, known.default), _value(config, name)))
+        and values[0] != values[1]
+    }
+    different = [
+        f"{flag(n)} {_said(a)} -> {_said(b)}" for n, (a, b) in changed.items() if n not in _FREE
+    ]
+    which = flag("fork" if forks else "resume")
+    for name in _PLACES:
+        if name in changed:
+            raise ValueError(
+                f"{which}: {start.folder} was saved with {flag(name)} {changed[name][0]}, not "
+                f"{changed[name][1]}; to train its parameters on alone, --model {start.folder}"
+            )
+    refused = [n for n in changed if n not in _FREE and n not in _NEW_NUMBERS]
+    if refused and not forks:
+        raise ValueError(
+            f"--resume: {', '.join(d for d in different if d.split()[0] in map(flag, refused))} "
+            f"since {start.folder}; give what it had, or begin a run of its own by --fork"
+        )
+    if (data := identity(dataset)) != manifest.data:
+        if not forks:
+            raise ValueError(
+                f"--resume: --data-path is not the data that {start.folder} was trained on "
+                f"({manifest.data['sequences']} sequences then, {data['sequences']} now)"
+            )
+        different.append("other data")
+    lines = [*start.notes, f"{which[2:]:8} {start.folder}, from step {manifest.step + 1}"]
+    if different:
+        lines.append(f"changed  {', '.join(different)}")
+    machine = machine_of(config)
+    other = [f"{k} {v} -> {machine[k]}" for k, v in manifest.machine.items() if machine[k] != v]
+    if other and not forks:
+        lines.append(f"warning  {', '.join(other)}: the state is exact, what follows need not be")
+    return tuple(lines)
+
+
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """What tells a data set from another: its size, and a few of its sequences."""
+    count = len(dataset)
+    digest = hashlib.sha256()
+    for number in sorted({0, count // 2, count - 1}):
+        (sample,) = dataset.get_samples(number, number)
+        digest.update(sample.input_ids.numpy().tobytes())
+    return {"sequences": count, "sample": digest.hexdigest()}
+
+
+def machine_of(config: RunConfig) -> dict[str, str]:
+    """On what the bits of a step hang beside the run's configuration."""
+    return {
+        "psyche_fast": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability(),
+        "threads": str(config.machines.threads),
+        "attention": config.model.attn_implementation,
+    }
+
+
+def complete_state(
+    folder: Path,
+    written: Path,
+    store: dist.Store,
+    config: RunConfig,
+    step: int,
+    data: dict[str, Any],
+) -> None:
+    """Moves what all ranks have written into a checkpoint's folder, and leaves the manifest.
+
+    Args:
+        folder: the checkpoint's, not complete yet.
+        written: where the ranks have written.
+        store: tells what.
+        config: the run's, resolved.
+        step: the step.
+        data: what `identity` said.
+
+    Raises:
+        OSError: a rank could not write, or not here.
+    """
+    timeout = timedelta(seconds=config.machines.timeout)
+    files = []
+    saved = collect_saved(store, step, config.parallelism.world_size, timeout)
+    for rank, own in enumerate(saved):
+        if own.error is not None:
+            raise OSError(f"rank {rank}: {own.error}")
+        for part in own.files:
+            path = written / part.name
+            if not path.is_file() or path.stat().st_size != part.size:
+                raise OSError(
+                    f"rank {rank} wrote its part on its own machine; --output has to be a folder "
+                    "that all machines share"
+                )
+            files.append(part)
+    target = folder / state.FOLDER
+    target.mkdir()
+    for part in files:
+        (written / part.name).rename(target / part.name)
+    for leftover in written.parent.glob(".state-*"):  # of saves that were killed, too
+        shutil.rmtree(leftover, ignore_errors=True)
+    manifest = Manifest(
+        version=state.VERSION, step=step, config=config.to_dict(), data=data,
+        machine=machine_of(config), files=files,
+    )  # fmt: skip
+    state.write_manifest(target, manifest)
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    return getattr(getattr(config, FLAGS[name].section), name)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)

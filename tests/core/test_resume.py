@@ -1,0 +1,270 @@
+"""A run that goes on from a checkpoint is, to the bit, the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from psyche_fast.rank import state
+from tests.core.test_run import COMMON, DISTRO, start, train
+from tests.groups import run_command
+from tests.tiny import save_llama, save_tokens
+
+pytestmark = pytest.mark.processes
+
+WORLDS = {
+    "AdamW": (["--grad-accum-in-fp32", "--param-dtype", "bfloat16"], 1),
+    "AdamW, bf16 masters": (["--param-dtype", "bfloat16", "--master-dtype", "bfloat16"], 1),
+    "AdamW 1x2x2": (["--data-parallelism", "2", "--tensor-parallelism", "2"], 4),
+    "DisTrO alone": ([*DISTRO, "--param-dtype", "bfloat16", "--delta-dtype", "bfloat16"], 1),
+    "DisTrO 2, signs": ([*DISTRO, "--distro-quantization", "--replicas", "2"], 2),
+    "DisTrO 2x2": (
+        [*DISTRO, "--replicas", "2", "--data-parallelism", "2", "--param-dtype", "bfloat16",
+         "--weight-decay", "20", "--decay", "matrices"],
+        4,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_llama(folder / "model")
+    save_tokens(folder / "data")
+    return folder
+
+
+def parameters(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+def states(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:06d}" / "state"
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {f"{f.name} {n}": t for f in files for n, t in load_file(f).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(t.view(-1).view(torch.uint8), other[n].view(-1).view(torch.uint8))
+               for n, t in one.items())  # fmt: skip
+
+
+def without_later(run: Path, copy: Path, step: int) -> Path:
+    """The run as it was when it was killed after a step's checkpoint."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name > f"step-{step:06d}":
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
+    arguments, ranks = WORLDS[name]
+    arguments = [*arguments, "--checkpoint-every", "1", "--total-steps", "4"]
+    whole = train(place, tmp_path / "whole", *arguments, ranks=ranks)
+    for step in (1, 2) if "DisTrO 2," in name else (2,):
+        part = without_later(tmp_path / "whole", tmp_path / f"part-{step}", step)
+        result = start(place, part, *arguments, "--resume", "auto", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        assert f"step-{step:06d}, from step {step + 1}" in result.stderr
+        lines = (part / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["loss"] for line in lines] == [m["loss"] for m in whole]
+        assert same(parameters(part, 4), parameters(tmp_path / "whole", 4))
+        assert same(states(part, 4), states(tmp_path / "whole", 4))
+
+
+def change(checkpoint: Path, prefix: str) -> None:
+    """Makes other numbers of the tensors of a name in the state, and its manifest fit."""
+    changed = False
+    manifest = state.read_manifest(checkpoint)
+    files = []
+    for file in manifest.files:
+        tensors = load_file(checkpoint / "state" / file.name)
+        for name in tensors:
+            if name.startswith(prefix):
+                other = torch.Generator().manual_seed(5).get_state()
+                tensors[name] = other if name == "random/cpu" else tensors[name].roll(1)
+                changed = True
+        files.append(state.write_part(checkpoint / "state", file.name, tensors))
+    assert changed
+    fields = {f: getattr(manifest, f) for f in manifest.__struct_fields__}
+    state.write_manifest(checkpoint / "state", state.Manifest(**{**fields, "files": files}))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "arguments"),
+    [
+        (["optimizer/delta/0", "optimizer/own/0/indices", "optimizer/messages", "random/cpu"],
+         [*DISTRO, "--param-dtype", "bfloat16"]),
+        (["optimizer/model.norm.weight/exp_avg", "optimizer/lm_head.weight/exp_avg_sq",
+          "master/model.norm.weight"], ["--param-dtype", "bfloat16"]),
+    ],
+)  # fmt: skip
+def test_each_piece_of_the_state_counts(
+    place: Path,
+    tmp_path: Path,
+    pieces: list[str],
+    arguments: list[str],
+) -> None:
+    """And a model with dropout goes on with the same random numbers."""
+    config = json.loads((place / "model" / "config.json").read_text())
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "attention_dropout": 0.5})
+    )
+    arguments = [*arguments, "--model", str(tmp_path / "model"), "--checkpoint-every", "2",
+                 "--total-steps", "4"]  # fmt: skip
+    whole = tmp_path / "whole"
+    train(place, whole, *arguments)
+    for number, piece in enumerate(["", *pieces]):
+        part = without_later(whole, tmp_path / str(number), 2)
+        if piece:
+            change(part / "checkpoints" / "step-000002", piece)
+        train(place, part, *arguments, "--resume", "2")
+        assert same(parameters(part, 4), parameters(whole, 4)) == (not piece), piece
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two replicas with checkpoints of steps 2 and 4."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [*DISTRO, "--replicas", "2", "--checkpoint-every", "2", "--total-steps", "4"]
+    train(place, run, *arguments, ranks=2)
+    return run
+
+
+def go_on(place: Path, run: Path, *arguments: str, ranks: int = 2) -> Any:
+    return start(
+        place, run, *DISTRO, "--replicas", str(ranks), "--total-steps", "6", *arguments,
+        ranks=ranks,
+    )  # fmt: skip
+
+
+def refused(place: Path, run: Path, *arguments: str) -> Any:
+    """What rank 0 says before there are others."""
+    result = start(
+        place, run, *DISTRO, "--replicas", "2", "--total-steps", "6", *arguments, "--dry-run"
+    )
+    assert result.returncode == 2
+    return result
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    place: Path,
+    finished: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    bad = run / "checkpoints" / "step-000004" / "state" / "rank-00001.safetensors"
+    content = bytearray(bad.read_bytes())
+    content[-3] ^= 16
+    bad.write_bytes(content)
+    (run / "checkpoints" / ".state-000005").mkdir()
+    (run / "checkpoints" / ".step-000006.tmp-99999999").mkdir()
+    (run / "checkpoints" / "step-000007").mkdir()
+    result = refused(place, run, "--resume", "4")
+    assert result.stderr.strip().splitlines()[-1].count(f"{bad} is damaged") == 1
+    result = go_on(place, run, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert f"passed over {bad} is damaged" in result.stderr
+    assert "step-000002, from step 3" in result.stderr
+    assert sorted(os.listdir(run / "checkpoints")) == [
+        "step-000002", "step-000004", "step-000006", "step-000007"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_replicas_come_and_go(
+    replicas: int,
+    place: Path,
+    finished: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    result = go_on(place, run, "--resume", str(run), "--check-every", "1", ranks=replicas)
+    assert result.returncode == 0, result.stderr
+    assert f"--replicas 2 -> {replicas}" in result.stderr
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_runs_state_is_refused_and_forked(
+    place: Path,
+    finished: Path,
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    arguments = ["--learning-rate", "0.001", "--weight-decay", "0"]
+    result = refused(place, other, *arguments, "--resume", str(finished))
+    line = result.stderr.strip().splitlines()[-1]
+    assert "--weight-decay 0.1 -> 0.0, --learning-rate 0.01 -> 0.001 since" in line
+    assert "--fork" in line
+    assert not other.exists()
+    result = go_on(place, other, *arguments, "--fork", str(finished))
+    assert result.returncode == 0, result.stderr
+    assert "changed  --weight-decay 0.1 -> 0.0, --learning-rate 0.01 -> 0.001" in result.stderr
+    forked = [json.loads(x) for x in (other / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in forked] == [5, 6]
+    assert forked[0]["learning_rate"] < 0.001
+    result = refused(place, other, "--fork", str(finished))
+    assert "already holds a run" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--resume", "auto"], "--resume auto needs --output"),
+        (["--resume", "3", "--output", "RUN"], "no checkpoint of step 3"),
+        (["--resume", "nowhere"], "nowhere is neither a checkpoint nor a run directory"),
+        (["--resume", "RUN", "--total-steps", "4"], "nothing is left of --total-steps 4"),
+        (["--resume", "RUN", "--start-step", "2"], "--start-step 2"),
+        (["--resume", "RUN", "--fork", "RUN"], "--resume and --fork: give one of them"),
+        (["--resume", "RUN", "--data-path", "OTHER"], "is not the data that"),
+        (["--resume", "RUN", "--data-parallelism", "2"], "saved with --data-parallelism 1, not 2"),
+    ],
+)
+def test_what_cannot_be_gone_on_from(
+    place: Path,
+    finished: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    what: str,
+) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    content = bytearray((place / "data" / "tokens.bin").read_bytes())
+    content[0:2] = b"\x07\x00"
+    (tmp_path / "data" / "tokens.bin").write_bytes(content)
+    names = {"RUN": str(finished), "OTHER": str(tmp_path / "data")}
+    result = run_command(
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"), *COMMON,
+        *DISTRO, "--replicas", "2", *(names.get(a, a) for a in arguments), "--dry-run",
+    )[0]  # fmt: skip
+    assert result.returncode == 2
+    assert what in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_auto_begins_where_there_is_nothing_yet(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')  # killed before its first
+    lines = train(place, tmp_path / "run", "--resume", "auto", "--total-steps", "1")
+    assert [m["step"] for m in lines] == [1]
+    assert "loss" in lines[0]
+
+
+def test_the_models_copy_has_no_state(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "run", "--total-steps", "1", "--save-path", str(tmp_path / "final"))
+    assert (tmp_path / "run" / "checkpoints" / "step-000001" / "state" / "manifest.json").exists()
+    assert not (tmp_path / "final" / "state").exists()
