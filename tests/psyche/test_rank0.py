@@ -107,6 +107,7 @@ def _adamw(folder: Path, logs: Path, dp: int, tp: int, source: str, clip: float 
         if step == 3:
             continue  # a round without `optimize`
         logits, loss = core.forward(ids, ids, scale=2.0)
+        assert type(logits) is type(loss) is Tensor
         rows = slice(0, len(ids) // dp)
         true_loss, true = (t.detach() for t in plain.module(ids[rows], labels=ids[rows])[:2])
         torch.testing.assert_close(logits, true, rtol=1e-3, atol=1e-3)
