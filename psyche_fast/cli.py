@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -30,6 +31,8 @@ from psyche_fast.start.parent import TIMEOUT
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
+
+_OURSELVES = [sys.executable, "-m", "psyche_fast"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -99,6 +102,8 @@ def _resolve(
 @click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
 @click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
+              help="start a run that fails again, from its last checkpoint")  # fmt: skip
 @click.option("--python", is_flag=True, help="accepted for Psyche's command line: always on")
 @config_options
 @click.pass_context
@@ -107,6 +112,7 @@ def train(
     config: str | None,
     run_file: str | None,
     dry_run: bool,
+    max_restarts: int,
     python: bool,
     **flags: Any,
 ) -> None:
@@ -114,6 +120,13 @@ def train(
     launch = launched()
     first = launch is None or launch.rank == 0
     resolved = _resolve(context, run_file, config, flags, says=first)
+    if max_restarts and not dry_run:
+        if launch is not None:
+            raise ValueError(
+                "--max-restarts under torchrun or Slurm: restart the job by theirs, with "
+                "--resume auto"
+            )
+        sys.exit(_supervised(resolved, max_restarts))
     if launch is not None:
         resolved = _launched(resolved, launch)
         if launch.rank > 0:
@@ -138,6 +151,29 @@ def train(
         click.echo(f"checkpoint  {result.checkpoint}")
     if result.signal is not None:
         sys.exit(128 + result.signal)
+
+
+def _supervised(config: RunConfig, restarts: int) -> int:
+    """A run that is started again from its last checkpoint; the exit status."""
+    from psyche_fast.metrics.writer import read_metrics
+    from psyche_fast.start.supervise import arguments_of, supervise
+
+    output = config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S")
+    config = config.replace(output=output)
+    again = config.replace(resume="auto", fork=None, start_step=1)
+
+    def last_step() -> int:
+        try:
+            lines = read_metrics(Path(output, "metrics.jsonl"))
+        except (OSError, ValueError):  # none yet
+            return 0
+        return int(lines[-1]["step"]) if lines else 0
+
+    return supervise(
+        lambda life: [*_OURSELVES, "train", *arguments_of(again if life else config)],
+        restarts,
+        last_step,
+    )
 
 
 def _launched(config: RunConfig, launch: Launched) -> RunConfig:
@@ -355,8 +391,24 @@ def tokenize(
 @click.option("--start-device", default=0, show_default=True, help="CUDA index of the first rank")
 @click.option("--num-local-ranks", type=int, help="ranks to run (default: one per GPU, 1 on CPU)")
 @click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
-def sidecar(num_local_ranks: int | None, start_device: int, backend: str, **options: Any) -> None:
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
+              help="wait for the core again after a failure, as often")  # fmt: skip
+def sidecar(
+    num_local_ranks: int | None,
+    start_device: int,
+    backend: str,
+    max_restarts: int,
+    **options: Any,
+) -> None:
     """Run this machine's ranks of a run whose core is on another machine."""
+    if max_restarts:
+        from psyche_fast.start.supervise import supervise
+
+        given = {**options, "start_device": start_device, "backend": backend}
+        if num_local_ranks is not None:
+            given["num_local_ranks"] = num_local_ranks
+        arguments = [word for n, value in given.items() for word in (flag(n), str(value))]
+        sys.exit(supervise(lambda life: [*_OURSELVES, "sidecar", *arguments], max_restarts, None))
     from psyche_fast.start.spawn import launch_host
 
     if num_local_ranks is None:
@@ -418,6 +470,21 @@ def results(file: Path, decode: Path | None, model: str | None) -> None:
     if decode is not None:
         dump.write_gradients(named, decode)
         click.echo(f"{decode}: gradients of {len(named)} parameters")
+
+
+@cli.command()
+@click.argument("one", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def diff(one: Path, other: Path) -> None:
+    """Compare two checkpoints, or two runs: the first step and parameter that differ; status 1."""
+    from psyche_fast.core.diff import differences
+
+    found = differences(one, other)
+    for line in found.lines:
+        click.echo(line)
+    if found.lines:
+        sys.exit(1)
+    click.echo(f"the same, to the bit: {found.compared}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,12 @@ def checkpoint_name(step: int, run_id: str | None) -> str:
     return f"step-{step:06d}" if run_id is None else f"{run_id}-step{step}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name, ours or Psyche's, is of; None of other names."""
+    match = re.fullmatch(r"(?:step-|\w[\w.-]*-step)(\d+)", path.name, re.ASCII)
+    return None if match is None else int(match[1])
+
+
 def prune(
     newest: Path, step: int, run_id: str | None, keep: int, spared: Collection[Path]
 ) -> list[Path]:

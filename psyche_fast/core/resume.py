@@ -17,6 +17,7 @@ import transformers
 
 from psyche_fast import __version__
 from psyche_fast.config import FLAGS, RunConfig, flag
+from psyche_fast.core.checkpoints import step_of
 from psyche_fast.data import Dataset
 from psyche_fast.rank import state
 from psyche_fast.rank.protocol import collect_saved
@@ -26,7 +27,7 @@ _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
     *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
     *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
-    *("optim_stats", "attn_implementation"),
+    *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
 _NEW_NUMBERS = ("total_steps", "replicas")
@@ -93,13 +94,8 @@ def _candidates(root: Path, which: str) -> Iterator[Path]:
         return
     if not (root / "checkpoints").is_dir():
         raise ValueError(f"{which}: {root} is neither a checkpoint nor a run directory")
-    folders = [p for p in (root / "checkpoints").iterdir() if p.is_dir() and p.name[0] != "."]
-    yield from sorted(folders, key=_number, reverse=True)
-
-
-def _number(folder: Path) -> int:
-    digits = folder.name.rpartition("step")[2].lstrip("-")
-    return int(digits) if digits.isdigit() else -1
+    steps = {p: step_of(p) for p in (root / "checkpoints").iterdir() if p.is_dir()}
+    yield from sorted((p for p, n in steps.items() if n), key=lambda p: steps[p] or 0, reverse=True)
 
 
 def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from psyche_fast.config import FLAGS
+from psyche_fast.core.resume import _FREE
 from psyche_fast.rank import state
 from tests.core.test_run import COMMON, DISTRO, start, train
 from tests.groups import run_command
@@ -254,6 +256,33 @@ def test_what_cannot_be_gone_on_from(
     assert result.returncode == 2
     assert what in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_diff_names_where_runs_and_checkpoints_part(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    same_ones = run_command("diff", str(finished), str(other))[0]
+    assert (same_ones.returncode, same_ones.stdout) == (
+        0, "the same, to the bit: losses of 4 steps, 2 checkpoints\n"
+    )  # fmt: skip
+    change(other / "checkpoints" / "step-000002", "optimizer/delta/0")
+    change(other / "checkpoints" / "step-000004", "parameter/model.norm.weight")
+    result = run_command("diff", str(finished), str(other))[0]
+    assert result.returncode == 1
+    first, second = result.stdout.splitlines()
+    assert first.startswith("checkpoint of step 2: state/rank-00000/optimizer/delta/0: ")
+    assert second.startswith("state/rank-00001/optimizer/delta/0: ")
+    pair = [str(run / "checkpoints" / "step-000004") for run in (finished, other)]
+    result = run_command("diff", *pair)[0]
+    assert result.returncode == 1
+    assert "state/parameters-00000/parameter/model.norm.weight: " in result.stdout
+    result = run_command("diff", str(finished), pair[0])[0]
+    assert result.returncode == 2
+    assert "name two of one kind" in result.stderr
+
+
+def test_flags_that_may_change_exist() -> None:
+    assert set(FLAGS) >= _FREE
 
 
 def test_auto_begins_where_there_is_nothing_yet(place: Path, tmp_path: Path) -> None:
