@@ -248,6 +248,9 @@ def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> d
     return {"split": len(split), **kept}
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="FSDP2 gathers at other times in other versions"
+)
 def test_collectives_of_two_shards(tmp_path: Path) -> None:
     """The figures are those of a trace of Psyche's own Python with such a model."""
     folder = save_llama(
