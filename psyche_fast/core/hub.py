@@ -15,6 +15,9 @@ from psyche_fast.start.signals import also_at_exit_now
 
 log = logging.getLogger("psyche_fast.core")
 
+_NOT_THERE = f"{FOLDER}/*"
+"""What a run goes on from is larger than the model and for nobody else."""
+
 
 def check_hub(repo: str) -> None:
     """Checks what can be known of an upload before a run begins.
@@ -36,7 +39,7 @@ def check_hub(repo: str) -> None:
 
 
 class HubUploads:
-    """Uploads checkpoints in a thread, one at a time, each as a commit `step N`.
+    """Uploads checkpoints' models in a thread, one at a time, each as a commit `step N`.
 
     Where an upload takes longer than the steps between two checkpoints, the newest one that waits
     is next, and those before it are left out. What fails is said and is no reason to end a run.
@@ -115,8 +118,8 @@ class HubUploads:
                 api.upload_folder,
                 repo_id=self._repo,
                 folder_path=path,
+                ignore_patterns=[_NOT_THERE],
                 commit_message=f"step {step}",
-                ignore_patterns=[f"{FOLDER}/*"],
             )
             if self._try(f"checkpoint of step {step} not uploaded", upload, path):
                 self._tell(f"checkpoint of step {step} uploaded to {self._repo}")

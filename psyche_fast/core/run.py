@@ -33,8 +33,9 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.metrics.trackers import Names
+from psyche_fast.models.building import tied_names
 from psyche_fast.models.source import vocabulary_size
-from psyche_fast.rank.checkpoint import atomic_folder, save_model
+from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore, state_folder, write_state
@@ -297,7 +298,9 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
             trainer.plain()
             trainer.check_replicas(step)
             write_state(trainer, core.store, core.output, step)
-            tensors = trainer.model.full_state_dict_iter(tied_twice=run.run_id is not None)
+            tensors = trainer.model.full_state_dict_iter()
+            if run.run_id is not None:
+                tensors = under_all_names(tensors, tied_names(trainer.model.module))
             save_model(
                 path, trainer.model, tensors, core.plan.source.side_files,
                 lambda folder: _complete(core, folder, step),

@@ -383,15 +383,10 @@ class CausalLM:
         )  # fmt: skip
 
     @torch.no_grad()
-    def full_state_dict_iter(
-        self, *, tied_twice: bool = False
-    ) -> Iterator[tuple[str, Tensor | None]]:
+    def full_state_dict_iter(self) -> Iterator[tuple[str, Tensor | None]]:
         """Gathers the whole model, piece by piece, in the form of the checkpoint it came from.
 
         Every rank of the replica has to go through all of it.
-
-        Args:
-            tied_twice: whether tied weights come under each of their names, which Psyche wants.
 
         Yields:
             checkpoint name, and on `is_root` the full tensor on the CPU, None elsewhere; tied
@@ -405,10 +400,6 @@ class CausalLM:
         for name in sorted(tensors, key=lambda name: name in tied):  # as save_pretrained names them
             first.setdefault(id(tensors[name]), name)
         names = [n for n in tensors if first[id(tensors[n])] == n]
-        others: dict[str, list[str]] = {}
-        for n in tensors if tied_twice else ():
-            if first[id(tensors[n])] != n:
-                others.setdefault(first[id(tensors[n])], []).append(n)
         widened = {id(p): self.masters.get(n) for n, p in self.module.named_parameters()}
         # Buffers, and parameters that the architecture keeps in another type, stay what they are.
         of, to = self._saved_as or (None, None)
@@ -424,8 +415,6 @@ class CausalLM:
                 assert name not in yielded, f"{name} is made of parts in several groups"
                 yielded.add(name)
                 yield name, tensor
-                for other in others.get(name, ()):  # a copy: files hold no memory twice
-                    yield other, None if tensor is None else tensor.clone()
 
     def _in_checkpoint_form(
         self, group: list[str], whole: Iterator[Tensor], casts: set[str]

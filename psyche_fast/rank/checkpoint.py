@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,6 +168,25 @@ def write_tensors(
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def under_all_names(
+    tensors: Iterable[tuple[str, Tensor | None]], aliases: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Tied weights under each of their names, where they come once; Psyche loads no others.
+
+    Args:
+        tensors: `CausalLM.full_state_dict_iter()`.
+        aliases: `building.tied_names` of the module.
+    """
+    groups: dict[str, set[str]] = {}
+    for alias, name in aliases.items():
+        groups.setdefault(name, {name}).add(alias)
+    others = {name: sorted(group - {name}) for group in groups.values() for name in group}
+    for name, tensor in tensors:
+        yield name, tensor
+        for other in others.get(name, ()):  # a copy: files hold no memory twice
+            yield other, None if tensor is None else tensor.clone()
 
 
 def save_model(

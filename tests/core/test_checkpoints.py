@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from psyche_fast.config import RunConfig
 from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.models import load_model
+from psyche_fast.models.building import tied_names
 from psyche_fast.models.loading import check_fit
 from psyche_fast.models.source import resolve_model
-from psyche_fast.rank.checkpoint import save_model
+from psyche_fast.rank.checkpoint import save_model, under_all_names
 from tests.tiny import save_llama
 
 CPU = torch.device("cpu")
@@ -115,8 +116,8 @@ def test_ours_have_what_psyche_wants(tmp_path: Path, tied: bool, dtype: torch.dt
     source = resolve_model(str(origin))
     model = load_model(source, device=CPU, param_dtype=dtype)
     path = tmp_path / "run" / checkpoint_name(41, "my-run")
-    tensors = model.full_state_dict_iter(tied_twice=True)
-    save_model(path, model, tensors, source.side_files)
+    tensors = under_all_names(model.full_state_dict_iter(), tied_names(model.module))
+    save_model(path, model, tensors, source.side_files, lambda _: None)
     assert path.name == "my-run-step41"
     wanted = transformers.AutoModelForCausalLM.from_pretrained(origin).state_dict()
     saved = load_file(path / "model.safetensors")

@@ -16,6 +16,7 @@ import pytest
 from psyche_fast import cli
 from psyche_fast.core.hub import check_hub, uploads
 from psyche_fast.models.source import resolve_model
+from psyche_fast.rank.state import FOLDER
 from tests.groups import Command
 from tests.hub import SETTINGS, Hub, serving
 from tests.processes import wait_until
@@ -114,6 +115,8 @@ def checkpoint(folder: Path, step: int) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"step": step}))
     (path / "model.safetensors").write_bytes(bytes(step))
+    (path / FOLDER).mkdir()
+    (path / FOLDER / "rank-0.safetensors").write_bytes(b"what it goes on from")
     return path
 
 
@@ -148,7 +151,7 @@ def test_what_fails_is_said_with_a_way_to_go_on(hub: Hub, tmp_path: Path) -> Non
     assert created.startswith("--push-to-hub someone/llama: cannot be created: ")
     assert re.match(
         r"--push-to-hub someone/llama: checkpoint of step 7 not uploaded: .*403.*; by hand: "
-        rf"hf upload someone/llama {re.escape(str(path))} \.$",
+        rf"hf upload someone/llama {re.escape(str(path))} \. --exclude '{FOLDER}/\*'$",
         failed,
     )
 
@@ -169,7 +172,10 @@ def test_after_an_error_nothing_is_waited_for(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the run's own"):
         run()
     assert time.monotonic() - began < 20
-    assert said == [f"not uploaded to someone/mine; to finish it: hf upload someone/mine {path} ."]
+    assert said == [
+        f"not uploaded to someone/mine; to finish it: hf upload someone/mine {path} . "
+        f"--exclude '{FOLDER}/*'"
+    ]
 
 
 def test_a_name_that_is_none_and_an_offline_client_are_refused(
@@ -228,7 +234,8 @@ def test_a_run_from_the_hub_to_the_hub(files: dict[str, bytes], tmp_path: Path) 
     assert kept == ["my-run-step6", "my-run-step8"]
     assert hub.commits[-1][0] == "step 8"
     last = tmp_path / "run" / "checkpoints" / "my-run-step8"
-    assert hub.repos["someone/mine"] == {f.name: f.read_bytes() for f in last.iterdir()}
+    model = {f.name: f.read_bytes() for f in last.iterdir() if f.is_file()}
+    assert hub.repos["someone/mine"] == model
     logged = json.loads((tmp_path / "cache" / "logged.json").read_text())
     assert [step for step, _ in logged] == list(range(1, 9))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
