@@ -136,19 +136,15 @@ class CausalLM:
             ValueError: malformed, or packed for a model whose documents would see one another.
         """
         batch = packing.prepare(batch)
-        if batch.position_ids is not None and not self.keeps_documents_apart():
+        if batch.position_ids is not None and self._keeps_documents_apart is None:
+            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
+        if batch.position_ids is not None and not self._keeps_documents_apart:
             raise ValueError(
                 f"{self._class_name} lets packed documents see one another, or counts positions "
                 "its own way; train it without position_ids and sequence_lengths, one document a "
                 "row"
             )
         return batch.to(self.device)
-
-    def keeps_documents_apart(self) -> bool:
-        """Whether packed documents do not see one another; asks the model once, by all ranks."""
-        if self._keeps_documents_apart is None:
-            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
-        return self._keeps_documents_apart
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels that are not -100, shifted; labels default to inputs.
