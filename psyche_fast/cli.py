@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import __version__
+from psyche_fast import __version__, commands
 from psyche_fast.config import FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import signals
@@ -41,6 +41,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.version_option(__version__, prog_name="psyche-fast")
 def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
+
+
+for _command in commands.COMMANDS:
+    cli.add_command(_command)
 
 
 def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
@@ -315,71 +319,6 @@ def schedule(
 
 
 @cli.command()
-@click.argument("file", type=click.Path())
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
-              help="file to write (default: standard output)")  # fmt: skip
-@click.option("--run-id", default="psyche-fast", show_default=True, help="of a run file")
-def convert(file: str, output: Path | None, run_id: str) -> None:
-    """Turn Psyche's run file into our configuration, or ours into Psyche's."""
-    from psyche_fast import conversion
-
-    text, notes = conversion.convert(file, run_id)
-    for note in notes:
-        click.echo(note, err=True)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
-
-
-@cli.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="folder to write")
-@click.option("--tokenizer", help="folder or hub id; left out: one is trained on the inputs")
-@click.option("--vocab-size", default=8192, show_default=True, type=click.IntRange(min=257),
-              help="of a tokenizer that is trained")  # fmt: skip
-@click.option("--token-size", type=click.Choice(["2", "4"]), help="bytes per token; default: fits")
-@click.option("--text-key", default="text", show_default=True, help="of jsonl and parquet")
-@click.option("--errors", type=click.Choice(["strict", "skip"]), default="strict",
-              show_default=True, help="text that is not UTF-8: an error, or left out")  # fmt: skip
-@click.option("--glob", "globs", multiple=True, help="which files of a folder, e.g. '*.py'")
-def tokenize(
-    inputs: tuple[Path, ...],
-    output: Path,
-    tokenizer: str | None,
-    vocab_size: int,
-    token_size: str | None,
-    text_key: str,
-    globs: tuple[str, ...],
-    errors: Literal["strict", "skip"],
-) -> None:
-    """Turn text files, folders, jsonl or Parquet into token files."""
-    quiet_terminal()
-    from psyche_fast.data import find_files, iter_texts, load_tokenizer, tokenize_files
-    from psyche_fast.data import train_tokenizer as learn
-
-    if tokenizer is None:
-        files = find_files(inputs, globs or None)
-        chosen = learn(iter_texts(files, text_key=text_key, errors=errors), vocab_size)
-    else:
-        chosen = load_tokenizer(tokenizer)
-    summary = tokenize_files(
-        inputs,
-        chosen,
-        output,
-        token_size=int(token_size) if token_size else None,
-        text_key=text_key,
-        globs=globs or None,
-        errors=errors,
-        progress=sys.stderr.isatty(),
-    )
-    click.echo(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens of {summary.token_size} bytes "
-        f"in {len(summary.files)} files -> {output}"
-    )
-
-
-@cli.command()
 @click.option("--main-host", envvar="PSYCHE_MAIN_HOST", required=True, show_envvar=True,
               help="address of the core")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), default=34567, show_default=True,
@@ -420,71 +359,6 @@ def sidecar(
     launch_host(
         start_device=start_device, num_local_ranks=num_local_ranks, backend=backend, **options
     )
-
-
-@cli.command("psyche-path")
-def psyche_path() -> None:
-    """Print the folder to put first on PYTHONPATH of a core of Psyche's."""
-    click.echo(Path(__file__).with_name("psyche") / "on_path")
-
-
-@cli.command()
-@click.option("--autotune", is_flag=True, help="measure launch options on this machine's GPU")
-@click.option("--kernel", "kernels", multiple=True, metavar="TEXT",
-              help="with --autotune: only kernels with this in their name")  # fmt: skip
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="tuning.toml",
-              show_default=True, help="with --autotune: file that takes them")  # fmt: skip
-@click.option("--device", default="cuda", show_default=True, help="with --autotune: which GPU")
-def kernels(autotune: bool, kernels: tuple[str, ...], out: Path, device: str) -> None:
-    """Say which kernels run on this machine and why, or tune them for this machine's GPU."""
-    if not autotune:
-        from psyche_fast.kernels.backends import describe, summary
-
-        for line in describe(summary()):
-            click.echo(line)
-        return
-    from psyche_fast.kernels import autotune as tuner
-    from psyche_fast.start.devices import choose_gpu
-
-    chosen = choose_gpu(device)
-    table = tuner.autotune(chosen, kernels or None)
-    tuner.write(out, tuner.gpu_name(chosen), table)
-    click.echo(f"{out}: launch options of {', '.join(table)} for {tuner.gpu_name(chosen)}")
-    click.echo(f"use them with PSYCHE_FAST_TUNING={out}")
-
-
-@cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--decode", type=click.Path(path_type=Path), metavar="OUT.safetensors",
-              help="write the gradients that the results stand for")  # fmt: skip
-@click.option("--model", help="folder or hub id: its parameters' names instead of numbers")
-def results(file: Path, decode: Path | None, model: str | None) -> None:
-    """Show the DisTrO results in a file of Psyche's, and decode them into gradients."""
-    quiet_terminal()
-    from psyche_fast.psyche import dump
-
-    found = dump.read_file(file)
-    named = dump.named(found, model)
-    for line in dump.table(found, named):
-        click.echo(line)
-    if decode is not None:
-        dump.write_gradients(named, decode)
-        click.echo(f"{decode}: gradients of {len(named)} parameters")
-
-
-@cli.command()
-@click.argument("one", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def diff(one: Path, other: Path) -> None:
-    """Compare two checkpoints, or two runs: the first step and parameter that differ; status 1."""
-    from psyche_fast.core.diff import differences
-
-    found = differences(one, other)
-    for line in found.lines:
-        click.echo(line)
-    if found.lines:
-        sys.exit(1)
-    click.echo(f"the same, to the bit: {found.compared}")
 
 
 def main(argv: list[str] | None = None) -> None:

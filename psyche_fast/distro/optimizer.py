@@ -107,14 +107,9 @@ class DistroStep:
         backend: str = "auto",
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
-        if master_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}"
-            )
-        if delta_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"delta_dtype must be torch.float32 or torch.bfloat16, got {delta_dtype}"
-            )
+        for what, dtype in (("master_dtype", master_dtype), ("delta_dtype", delta_dtype)):
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{what} must be torch.float32 or torch.bfloat16, got {dtype}")
         self.compression_decay = compression_decay
         self.weight_decay = weight_decay
         self._undecayed = undecayed
@@ -172,13 +167,10 @@ class DistroStep:
         tensors = self._take_up()
         for at, (plan, backend) in enumerate(zip(self.layout.plans, self.backends, strict=True)):
             lookahead(
-                plan,
-                [self._master[m.position] for m in plan.members],
-                self._delta.fetch(at),
-                _every(prev_lr, plan),
-                [tensors[m.position] for m in plan.members],
+                plan, [self._master[m.position] for m in plan.members], self._delta.fetch(at),
+                _every(prev_lr, plan), [tensors[m.position] for m in plan.members],
                 backend=backend,
-            )
+            )  # fmt: skip
         self.parts.push()
         self._looking_ahead, self._ahead_rate = True, prev_lr
 

@@ -194,7 +194,7 @@ def save_model(
     model: CausalLM,
     tensors: Iterator[tuple[str, Tensor | None]],
     side_files: Iterable[Path],
-    complete: Callable[[Path], None],
+    complete: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a checkpoint folder; the rank that calls it gets the tensors.
 
