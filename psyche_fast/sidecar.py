@@ -104,9 +104,7 @@ def serve(args: argparse.Namespace) -> None:
 
     import torch.distributed as dist
 
-    from psyche_fast.psyche import serving
     from psyche_fast.psyche.store import FIRST_KEY as PSYCHES
-    from psyche_fast.rank import serve as own
     from psyche_fast.rank.protocol import FIRST_KEY as OURS
     from psyche_fast.rank.topology import join
     from psyche_fast.start.devices import processor
@@ -121,8 +119,14 @@ def serve(args: argparse.Namespace) -> None:
     client = StoreClient(address.hostname, address.port, args.world_size, timeout)
     introduce(client.store, args.rank, processor(device))
     join(args.backend, client.store, args.world_size, args.rank, device, timeout)
-    core = own if client.first_of((OURS, PSYCHES)) == OURS else serving
-    core.serve(client, device)
+    if client.first_of((OURS, PSYCHES)) == OURS:
+        from psyche_fast.rank import serve as own
+
+        own.serve(client, device)
+    else:
+        from psyche_fast.psyche import serving
+
+        serving.serve(client, device)
     dist.destroy_process_group()
 
 

@@ -22,6 +22,7 @@ from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.models import document_attention as documents
 from psyche_fast.models import head_loss, huggingface, packing
 from psyche_fast.models.gathering import gather_whole
+from psyche_fast.models.outputs import field
 from psyche_fast.models.source import vocabulary_size
 
 log = logging.getLogger(__name__)
@@ -135,19 +136,15 @@ class CausalLM:
             ValueError: malformed, or packed for a model whose documents would see one another.
         """
         batch = packing.prepare(batch)
-        if batch.position_ids is not None and not self.keeps_documents_apart():
+        if batch.position_ids is not None and self._keeps_documents_apart is None:
+            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
+        if batch.position_ids is not None and not self._keeps_documents_apart:
             raise ValueError(
                 f"{self._class_name} lets packed documents see one another, or counts positions "
                 "its own way; train it without position_ids and sequence_lengths, one document a "
                 "row"
             )
         return batch.to(self.device)
-
-    def keeps_documents_apart(self) -> bool:
-        """Whether packed documents do not see one another; asks the model once, by all ranks."""
-        if self._keeps_documents_apart is None:
-            self._keeps_documents_apart = self._go_by_documents() or self._probe_documents()
-        return self._keeps_documents_apart
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels that are not -100, shifted; labels default to inputs.
@@ -169,7 +166,7 @@ class CausalLM:
             targets = _targets(labels)
             with head_loss.instead_of_logits(self._head(), targets):
                 output = self._call(batch, logits=False)
-            return self._mean(_field(output, "logits").sum(), targets, output)
+            return self._mean(field(output, "logits").sum(), targets, output)
         return self._loss(self._call(batch, labels=labels), labels, counts)
 
     def forward(
@@ -200,7 +197,7 @@ class CausalLM:
         output = self._call(batch, labels=labels, keep=keep)
         if not torch.is_grad_enabled():
             self._reshard()
-        logits = _field(output, "logits")
+        logits = field(output, "logits")
         counts = sum(batch.real_tokens()) > 0
         loss = None if labels is None else self._loss(output, labels, counts)
         if num_logits_to_keep:
@@ -251,7 +248,7 @@ class CausalLM:
         ids = torch.arange(1, 5, device=self.device)[None] % (vocabulary_size(self.config) or 5)
         module.eval()  # nothing random
         with head_loss.marked_logits(self._head()) as given:
-            logits = _field(self._call(Batch(ids)), "logits")
+            logits = field(self._call(Batch(ids)), "logits")
         module.train()
         if len(given) != 1 or not _is_same(logits, *given[0]):
             return f"{name} changes its logits behind the head"
@@ -300,10 +297,10 @@ class CausalLM:
 
     def _loss(self, output: Any, labels: Tensor, counts: bool) -> Tensor:
         """The mean over the labels that count; `counts` says whether there are any."""
-        logits = _field(output, "logits")
+        logits = field(output, "logits")
         if not isinstance(self.module, PreTrainedModel):
             if counts:
-                return _field(output, "loss").float()
+                return field(output, "loss").float()
             # Its mean over nothing may be NaN, yet backward has to run wherever it is collective.
             return logits.float().sum() * 0.0
         # Ours rather than the model's own, whose mean over no token at all is NaN.
@@ -364,7 +361,7 @@ class CausalLM:
         def last(rows: Tensor, positions: Tensor | None) -> Tensor:
             row = rows.reshape(1, -1)
             packed = Batch(row, position_ids=positions, documents=[[4] * len(rows)])
-            return _field(self._call(packed, labels=row), "logits")[0, -4:].float()
+            return field(self._call(packed, labels=row), "logits")[0, -4:].float()
 
         after = [last(ids[[first, 2]], own.repeat(1, 2)) for first in range(2)]
         counted, alone = last(ids[2:], own), last(ids[2:], None)
@@ -462,18 +459,3 @@ def _is_same(logits: Tensor, given: Tensor, copy: Tensor) -> bool:
 def _targets(labels: Tensor) -> Tensor:
     """What each position predicts, `[B * L]`: labels are shifted, since logits would be copied."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-
-
-def _field(output: Any, name: str) -> Tensor:
-    if isinstance(output, tuple):
-        found = output[("loss", "logits").index(name)] if len(output) >= 2 else None
-    elif isinstance(output, Mapping):
-        found = output.get(name)
-    else:
-        found = getattr(output, name, None)
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"the model's forward returned no {name}: wanted an object or dict with loss and "
-            "logits, or a tuple (loss, logits)"
-        )
-    return found

@@ -187,9 +187,6 @@ def _load(
     )
     if isinstance(model.module, PreTrainedModel) and model.module.supports_gradient_checkpointing:
         huggingface.enable_activation_checkpointing(model.module)
-    if topology.copy is not None:
-        # By tiny forwards of all ranks: now, and not within the first step with packed rows.
-        model.keeps_documents_apart()
     return Model(model, topology, choices.override_max_position_embeddings)
 
 
@@ -255,7 +252,9 @@ class Model(interface.CausalLM):
                 another.
         """
         lengths = sequence_lengths if position_ids is None else None
-        # The whole batch, before it is cut: all ranks have to see alike that it is packed.
+        # The whole batch, before it is cut: all ranks have to see alike that it is packed, for with
+        # the first such batch they ask the model, by tiny forwards, whether it keeps documents
+        # apart. (Not at the start: these gather the whole model several times.)
         batch = self.model.prepare(Batch(input_ids, labels, position_ids, lengths))
         if labels is not None:
             batch = replace(batch, labels=labels.to(self.device), tokens=None)

@@ -333,6 +333,7 @@ class RustTrainer:
                 return total, None
             marks = own.clone() if marks is None else marks
             _, loss = self.model.forward(own, marks, at, row, None, float(count))
+            assert type(loss) is Tensor, "the core knows no other"
             loss.backward()
             if math.isfinite(float(loss.detach())):
                 total += float(loss.detach())

@@ -107,6 +107,7 @@ def _adamw(folder: Path, logs: Path, dp: int, tp: int, source: str, clip: float 
         if step == 3:
             continue  # a round without `optimize`
         logits, loss = core.forward(ids, ids, scale=2.0)
+        assert type(logits) is type(loss) is Tensor
         rows = slice(0, len(ids) // dp)
         true_loss, true = (t.detach() for t in plain.module(ids[rows], labels=ids[rows])[:2])
         torch.testing.assert_close(logits, true, rtol=1e-3, atol=1e-3)
@@ -247,6 +248,9 @@ def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> d
     return {"split": len(split), **kept}
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="FSDP2 gathers at other times in other versions"
+)
 def test_collectives_of_two_shards(tmp_path: Path) -> None:
     """The figures are those of a trace of Psyche's own Python with such a model."""
     folder = save_llama(

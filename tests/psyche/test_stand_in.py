@@ -11,9 +11,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from psyche_fast import compat
 from psyche_fast.distro import DistroResult
 from psyche_fast.models import registry
 from psyche_fast.psyche import interface
+from psyche_fast.psyche import model as stand_in
 from psyche_fast.psyche.decoding import decode
 from psyche_fast.psyche.learning_rate import learning_rate
 from psyche_fast.psyche.model import make_causal_lm
@@ -242,3 +244,28 @@ def test_adamw_has_the_bits_of_libtorchs(dtype: torch.dtype) -> None:
             optimizer.step([], 3e-3)
             assert parameter.grad is None, "as libtorch leaves it"
     assert [x.hex() for x in parameter.tolist()] == PSYCHES_ADAMW[dtype]
+
+
+def test_ranks_take_rank_0s_choices_and_its_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(compat, "default_store", lambda: store)
+    said = stand_in._Choices("eager", 77, "float32", "2.11.0")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert stand_in._agree(said) == said
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    own = stand_in._Choices("sdpa", None, "bfloat16", "2.11.0")
+    assert stand_in._agree(own) == said
+    with pytest.raises(ValueError, match=r"this rank has torch 2.13.0, rank 0 2.11.0"):
+        stand_in._agree(stand_in._Choices("sdpa", None, "bfloat16", "2.13.0"))
+
+
+def test_configured_types() -> None:
+    nested = {"text_config": {"dtype": "float16"}}
+    for config, dtype in (
+        ({}, torch.float32), ({"torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32), (nested, torch.float16),
+    ):  # fmt: skip
+        assert stand_in._stored_dtype(config) == dtype
+    for wrong in ("int8", "half-ish"):
+        with pytest.raises(ValueError, match="wanted a floating-point type"):
+            stand_in._stored_dtype({"dtype": wrong})
