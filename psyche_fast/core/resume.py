@@ -20,6 +20,7 @@ from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.checkpoints import step_of
 from psyche_fast.data import Dataset
 from psyche_fast.rank import state
+from psyche_fast.rank.checkpoint import sync
 from psyche_fast.rank.protocol import collect_saved
 from psyche_fast.rank.state import Manifest
 
@@ -171,17 +172,18 @@ def machine_of(config: RunConfig) -> dict[str, str]:
 
 
 def complete_state(
-    folder: Path,
+    folder: Path | None,
     written: Path,
     store: dist.Store,
     config: RunConfig,
     step: int,
     data: dict[str, Any],
 ) -> None:
-    """Moves what all ranks have written into a checkpoint's folder, and leaves the manifest.
+    """Waits for what all ranks write, and moves it, with a manifest, into a checkpoint's folder.
 
     Args:
-        folder: the checkpoint's, not complete yet.
+        folder: the checkpoint's, which is the model by now; None where there is none, and what
+            was written goes.
         written: where the ranks have written.
         store: tells what.
         config: the run's, resolved.
@@ -194,6 +196,9 @@ def complete_state(
     timeout = timedelta(seconds=config.machines.timeout)
     files = []
     saved = collect_saved(store, step, config.parallelism.world_size, timeout)
+    if folder is None:
+        shutil.rmtree(written, ignore_errors=True)
+        return
     for rank, own in enumerate(saved):
         if own.error is not None:
             raise OSError(f"rank {rank}: {own.error}")
@@ -205,17 +210,15 @@ def complete_state(
                     "that all machines share"
                 )
             files.append(part)
-    target = folder / state.FOLDER
-    target.mkdir()
-    for part in files:
-        (written / part.name).rename(target / part.name)
-    for leftover in written.parent.glob(".state-*"):  # of saves that were killed, too
-        shutil.rmtree(leftover, ignore_errors=True)
     manifest = Manifest(
         version=state.VERSION, step=step, config=config.to_dict(), data=data,
         machine=machine_of(config), files=files,
     )  # fmt: skip
-    state.write_manifest(target, manifest)
+    state.write_manifest(written, manifest)
+    written.rename(folder / state.FOLDER)
+    sync(folder)
+    for leftover in written.parent.glob(".state-*"):  # of saves that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _value(config: RunConfig, name: str) -> Any:

@@ -20,7 +20,7 @@ from psyche_fast.core.hub import HubUploads, uploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
-from psyche_fast.core.resume import complete_state
+from psyche_fast.core.saving import States
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -38,7 +38,7 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
-from psyche_fast.rank.saving import restore, state_folder, write_state
+from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.state import FOLDER
 from psyche_fast.rank.topology import join
@@ -78,7 +78,7 @@ class Core:
         output: the run directory.
         trainer: rank 0's own.
         sender: takes what the other ranks are told.
-        store: what the other ranks say.
+        states: writes what `--resume` needs.
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
@@ -89,7 +89,7 @@ class Core:
     output: Path
     trainer: Trainer
     sender: Sender
-    store: dist.Store
+    states: States
     stop: StopRequest
     console: Console
     timer: PhaseTimer
@@ -122,7 +122,7 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
         ):
             result = _train(plan, output, ranks, console, hub)
         if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
-            _prune(plan, result.checkpoint, result.last_step, hub, console)
+            _prune(plan, result.checkpoint, result.last_step, hub, console, {result.checkpoint})
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -145,7 +145,8 @@ def _train(
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
     restore(trainer, config)
-    core = Core(plan, output, trainer, sender, ranks.store, stop, console, PhaseTimer(), hub)
+    states = States(plan, output, ranks.store, console.message)
+    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -272,17 +273,6 @@ def steps(
             return
 
 
-def _complete(core: Core, folder: Path, step: int) -> None:
-    """Adds what `--resume` needs to a checkpoint's folder; without it, it is still the model."""
-    written, config = state_folder(core.output, step), core.plan.resolved
-    try:
-        complete_state(folder, written, core.store, config, step, core.plan.data)
-    except OSError as error:
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        core.console.message(f"--resume will not know the checkpoint of step {step}: {error}")
-        log.warning("state of step %d not complete: %s", step, error)
-
-
 def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
     """Writes a checkpoint folder; all ranks take part.
 
@@ -297,15 +287,13 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         with core.timer.phase("checkpoint"):
             trainer.plain()
             trainer.check_replicas(step)
-            write_state(trainer, core.store, core.output, step)
+            core.states.begin(trainer, step)
             tensors = trainer.model.full_state_dict_iter()
             if run.run_id is not None:
                 tensors = under_all_names(tensors, tied_names(trainer.model.module))
-            save_model(
-                path, trainer.model, tensors, core.plan.source.side_files,
-                lambda folder: _complete(core, folder, step),
-            )  # fmt: skip
+            save_model(path, trainer.model, tensors, core.plan.source.side_files)
     except OSError as error:
+        core.states.complete(step, None, lambda: None)
         if must:
             raise
         # A full disk is no reason to lose the run: older checkpoints are untouched.
@@ -314,14 +302,25 @@ def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
         return None
     if core.hub is not None:
         core.hub.push(step, path)
-    _prune(core.plan, path, step, core.hub, core.console)
+    core.states.complete(
+        step, path, lambda: _prune(core.plan, path, step, core.hub, core.console, core.states.whole)
+    )
+    if must:
+        core.states.wait()
     return path
 
 
-def _prune(plan: Plan, newest: Path, step: int, hub: HubUploads | None, console: Console) -> None:
-    """Carries out `--keep`; what is being uploaded stays."""
+def _prune(
+    plan: Plan,
+    newest: Path,
+    step: int,
+    hub: HubUploads | None,
+    console: Console,
+    whole: set[Path],
+) -> None:
+    """Carries out `--keep`; what is being uploaded stays, and `whole`, which has a state."""
     # Of the model that the run began with, files go into each checkpoint.
-    spared = {file.parent.resolve() for file in plan.source.files}
+    spared = whole | {file.parent.resolve() for file in plan.source.files}
     if hub is not None:
         spared |= {path.resolve() for path in hub.busy}
     try:

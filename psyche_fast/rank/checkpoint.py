@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,8 +57,8 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         if not replaces:
             temporary.rename(path)  # over an empty folder alone
         elif not (path.exists() and _exchange(temporary, path)):
@@ -70,7 +70,7 @@ def atomic_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
                 if old.exists():
                     old.rename(path)
                 raise
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +115,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file or the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,7 +195,6 @@ def save_model(
     model: CausalLM,
     tensors: Iterator[tuple[str, Tensor | None]],
     side_files: Iterable[Path],
-    complete: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a checkpoint folder; the rank that calls it gets the tensors.
 
@@ -204,7 +204,6 @@ def save_model(
         tensors: `model.full_state_dict_iter()`; consumed even where writing fails, since the
             other ranks take part in each of its gathers.
         side_files: tokenizer and other files to go beside.
-        complete: puts what else there is into the folder, before that has its name.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind, and a
@@ -218,7 +217,6 @@ def save_model(
             for file in side_files:
                 if not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
-            complete(folder)
         try:
             check_fit(resolve_model(str(path)), model.architecture)
         except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +30,58 @@ def state_folder(output: str | Path, step: int) -> Path:
     return Path(output, "checkpoints", f".state-{step:06d}")
 
 
-def write_state(trainer: Trainer, store: dist.Store, output: str | Path, step: int) -> None:
-    """Writes this rank's part of a step's state, and says so or what went wrong.
+class StateWriter:
+    """Writes this rank's part of states in a thread, one after the other.
+
+    Training waits for the copy to host memory alone. No collective is in the thread: what was
+    written, or what went wrong, goes to rank 0 through the store.
 
     Args:
-        trainer: its parameters are plain.
-        store: where rank 0 hears of it.
+        store: where rank 0 hears of it; a connection of its own.
         output: the run directory.
-        step: the last one that is in it.
     """
-    folder, rank, place = state_folder(output, step), dist.get_rank(), trainer.topology
-    try:
-        files = [state.write_part(folder, state.rank_file(rank), trainer.state())]
-        if place.replica == 0:
-            parameters = trainer.parameter_state()
-            files.append(state.write_part(folder, state.parameters_file(rank), parameters))
-        saved = Saved(files=files)
-    except OSError as error:
-        log.warning("state of step %d not written: %s", step, error)
-        saved = Saved(error=str(error))
-    report_saved(store, step, rank, saved)
+
+    def __init__(self, store: dist.Store, output: str | Path) -> None:
+        self._store, self._output = store, output
+        self._thread: threading.Thread | None = None
+
+    def write(self, trainer: Trainer, step: int) -> None:
+        """Begins to write the state after a step; waits for the one before.
+
+        Args:
+            trainer: its parameters are plain.
+            step: the step.
+        """
+        self.wait()
+        rank = dist.get_rank()
+        parts = {state.rank_file(rank): _copied(trainer.state())}
+        if trainer.topology.replica == 0:
+            parts[state.parameters_file(rank)] = _copied(trainer.parameter_state())
+        self._thread = threading.Thread(
+            target=self._write, args=(rank, step, parts), daemon=True, name="state"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, rank: int, step: int, parts: dict[str, state.State]) -> None:
+        folder = state_folder(self._output, step)
+        try:
+            files = [state.write_part(folder, name, pieces) for name, pieces in parts.items()]
+            saved = Saved(files=files)
+        except OSError as error:
+            log.warning("state of step %d not written: %s", step, error)
+            saved = Saved(error=str(error))
+        parts.clear()
+        report_saved(self._store, step, rank, saved)
+
+
+def _copied(pieces: state.State) -> state.State:
+    return {n: replace(p, tensor=p.tensor.to("cpu", copy=True)) for n, p in pieces.items()}
 
 
 def restore(trainer: Trainer, config: RunConfig) -> None:

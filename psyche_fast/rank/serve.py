@@ -16,7 +16,7 @@ from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import protocol
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.optimizers import make_optimizer
-from psyche_fast.rank.saving import restore, write_state
+from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.topology import Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.logs import keep_rank_log
@@ -85,6 +85,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
     restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)
     inbox = protocol.Inbox(client, trainer.topology)
+    writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
     while True:
         match inbox.next():
@@ -96,22 +97,22 @@ def serve(client: StoreClient, device: torch.device) -> None:
                     totals.wait()
                 totals = began
             case protocol.Save(step):
-                take_part_in_save(trainer, client.store, config.run.output, step)
+                take_part_in_save(trainer, writer, step)
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
+                writer.wait()
                 # The store ends with rank 0: everybody has read it by now.
                 barrier(device, trainer.topology.everyone)
                 return
 
 
-def take_part_in_save(trainer: Trainer, store: dist.Store, output: str, step: int) -> None:
+def take_part_in_save(trainer: Trainer, writer: StateWriter, step: int) -> None:
     """The further ranks' part of a checkpoint.
 
     Args:
         trainer: this rank's.
-        store: where rank 0 hears of it.
-        output: the run directory.
+        writer: likewise.
         step: the step.
 
     Raises:
@@ -119,7 +120,7 @@ def take_part_in_save(trainer: Trainer, store: dist.Store, output: str, step: in
     """
     trainer.plain()
     trainer.check_replicas(step)
-    write_state(trainer, store, output, step)
+    writer.write(trainer, step)
     if trainer.topology.replica == 0:
         for _ in trainer.model.full_state_dict_iter():
             pass  # this rank's part of each gather

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast import strict
+from psyche_fast.rank.checkpoint import sync
 from psyche_fast.sharding import Ranges, local_tensor, part_of
 
 VERSION = 1
@@ -124,9 +125,11 @@ def sealed(path: Path) -> StateFile:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Completes a state."""
+    """Completes a state, durably."""
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     (folder / MANIFEST).write_bytes(encoded)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

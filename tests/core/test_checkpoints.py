@@ -117,7 +117,7 @@ def test_ours_have_what_psyche_wants(tmp_path: Path, tied: bool, dtype: torch.dt
     model = load_model(source, device=CPU, param_dtype=dtype)
     path = tmp_path / "run" / checkpoint_name(41, "my-run")
     tensors = under_all_names(model.full_state_dict_iter(), tied_names(model.module))
-    save_model(path, model, tensors, source.side_files, lambda _: None)
+    save_model(path, model, tensors, source.side_files)
     assert path.name == "my-run-step41"
     wanted = transformers.AutoModelForCausalLM.from_pretrained(origin).state_dict()
     saved = load_file(path / "model.safetensors")

@@ -288,6 +288,18 @@ def test_diff_names_where_runs_and_checkpoints_part(finished: Path, tmp_path: Pa
     assert "name two of one kind" in result.stderr
 
 
+def test_a_state_that_cannot_be_written_costs_no_run(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / ".state-000002").write_text("in the way")
+    result = start(place, run, "--checkpoint-every", "2", "--total-steps", "4", "--keep", "1")
+    assert result.returncode == 0, result.stderr
+    assert "--resume will not know the checkpoint of step 2: rank 0: " in result.stderr
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-000004"]
+    assert parameters(run, 4)
+    assert states(run, 4)
+
+
 def test_flags_that_may_change_exist() -> None:
     assert set(FLAGS) >= _FREE
 
