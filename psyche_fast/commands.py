@@ -15,8 +15,8 @@ from psyche_fast.start.logs import quiet_terminal
 @click.argument("file", type=click.Path())
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="file to write (default: standard output)")  # fmt: skip
-@click.option("--run-id", default="psyche-fast", show_default=True, help="of a run file")
-def convert(file: str, output: Path | None, run_id: str) -> None:
+@click.option("--run-id", help="of a run file (default: the configuration's)")
+def convert(file: str, output: Path | None, run_id: str | None) -> None:
     """Turn Psyche's run file into our configuration, or ours into Psyche's."""
     from psyche_fast import conversion
 

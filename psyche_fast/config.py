@@ -197,6 +197,10 @@ class Machines(Section, frozen=True, kw_only=True):
     ] = 600
 
 
+RUN_ID = re.compile(r"\w[\w.-]{0,63}")
+"""What a run may be called."""
+
+
 class Run(Section, frozen=True, kw_only=True):
     """What the core does, for `core`."""
 
@@ -237,7 +241,7 @@ class Run(Section, frozen=True, kw_only=True):
         if self.resume is not None and self.fork is not None:
             raise ValueError("--resume and --fork: give one of them")
         # They become folders' names.
-        if self.run_id is not None and not re.fullmatch(r"\w[\w.-]{0,63}", self.run_id):
+        if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(
                 "--run-id: wanted up to 64 letters, digits and . _ - that begin with no . or -, "
                 f"got {self.run_id!r}"

@@ -16,15 +16,16 @@ from psyche_fast.runfile import AdamW, Coordination, Distro, read_run_file
 
 def is_run_file(table: Mapping[str, Any]) -> bool:
     """Whether a TOML file's table is one of Psyche's, not our configuration."""
-    return isinstance(table.get("config"), dict) or "LLM" in table.get("model", {})
+    model = table.get("model")
+    return isinstance(table.get("config"), dict) or (isinstance(model, dict) and "LLM" in model)
 
 
-def convert(path: str, run_id: str) -> tuple[str, tuple[str, ...]]:
+def convert(path: str, run_id: str | None) -> tuple[str, tuple[str, ...]]:
     """Writes our configuration of a run file, or a run file of our configuration.
 
     Args:
         path: either, told by its keys.
-        run_id: the name of the run in a run file.
+        run_id: the name of the run in a run file; None for the configuration's own.
 
     Returns:
         the other's text, and lines about what has no place in it.
@@ -41,7 +42,7 @@ def convert(path: str, run_id: str) -> tuple[str, tuple[str, ...]]:
     return RunConfig.of(**file.values).to_toml(), (file.ignored_line(), *notes)
 
 
-def write_run_file(config: RunConfig, run_id: str) -> tuple[str, tuple[str, ...]]:
+def write_run_file(config: RunConfig, run_id: str | None = None) -> tuple[str, tuple[str, ...]]:
     """Writes a run file of Psyche's.
 
     Times, clients and witnesses, which a run here has none of, get values that Psyche's check
@@ -49,7 +50,7 @@ def write_run_file(config: RunConfig, run_id: str) -> tuple[str, tuple[str, ...]
 
     Args:
         config: the run.
-        run_id: its name.
+        run_id: its name; None for `--run-id`'s, or `psyche-fast`.
 
     Returns:
         the file's text, and the options that it has no place for, of those that were changed.
@@ -88,16 +89,18 @@ def write_run_file(config: RunConfig, run_id: str) -> tuple[str, tuple[str, ...]
         "lr_schedule": rates.to_json(),
         "optimizer": _write_optimizer(config),
     }
-    text = msgspec.toml.encode(
-        {"run_id": run_id, "run_state": "WaitingForMembers", "config": settings,
-         "model": {"LLM": llm}}
-    ).decode()  # fmt: skip
-    return text, _left_out(config)
+    content = {
+        "run_id": run_id or run.run_id or "psyche-fast",
+        "run_state": "WaitingForMembers",
+        "config": settings,
+        "model": {"LLM": llm},
+    }
+    return msgspec.toml.encode(content).decode(), _left_out(config)
 
 
 _WRITTEN = {
     "model", "python_arch", "sequence_length", "data_path", "token_size", "seed", "seed_bytes",
-    "replicas", "total_batch", "total_batch_start", "batch_warmup_tokens",
+    "replicas", "run_id", "total_batch", "total_batch_start", "batch_warmup_tokens",
 }  # fmt: skip
 _OF_DISTRO = {
     "distro", "distro_quantization", "compression_chunk", "compression_topk", "compression_decay",
@@ -109,7 +112,7 @@ _OF_ADAMW = {"distro", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"}
 def _left_out(config: RunConfig) -> tuple[str, ...]:
     written = _WRITTEN | (_OF_DISTRO if config.optimizer.distro else _OF_ADAMW)
     written |= {name for name, known in FLAGS.items() if known.section == "schedule"}
-    written.discard("start_step")
+    written -= {"start_step", "cold_start_step"}
     data = config.data
     if "Http" not in _write_data(data):
         written -= {"token_size", "seed", "seed_bytes"}

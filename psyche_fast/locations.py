@@ -91,11 +91,13 @@ class Mixture(msgspec.Struct, frozen=True):
         sources: them.
         weights: their shares, before they are divided by their sum; None for their lengths.
         key: 32 bytes that the order of all is shuffled with, or None.
+        sequence_length: what it has to be, or None.
     """
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...] | None
     key: bytes | None
+    sequence_length: int | None = None
 
 
 def seed_key(seed: int) -> bytes:
@@ -254,16 +256,26 @@ class _Psyches(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     providers: list[Any]
 
 
+class _Served(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What Psyche's data server is started with (`data.toml`)."""
+
+    dir: str
+    token_size: Literal["TwoBytes", "FourBytes"]
+    seq_len: Positive
+    shuffle_seed: list[int]
+
+
 class _Weighted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     location: Any
     weight: float = 1.0
 
 
 def read_mixture(obj: Any, what: str) -> Mixture:
-    """Reads a mixture: `data` with `path` and `weight`, or one of Psyche's two forms.
+    """Reads a mixture: `data` with `path` and `weight`, or one of Psyche's three forms.
 
     Psyche's are `{"shuffle": ..., "providers": [...]}`, with an Http location each or pairs of one
-    and its weight, and a list of `{"location": ..., "weight": ...}`.
+    and its weight; a list of `{"location": ..., "weight": ...}`; and what its data server serves,
+    which is a mixture of one.
 
     Raises:
         ValueError: another form, a wrong value, or weights of some data sets only.
@@ -287,6 +299,11 @@ def read_mixture(obj: Any, what: str) -> Mixture:
             weights.append(weight)
         key = read_shuffle(psyches.shuffle, f"{what}: shuffle")
         return _mixture(places, weights, key, what)
+    if isinstance(obj, dict) and "dir" in obj:
+        served = strict.convert(obj, _Served, what)
+        key = read_shuffle({"Seeded": served.shuffle_seed}, f"{what}: shuffle_seed")
+        source = Source(served.dir, _TOKEN_SIZES[served.token_size], key)
+        return Mixture((source,), None, None, served.seq_len)
     ours = strict.convert(obj, _Ours, what)
     places = [
         Source(part.path, part.token_size, None if part.seed is None else seed_key(part.seed))

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
-from psyche_fast.config import RunConfig
+from psyche_fast.config import RUN_ID, RunConfig
 from psyche_fast.locations import (
     DUMMY,
     HttpData,
@@ -32,7 +32,7 @@ _UNUSED = {
     "run_id", "run_state", "progress", "epoch_state", "run_state_start_unix_timestamp",
     "pending_pause",
 }  # fmt: skip
-"""Top-level keys that say how far a run with other clients has come."""
+"""Top-level keys, most of which say how far a run with other clients has come."""
 
 
 class Coordination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,6 +206,12 @@ def read_run_file(path: str) -> RunFile:
         **_batches(config, f"{what}: config"),
         **_schedule(llm.lr_schedule, f"{where}.lr_schedule"),
     }
+    run_id = table.get("run_id")
+    if run_id is not None:
+        if not isinstance(run_id, str):
+            raise ValueError(f"{what}: run_id: wanted text, got {run_id!r}")
+        if RUN_ID.fullmatch(run_id):
+            values["run_id"] = run_id
     refused: dict[str, str] = {}
     if llm.architecture == "Torchtitan":
         refused["python_arch"] = (
@@ -223,7 +229,7 @@ def read_run_file(path: str) -> RunFile:
             refused[option] = f"model.LLM.{key} {found}"
         else:
             values |= found
-    ignored = [key for key in table if key in _UNUSED]
+    ignored = [key for key in table if key in _UNUSED and key not in values]
     ignored += [f"config.{key}" for key in table["config"] if key not in _USED]
     ignored.append("model.LLM.data_type")
     try:
@@ -318,7 +324,7 @@ def _data(value: Any, what: str) -> dict[str, Any] | str:
     if form == "Server":
         return (
             f"'Server' {content}: the protocol of Psyche's data server is not spoken here; give "
-            "--data-path with the data that it serves"
+            "--data-path with the data that it serves, or with its data.toml"
         )
     return {"data_path": location_path(form, content, what)}
 

@@ -250,8 +250,11 @@ class Schedule(Section, frozen=True, kw_only=True):
     linear_decay_steps: Annotated[Count | None, _help("wsd: then a line (default: 0)")] = None
     linear_decay_final_lr: Annotated[Amount | None, _help("wsd: where it ends (default: 0)")] = None
     cold_start_warmup_steps: Annotated[
-        Count, _help("a further factor, which rises from 0 at --start-step to 1")
+        Count, _help("a further factor, which rises from 0 at the first step to 1")
     ] = 0  # fmt: skip
+    cold_start_step: Annotated[
+        Positive | None, _help("where it is 0 (default: --start-step; a resumed run keeps its own)")
+    ] = None  # fmt: skip
     total_steps: Annotated[Positive, _help("steps until the end of the run")] = 25000
     start_step: Annotated[Positive, _help("first step: where the schedule and the data begin")] = 1
 
@@ -281,17 +284,22 @@ class Schedule(Section, frozen=True, kw_only=True):
         except ValueError as error:
             raise ValueError(f"--schedule wsd: {error}") from error
 
+    @property
+    def cold_start_begin(self) -> int:
+        """The step at which a cold start's factor is 0."""
+        return self.cold_start_step or self.start_step
+
     def learning_rates(self) -> LearningRates:
         """Learning rates by step; by default those of Psyche's train example."""
         schedule = self.plain_learning_rates()
         if not self.cold_start_warmup_steps:
             return schedule
-        return ColdStart(schedule, self.start_step, self.cold_start_warmup_steps)
+        return ColdStart(schedule, self.cold_start_begin, self.cold_start_warmup_steps)
 
     def phases(self) -> list[int]:
         """The steps at which the schedule's phases begin after their warm-ups, or end."""
         schedule = self.plain_learning_rates()
-        steps = [self.start_step + self.cold_start_warmup_steps, schedule.warmup_steps]
+        steps = [self.cold_start_begin + self.cold_start_warmup_steps, schedule.warmup_steps]
         if isinstance(schedule, WarmupStableDecay):
             for phase in ("stable_steps", "cosine_decay_steps", "linear_decay_steps"):
                 steps.append(steps[-1] + getattr(schedule, phase))

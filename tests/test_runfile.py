@@ -150,6 +150,15 @@ def test_a_large_run(tmp_path: Path) -> None:
     assert (chosen.max_grad_norm, chosen.weight_decay, chosen.compression_topk) == (1.0, 0.1, 4)
     assert config.data.data_path == "https://storage.googleapis.com/a-bucket/mix.json"
     assert (config.model.python_arch, config.model.sequence_length) == ("HfDeepseek", 2048)
+    assert config.run.run_id == "large"
+
+
+def test_a_name_that_cannot_be_a_folder_is_ignored(tmp_path: Path) -> None:
+    content = table()
+    content["run_id"] = "not a/name"
+    file = read_run_file(write(tmp_path / "state.toml", content))
+    assert "run_id" in file.ignored
+    assert "run_id" not in file.values
 
 
 def test_what_has_no_meaning_here_is_said_once(
@@ -158,7 +167,7 @@ def test_what_has_no_meaning_here_is_said_once(
     content = table()
     content["progress"] = {"epoch": 0, "step": 7, "epoch_start_data_index": 0}
     path = write(tmp_path / "state.toml", content)
-    ignored = ["run_id", "run_state", "progress", *(f"config.{name}" for name in TIMES)]
+    ignored = ["run_state", "progress", *(f"config.{name}" for name in TIMES)]
     assert set(read_run_file(path).ignored) == {*ignored, "model.LLM.data_type"}
     with pytest.raises(SystemExit):
         cli.main(["train", "--run-file", path, "--model", "/nowhere", "--dry-run"])
@@ -249,7 +258,7 @@ def test_data_locations(tmp_path: Path, location: Any, expected: dict[str, Any])
     assert data == expected
     RunConfig.of(**found)
     # And back, to a location of the same meaning.
-    back, _ = conversion.write_run_file(RunConfig.of(**found), "x")
+    back, _ = conversion.write_run_file(RunConfig.of(**found))
     assert options_of(tmp_path, back) == found
 
 
@@ -421,8 +430,12 @@ def test_there_and_back(tmp_path: Path, text: str) -> None:
 def test_ours_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = RunConfig.of(**changes)
     ours = write(tmp_path / "ours.toml", config.to_toml())
+    assert conversion.is_run_file(tomllib.loads(SMALL))
+    for flat in ({"model": "my/LLM"}, {"schedule": "linear"}, tomllib.loads(config.to_toml())):
+        assert not conversion.is_run_file(flat)
     text, notes = conversion.convert(ours, "x")
     assert notes == ()
+    assert tomllib.loads(text)["run_id"] == "x"
     again = RunConfig.of(**options_of(tmp_path, text))
     assert again.batch_sizes == config.batch_sizes
     for step in (1, 7, 400, 24_950, 30_000):
@@ -476,6 +489,7 @@ def test_a_run_file_trains(tmp_path: Path, text: str, batch: tuple[int, int] | N
     assert rows == sorted(rows)
     assert rows[0] == (2 if batch else 4)
     assert rows[-1] == (5 if batch else 4)
+    assert (tmp_path / "run" / "checkpoints" / f"{config.run.run_id}-step20").is_dir()
     assert all(m["loss"] < 6 and m["nonfinite_losses"] == 0 for m in lines)
 
 

@@ -226,6 +226,9 @@ def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
             f"{config.schedule.total_steps}"
         )
     changes: dict[str, Any] = {"start_step": step + 1}
+    if config.schedule.cold_start_warmup_steps:  # which is of the run's own first steps
+        saved = start.manifest.config
+        changes["cold_start_step"] = saved.get("cold_start_step", saved.get("start_step", 1))
     changes["resume" if config.run.resume else "fork"] = str(folder)
     if config.run.resume and config.run.output is None and folder.parent.name == "checkpoints":
         changes["output"] = str(folder.parent.parent)

@@ -27,12 +27,11 @@ _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
     *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
     *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
-    *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb"),
+    *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb", "cold_start_step"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "replicas")
-"""Flags that may be others, which changes what is trained from then on."""
-_PLACES = ("data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
+"""Flags that may be others, which changes the bits of what is trained from then on."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,6 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         f"{flag(n)} {_said(a)} -> {_said(b)}" for n, (a, b) in changed.items() if n not in _FREE
     ]
     which = flag("fork" if forks else "resume")
-    for name in _PLACES:
-        if name in changed:
-            raise ValueError(
-                f"{which}: {start.folder} was saved with {flag(name)} {changed[name][0]}, not "
-                f"{changed[name][1]}; to train its parameters on alone, --model {start.folder}"
-            )
     refused = [n for n in changed if n not in _FREE and n not in _NEW_NUMBERS]
     if refused and not forks:
         raise ValueError(

@@ -94,6 +94,10 @@ def _open_mixture(
         except OSError as error:
             raise ValueError(f"{what}: {error.strerror}") from error
     mixture = read_mixture(described, what)
+    if mixture.sequence_length not in (None, sequence_length):
+        raise ValueError(
+            f"{what}: seq_len is {mixture.sequence_length}, --sequence-length {sequence_length}"
+        )
     folder, parts = Path(path).parent, []
     order = mixture.key if seed is None else seed
     for source in mixture.sources:

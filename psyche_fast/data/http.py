@@ -6,14 +6,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from html import unescape
 from http.client import HTTPResponse
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import quote, urlencode
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 SECONDS = 30.0
 """How long a server may say nothing."""
+_DATA = (".bin", ".ds", ".npy", ".parquet")
 _PASSING = (408, 425, 429)
 """Statuses below 500 that another attempt may not have."""
 
@@ -36,14 +38,21 @@ class HttpFiles:
     def info(self, url: str) -> dict[str, Any]:
         """Size and version of a file, from the head of its first byte's answer.
 
+        What the server answers with a list of is a `directory`.
+
         Raises:
             FileNotFoundError: there is none.
             PermissionError: it is not for everybody.
-            ValueError: the server refuses the request, or does not say the length.
+            ValueError: the server refuses the request, does not say the length, or answers with
+                a page for people.
             OSError: the server cannot be reached or has failed.
         """
         try:
             with _get(url, "bytes=0-0") as response:
+                if response.headers.get_content_type() == "text/html":
+                    if urlsplit(response.url).path.endswith("/"):
+                        return {"type": "directory"}
+                    raise ValueError(f"{url} is a web page, not a file of data")
                 found, size = _range(response)
                 if found is None and response.status == 200:
                     size = response.length
@@ -53,6 +62,18 @@ class HttpFiles:
             raise ValueError(f"{url}: the server does not say how long the file is")
         self.known[url] = size, _version(response)
         return {"size": size, "version": _version(response)}
+
+    def find(self, url: str) -> dict[str, dict[str, Any]]:
+        """Size and version of the data files that a server's list of a folder links to.
+
+        Raises:
+            OSError: what `info` raises.
+        """
+        with _get(url, None) as response:
+            page, base = response.read().decode("utf-8", "replace"), response.url
+        links = {urljoin(base, unescape(link)) for link in re.findall(r'href="([^"#?]+)"', page)}
+        below = sorted(one for one in links if one.startswith(base) and one.endswith(_DATA))
+        return {one: self.info(one) for one in below}
 
     def cat_file(self, url: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`, exclusive.
@@ -159,6 +180,10 @@ def _get(url: str, range_: str | None) -> HTTPResponse:
             if error.code == 416 and (error.headers.get("Content-Range") or "").endswith("*/0"):
                 raise _EmptyError from error
             raise _refusal(url, error) from error
+    except URLError as error:
+        if isinstance(error.reason, OSError):
+            raise error.reason from error
+        raise ValueError(f"{url}: {error.reason}") from error
     if response.status not in (200, 206):
         with response:
             raise OSError(f"{url}: status {response.status}")
@@ -166,7 +191,7 @@ def _get(url: str, range_: str | None) -> HTTPResponse:
 
 
 def _refusal(url: str, error: HTTPError) -> Exception:
-    said = f"{url}: {error.code} {error.reason}"
+    said = f"{url}: {error.code} {error.reason}".splitlines()[0]
     if error.code in (404, 410):
         return FileNotFoundError(said)
     if error.code in (401, 403):

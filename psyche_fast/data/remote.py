@@ -17,9 +17,10 @@ from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
+import huggingface_hub
 
 from psyche_fast.data.http import HttpFiles, NoRangesError, PublicBucket
 from psyche_fast.locations import numbered, scheme
@@ -33,6 +34,10 @@ FIRST_WAIT = 0.5
 FEW_BYTES, MANY_BYTES = 1 << 16, 1 << 20
 """Sizes of blocks: of what is read here and there, and of what is read from end to end."""
 _CONNECTIONS = 16
+_KEPT = 0.9
+"""How full the cache is after blocks were dropped, so that not every new one drops others."""
+_RECENT = 60.0
+"""Seconds for which a block counts as used without being marked anew."""
 _FINAL = (FileNotFoundError, PermissionError, ValueError, NoRangesError, NotImplementedError)
 """Errors that another attempt would meet again."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -58,21 +63,34 @@ class BlockCache:
         self.most_bytes = most_bytes
         self._lock = threading.Lock()
         self._bytes: int | None = None
+        self.fails = False
+        """Whether a block could not be kept."""
 
     @cached_property
     def pool(self) -> ThreadPool:
         """Threads that read several blocks at once."""
         return ThreadPool(_CONNECTIONS)
 
-    def get(self, key: str, block: int, length: int) -> bytes | None:
-        """A block of a file, or None where it is not there."""
+    def get(self, key: str, block: int, length: int, part: slice = slice(None)) -> bytes | None:
+        """A part of a block of so many bytes, or None where it is not there whole."""
         path = self._path(key, block)
+        start, stop, _ = part.indices(length)
         try:
-            data = path.read_bytes()
-            os.utime(path)
+            with path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != length:
+                    return None
+                file.seek(start)
+                data = file.read(stop - start)
+            if time.time() - status.st_mtime > _RECENT:
+                os.utime(path)
         except OSError:
             return None
-        return data if len(data) == length else None
+        return data if len(data) == stop - start else None
+
+    def has(self, key: str, block: int, length: int) -> bool:
+        """Whether a block of so many bytes is there."""
+        return self.get(key, block, length, slice(0, 0)) is not None
 
     def put(self, key: str, block: int, data: bytes) -> None:
         """Keeps a block.
@@ -88,7 +106,7 @@ class BlockCache:
                 file.write(data)
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)
             raise
         with self._lock:
             if self._bytes is None:
@@ -111,11 +129,11 @@ class BlockCache:
         return found
 
     def _drop(self) -> None:
-        """Makes room: down to nine tenths, so that not every block has the folder gone through."""
+        """Makes room."""
         blocks = sorted(self._blocks())
         self._bytes = sum(size for _, size, _ in blocks)
         for _, size, path in blocks:
-            if self._bytes <= self.most_bytes * 0.9:
+            if self._bytes <= self.most_bytes * _KEPT:
                 break
             path.unlink(missing_ok=True)
             self._bytes -= size
@@ -134,6 +152,7 @@ class RemoteFile:
         cache: where its blocks are kept.
         name: its name below the URL that was asked for.
         block_bytes: how much of it is read at once.
+        options: further ones of `files.cat_file`.
     """
 
     url: str
@@ -144,6 +163,7 @@ class RemoteFile:
     cache: BlockCache
     name: PurePosixPath
     block_bytes: int
+    options: dict[str, Any]
     _whole: threading.Lock = field(default_factory=threading.Lock)
 
     def __str__(self) -> str:
@@ -170,11 +190,14 @@ class RemoteFile:
             OSError: it cannot be read, however often it is tried.
         """
         assert 0 <= offset <= offset + length <= self.size
-        size, blocks = self.block_bytes, self._blocks(offset, length)
-        pieces = self.cache.pool.map(self._block, blocks) if len(blocks) > 1 else None
-        data = b"".join(pieces or map(self._block, blocks))
-        start = offset - blocks[0] * size if blocks else 0
-        return data[start : start + length]
+        blocks = self._blocks(offset, length)
+        if len(blocks) > 1:
+            fetch([(self, offset, length)])
+        size, end = self.block_bytes, offset + length
+        return b"".join(
+            self._block(block, slice(max(offset - block * size, 0), min(end - block * size, size)))
+            for block in blocks
+        )
 
     def open(self) -> io.BufferedReader:
         """The file as a seekable one, for what reads files."""
@@ -187,15 +210,18 @@ class RemoteFile:
     def _length(self, block: int) -> int:
         return min(self.block_bytes, self.size - block * self.block_bytes)
 
-    def _block(self, block: int) -> bytes:
+    def _block(self, block: int, part: slice = slice(None)) -> bytes:
         length = self._length(block)
-        data = self.cache.get(self.key, block, length)
-        if data is not None:
-            return data
+        data = self.cache.get(self.key, block, length, part)
+        return self._fetched(block)[part] if data is None else data
+
+    def _fetched(self, block: int) -> bytes:
+        """A block that is not in the cache, where it then is."""
+        length = self._length(block)
         start = block * self.block_bytes
 
         def read() -> bytes:
-            data = self.files.cat_file(self.path, start, start + length)
+            data = self.files.cat_file(self.path, start, start + length, **self.options)
             if len(data) != length:
                 raise OSError(f"{len(data)} bytes came instead of {length}")
             return bytes(data)
@@ -206,12 +232,17 @@ class RemoteFile:
             return self._read_whole(block)
         except FileNotFoundError as error:
             raise ValueError(f"{self.url} is gone since it was opened: {error}") from error
-        self.cache.put(self.key, block, data)
+        try:
+            self.cache.put(self.key, block, data)
+        except OSError as error:  # a full disk is no reason to lose the run
+            if not self.cache.fails:
+                logger.warning("blocks are not kept: %s", error)
+            self.cache.fails = True
         return data
 
     def _read_whole(self, block: int) -> bytes:
         """Keeps all blocks of a file whose server knows no ranges; returns one of them."""
-        if self.size > self.cache.most_bytes:
+        if self.size > self.cache.most_bytes * _KEPT:
             raise ValueError(
                 f"{self.url}: its server sends whole files only, and it has {self.size} bytes, "
                 f"more than the cache of {self.cache.most_bytes} (--data-cache-gb)"
@@ -279,8 +310,9 @@ def fetch(wanted: Iterable[tuple[RemoteFile, int, int]]) -> None:
         OSError: likewise.
     """
     blocks = dict.fromkeys((f, b) for f, at, length in wanted for b in f._blocks(at, length))
-    if len(blocks) > 1:
-        next(iter(blocks))[0].cache.pool.starmap(RemoteFile._block, blocks, chunksize=1)
+    missing = [(f, b) for f, b in blocks if not f.cache.has(f.key, b, f._length(b))]
+    if missing:
+        missing[0][0].cache.pool.starmap(RemoteFile._fetched, missing, chunksize=1)
 
 
 def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
@@ -301,6 +333,8 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
     kind = scheme(url)
     assert kind is not None
     files = _file_system(url, kind)
+    # The hub's would read some megabytes ahead of every block.
+    options = {"cache_type": "none"} if kind == "hf" else {}
     found: list[RemoteFile] = []
 
     def make(one: str, path: str, info: dict[str, Any], name: PurePosixPath) -> RemoteFile:
@@ -308,7 +342,7 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
         if isinstance(files, PublicBucket):
             system, path = HttpFiles(), info["mediaLink"]
             system.known[path] = size, ""
-        return RemoteFile(one, path, size, version, system, cache, name, block_bytes)
+        return RemoteFile(one, path, size, version, system, cache, name, block_bytes, options)
 
     def look(one: str) -> list[RemoteFile]:
         path = one if kind in ("http", "https") else one.split("://", 1)[1].rstrip("/")
@@ -324,7 +358,9 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
         hint = ""
         if isinstance(error, PermissionError) and isinstance(files, PublicBucket):
             hint = "; buckets that are not public need gcsfs: pip install 'psyche-fast[remote]'"
-        raise ValueError(f"--data-path {url}: {_line(error)}{hint}") from error
+        said = _line(error)
+        where = f"--data-path {said}" if url in said else f"--data-path {url}: {said}"
+        raise ValueError(where + hint) from error
     if not found:
         raise ValueError(f"--data-path {url}: there are no files")
     return found
@@ -333,15 +369,17 @@ def find(url: str, cache: BlockCache, block_bytes: int) -> list[RemoteFile]:
 def _folder(
     url: str, kind: str, path: str, files: Any, make: Callable[..., RemoteFile]
 ) -> list[RemoteFile]:
-    options = {} if isinstance(files, PublicBucket) else {"detail": True}
+    own = isinstance(files, HttpFiles | PublicBucket)
+    options = {} if own else {"detail": True}
     listed = retried(url, lambda: files.find(path, **options))
     found = []
     for name, info in listed.items():
         name = name.lstrip("/")
-        below = PurePosixPath(name.removeprefix(path).lstrip("/"))
+        below = PurePosixPath(unquote(name.removeprefix(path).lstrip("/")))
         if not any(part.startswith(".") for part in below.parts):
             link = info.get("mediaLink") or quote(name, safe="")
-            found.append((link, make(f"{kind}://{name}", name, info, below)))
+            full = name if kind in ("http", "https") else f"{kind}://{name}"
+            found.append((link, make(full, name, info, below)))
     return [file for _, file in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -353,6 +391,8 @@ def _version(info: dict[str, Any]) -> str:
 def _file_system(url: str, kind: str) -> Any:
     if kind in ("http", "https"):
         return HttpFiles()
+    if kind == "hf" and huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--data-path {url}: the hub is not asked for it: HF_HUB_OFFLINE is set")
     try:
         return fsspec.filesystem(kind)
     except ImportError as error:
@@ -381,10 +421,12 @@ def retried(what: str, operation: Callable[[], T]) -> T:
             raise
         # File systems have errors of their own, of no common class.
         except Exception as error:
+            line = _line(error)
+            said = line if what in line else f"{what}: {line}"
             if attempt + 1 == ATTEMPTS:
-                raise OSError(f"{what}: {_line(error)}; tried {ATTEMPTS} times") from error
+                raise OSError(f"{said}; tried {ATTEMPTS} times") from error
             wait = FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0)
-            logger.warning("%s: %s; trying again in %.1f s", what, _line(error), wait)
+            logger.warning("%s; trying again in %.1f s", said, wait)
             time.sleep(wait)
     raise AssertionError("every attempt returns or raises")
 

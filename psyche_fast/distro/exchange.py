@@ -161,10 +161,12 @@ class Exchange:
         self._form, self._peers, self._agreement = form, peers, agreement
         self._under_way: deque[tuple[Pending, Future[dict[int, str]]]] = deque()
         self._unpacking: tuple[Unpacking, dict[int, str]] | None = None
+        self._kept: tuple[list[Entries] | None] | None = None
 
     def __len__(self) -> int:
         """How many results have been sent and not been received."""
-        return len(self._under_way) + (self._unpacking is not None)
+        held = (self._unpacking, self._kept)
+        return len(self._under_way) + sum(one is not None for one in held)
 
     def send(self, entries: Sequence[Entries]) -> None:
         """Send this rank's entries on their way."""
@@ -193,6 +195,12 @@ class Exchange:
         Returns:
             One `Entries` per chunk class; None where everything is refused.
         """
+        if self._kept is not None:
+            (entries,), self._kept = self._kept, None
+            return entries
+        return self._take()
+
+    def _take(self) -> list[Entries] | None:
         if self._unpacking is None:
             self._unpack()
         assert self._unpacking is not None
@@ -208,24 +216,20 @@ class Exchange:
         for _, check in self._under_way:
             check.result()
 
-    def state(self) -> tuple[Tensor, list[int]] | None:
-        """The one result between steps: messages `[peers, n]`, and which of them are refused.
+    def arrived(self) -> list[Entries] | None:
+        """Between steps: the results that the next `receive` gives, and still does then.
 
-        None before the first one. A result stays to be received.
+        None where everything is refused, or before the first ones.
         """
-        assert self._unpacking is None
-        assert len(self._under_way) < 2
-        if not self._under_way:
-            return None
-        pending, check = self._under_way[0]
-        return pending.wait(), sorted(check.result())
+        assert len(self) < 2
+        if self._kept is None and len(self):
+            self._kept = (self._take(),)
+        return None if self._kept is None else self._kept[0]
 
-    def load_state(self, messages: Tensor, refused: Sequence[int]) -> None:
-        """Take up what `state` gave, as if it had just arrived."""
+    def load(self, arrived: list[Entries] | None) -> None:
+        """Have the next `receive` give these results."""
         assert len(self) == 0
-        check: Future[dict[int, str]] = Future()
-        check.set_result(dict.fromkeys(refused, "it was before the checkpoint"))
-        self._under_way.append((Pending(0, messages.device, [], [messages], []), check))
+        self._kept = (arrived,)
 
     def _unpack(self) -> None:
         pending, check = self._under_way.popleft()

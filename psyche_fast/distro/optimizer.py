@@ -253,13 +253,9 @@ class DistroStep:
         self._ahead_rate = None
         return entries
 
-    def local_state(self) -> dict[str, Tensor]:
-        """This rank's state, of parameters that are plain: itself, not copies.
-
-        `delta/N` of plan number N, `[chunks, h, w]`, and `refused`.
-        """
-        deltas = {f"delta/{at}": d for at, d in enumerate(self._delta.buffers())}
-        return {**deltas, "refused": self.refused}
+    def plan_deltas(self) -> list[Tensor]:
+        """The state itself, `[chunks, h, w]` of each plan; in host memory where offloaded."""
+        return self._delta.buffers()
 
     @torch.no_grad()
     def update(self, entries: Sequence[Entries], lr: float | Tensor) -> None:

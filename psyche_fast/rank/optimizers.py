@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,16 @@ from psyche_fast import config
 from psyche_fast.distro import DistroStep
 from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.state import (
+    by_name,
+    chunk_counts,
+    chunk_numbers,
+    entries_by_name,
+    entries_of,
+)
 from psyche_fast.kernels.plan import Entries
 from psyche_fast.rank.gradients import gradients, scale_
-from psyche_fast.rank.state import fill
+from psyche_fast.rank.state import Piece, Reader, piece_of
 from psyche_fast.sharding import local_tensor
 
 _STEPPED_ELEMENTS = 1 << 25
@@ -74,17 +81,20 @@ class Optimizer:
         """The momentum by parameter name, for statistics."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Piece]:
         """What this rank has beside the parameters, after `plain` and `settle`; not copies."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave; this optimiser has not made a step yet.
+    def load(self, reader: Reader, *, is_new: bool) -> None:
+        """Take up what `state` gave, wherever it was; this optimiser has not made a step yet.
+
+        Args:
+            reader: has it, each name after `optimizer/`.
+            is_new: of a replica that was not there; it takes up what all replicas have alike.
 
         Raises:
             ValueError: it is another optimiser's.
         """
-        _check_names(state, ())
 
 
 class AdamWOptimizer(Optimizer):
@@ -173,39 +183,28 @@ class AdamWOptimizer(Optimizer):
         }
         return {name: moments[name] for name in self._names if name in moments}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Piece]:
         """`NAME/exp_avg`, `NAME/exp_avg_sq` and `NAME/step` of parameters that were stepped."""
         return {
-            f"{name}/{key}": local_tensor(value)
+            f"{name}/{key}": piece_of(value)
             for part in self._parts
             for name, (_, stepped) in zip(part.names, part.pairs, strict=True)
             for key, value in part.adamw.state.get(stepped, {}).items()
         }
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave.
-
-        Raises:
-            ValueError: it is another optimiser's.
-        """
-        keys = ("exp_avg", "exp_avg_sq")
-        stepped = {n for n in self._names if f"{n}/step" in state}
-        _check_names(state, [f"{n}/{key}" for n in stepped for key in (*keys, "step")])
+    def load(self, reader: Reader, *, is_new: bool) -> None:
+        """Take up what `state` gave."""
+        names = reader.names()
         for part in self._parts:
             for name, (_, tensor) in zip(part.names, part.pairs, strict=True):
-                if name not in stepped:
+                kept = f"optimizer/{name}/"
+                if f"{kept}step" not in names:
                     continue
-                moments = {key: torch.zeros_like(tensor.detach()) for key in keys}
-                parts = {f"{name}/{key}": local_tensor(m) for key, m in moments.items()}
-                fill(parts, {n: state[n] for n in parts})
-                step = state[f"{name}/step"].to(tensor.device, copy=True)
+                moments = {k: torch.zeros_like(tensor.detach()) for k in ("exp_avg", "exp_avg_sq")}
+                reader.fill({kept + key: piece_of(m) for key, m in moments.items()})
+                step = reader.tensor(f"{kept}step").to(tensor.device)
                 part.adamw.state[tensor] = {"step": step, **moments}
-
-
-def _check_names(state: Mapping[str, Tensor], wanted: Collection[str]) -> None:
-    if odd := set(state) ^ set(wanted):
-        raise ValueError(f"the state is another optimizer's: {min(odd)}")
 
 
 @dataclass(frozen=True)
@@ -268,6 +267,7 @@ class DistroOptimizer(DistroStep, Optimizer):
         assert agreement is None or isinstance(agreement, dist.ProcessGroup)
         self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
+        self._chunks: tuple[dict[str, Tensor], dict[str, int]] | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -304,52 +304,51 @@ class DistroOptimizer(DistroStep, Optimizer):
         """Wait for results under way."""
         self._exchange.settle()
 
-    def state(self) -> dict[str, Tensor]:
-        """Delta, own entries, and the results under way, `messages` of all replicas."""
-        state = self.local_state()
-        for at, own in enumerate(self._own or ()):
-            state |= {f"own/{at}/indices": own.indices, f"own/{at}/values": own.values}
-        if (under_way := self._exchange.state()) is not None:
-            state["messages"] = under_way[0]
-            state["messages/refused"] = torch.tensor(under_way[1], dtype=torch.int64)
-        return state
+    def state(self) -> dict[str, Piece]:
+        """Delta, own entries, and the results that the next step applies, by chunks."""
+        state = {f"delta/{n}": d for n, d in by_name(self, self.plan_deltas()).items()}
+        if self._own is not None:
+            state |= entries_by_name(self, self._own, "own")
+        under_way = torch.tensor(len(self._exchange))
+        arrived = self._exchange.arrived()
+        if arrived is not None:
+            state |= entries_by_name(self, arrived, "arrived")
+        pieces = {name: self._piece(name, tensor) for name, tensor in state.items()}
+        return {**pieces, "refused": Piece(self.refused), "under_way": Piece(under_way)}
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        """A part by the chunks of the parameter that `KIND/NAME` or `KIND/NAME/...` is of."""
+        if self._chunks is None:
+            self._chunks = chunk_numbers(self), chunk_counts(self)
+        kind, _, parameter = name.partition("/")
+        if kind != "delta":
+            parameter = parameter.rpartition("/")[0]
+        numbers, counts = self._chunks
+        return Piece(tensor, whole=(counts[parameter],), rows=numbers[parameter])
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave.
-
-        A replica that is new to the run has a part of it: the messages under way, which it is to
-        apply as the others do.
-
-        Raises:
-            ValueError: it is another optimiser's.
-        """
-        mine, plans = self.local_state(), self.layout.plans
-        own = [f"own/{at}/{key}" for at in range(len(plans)) for key in ("indices", "values")]
-        has_own, has_messages = "own/0/indices" in state, "messages" in state
-        is_new = "refused" not in state
-        _check_names(
-            state,
-            [
-                *(() if is_new else mine),
-                *(own if has_own else ()),
-                *(("messages", "messages/refused") if has_messages else ()),
-            ],
-        )
+    def load(self, reader: Reader, *, is_new: bool) -> None:
+        """Take up what `state` gave."""
+        names = {n.removeprefix("optimizer/") for n in reader.names()}
         if not is_new:
-            fill(mine, {name: state[name] for name in mine})
-        if has_own:
-            self._own = [
-                Entries(
-                    state[f"own/{at}/indices"].to(plan.device),
-                    state[f"own/{at}/values"].to(plan.device),
-                    unique=True,
-                )
-                for at, plan in enumerate(plans)
-            ]
-        if has_messages:
-            messages = state["messages"].to(plans[0].device if plans else "cpu")
-            self._exchange.load_state(messages, state["messages/refused"].tolist())
+            state = {f"delta/{n}": d for n, d in by_name(self, self.plan_deltas()).items()}
+            pieces = {f"optimizer/{n}": self._piece(n, d) for n, d in state.items()}
+            reader.fill({**pieces, "optimizer/refused": Piece(self.refused)})
+            if any(name.startswith("own/") for name in names):
+                self._own = self._read_entries(reader, "own")
+        if int(reader.tensor("optimizer/under_way")):
+            there = any(name.startswith("arrived/") for name in names)
+            self._exchange.load(self._read_entries(reader, "arrived") if there else None)
+
+    def _read_entries(self, reader: Reader, kind: str) -> list[Entries]:
+        state = {}
+        for parameter, rows in chunk_numbers(self).items():
+            for what in ("indices", "values"):
+                name = f"{kind}/{parameter}/{what}"
+                first = reader.tensor(f"optimizer/{name}")  # of other chunks, as wide
+                like = first.new_empty(len(rows), *first.shape[1:])
+                state[name] = reader.read(f"optimizer/{name}", self._piece(name, like))
+        return entries_of(self, state, kind)
 
     def zero_momentum(self) -> None:
         """Zero delta; what was in it is no longer to be subtracted from it."""

@@ -15,6 +15,7 @@ from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+_WORLD = ("replicas", "data_parallelism", "tensor_parallelism")
 _FORM = (
     *("distro", "compression_chunk", "compression_topk", "distro_quantization", "delta_dtype"),
     *("offload_delta", "param_dtype", "master_dtype"),
@@ -60,18 +61,24 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
         return
     folder = Path(name)
     manifest = state.read_manifest(folder)
-    rank, ranks = dist.get_rank(), config.parallelism.ranks_per_replica
-    parameters = state.read_part(folder, manifest, state.parameters_file(rank % ranks))
-    if parameters is None:
-        raise ValueError(f"{folder} has no {state.parameters_file(rank % ranks)}")
-    own = state.read_part(folder, manifest, state.rank_file(rank))
-    if own is None:  # of a replica that is new
-        first = state.read_part(folder, manifest, state.rank_file(rank % ranks)) or {}
-        shared = ("random/", "optimizer/messages")
-        own = {name: tensor for name, tensor in first.items() if name.startswith(shared)}
-    if _form(manifest.config) != _form(config.to_dict()):
-        own = {}
-    trainer.load_state(parameters, own)
+    before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
+    ranks = before["data_parallelism"] * before["tensor_parallelism"]
+    place = dist.get_rank() % config.parallelism.ranks_per_replica
+    replica = dist.get_rank() // config.parallelism.ranks_per_replica
+    likely = min(place, ranks - 1)  # the very same where the ranks are placed alike
+    parameters = state.Reader(
+        folder, manifest, state.parameters_file(likely), [*map(state.parameters_file, range(ranks))]
+    )
+    if not parameters:
+        raise ValueError(f"{folder} has no {state.parameters_file(0)}")
+    is_new = replica >= before["replicas"]
+    first = 0 if is_new else replica * ranks
+    own = state.Reader(
+        folder, manifest, state.rank_file(first + likely),
+        [*map(state.rank_file, range(first, first + ranks))],
+    )  # fmt: skip
+    fits = _form(manifest.config) == _form(config.to_dict())
+    trainer.load(parameters, own if fits and own else None, is_new=is_new)
     log.info("goes on from %s", folder)
 
 

@@ -13,21 +13,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from psyche_fast import strict
+from psyche_fast.sharding import Ranges, local_tensor, part_of
 
 VERSION = 1
+_ROWS = "@rows"
+_PLACES = "places"
 FOLDER = "state"
 MANIFEST = "manifest.json"
-_SHOWN = 3
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class StateFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,7 +63,35 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: list[StateFile]
 
 
-def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> StateFile:
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of something that is the whole run's.
+
+    Attributes:
+        tensor: the part.
+        place: where it lies in the whole; None for all of it.
+        whole: the whole's sizes. Those of dimensions beyond `place` are the part's.
+        rows: in place of `place`, which rows of the whole the part has: int64 `[n]`.
+    """
+
+    tensor: Tensor
+    place: Ranges | None = None
+    whole: tuple[int, ...] = ()
+    rows: Tensor | None = None
+
+
+def piece_of(tensor: Tensor) -> Piece:
+    """This rank's part of a tensor that may be distributed."""
+    local = local_tensor(tensor.detach())
+    if not isinstance(tensor, DTensor):
+        return Piece(local)
+    return Piece(local, part_of(tensor), tuple(tensor.shape))
+
+
+State = Mapping[str, Piece]
+
+
+def write_part(folder: Path, name: str, pieces: State) -> StateFile:
     """Writes a file of a state, durably.
 
     Raises:
@@ -61,14 +99,28 @@ def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> StateF
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
+    tensors = {n: p.tensor.detach().cpu().contiguous() for n, p in pieces.items()}
+    places = {
+        n: [[r.start, r.stop, size] for r, size in zip(p.place, p.whole, strict=True)]
+        for n, p in pieces.items()
+        if p.place is not None
+    }
+    for n, p in pieces.items():
+        if p.rows is not None:
+            tensors[n + _ROWS] = torch.cat([p.rows.cpu(), torch.tensor(p.whole[:1])])
     try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        save_file(tensors, path, {_PLACES: msgspec.json.encode(places).decode()})
     except SafetensorError as error:  # a full disk among others, and no OSError
         raise OSError(f"{path}: {error}") from error
+    return sealed(path)
+
+
+def sealed(path: Path) -> StateFile:
+    """Brings a file to disk; what the manifest says of it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return StateFile(name=name, size=path.stat().st_size, sha256=digest)
+    return StateFile(name=path.name, size=path.stat().st_size, sha256=digest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -122,23 +174,6 @@ def _check_sum(path: Path, wanted: str) -> None:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's")
 
 
-def read_part(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor] | None:
-    """A file of a checkpoint's state; None where the state has none of that name.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    file = next((f for f in manifest.files if f.name == name), None)
-    if file is None:
-        return None
-    path = folder / FOLDER / name
-    _check_sum(path, file.sha256)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def parameters_file(place: int) -> str:
     """Of a rank of the first replica."""
     return f"parameters-{place:05d}.safetensors"
@@ -149,27 +184,131 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def fill(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copies a state into the tensors that it is of, bit for bit.
+class Reader:
+    """Reads this rank's pieces of a state that ranks placed otherwise may have written.
 
     Args:
-        targets: this rank's parts.
-        state: has one for each, of the same shape and type, and no more.
+        folder: the checkpoint's.
+        manifest: of its state.
+        first: the file that most likely has what this rank wants.
+        names: further ones that may.
 
     Raises:
-        ValueError: it is not of these tensors; nothing has been changed.
+        ValueError: a file is damaged.
     """
-    if odd := sorted(set(state) ^ set(targets)):
-        raise ValueError(
-            "the state is another model's: it and the model do not both have "
-            + ", ".join(odd[:_SHOWN])
-        )
-    for name, target in targets.items():
-        own = state[name]
-        if (own.shape, own.dtype) != (target.shape, target.dtype):
+
+    def __init__(self, folder: Path, manifest: Manifest, first: str, names: Sequence[str]) -> None:
+        sums = {file.name: file.sha256 for file in manifest.files}
+        self._paths = [folder / FOLDER / n for n in dict.fromkeys([first, *names]) if n in sums]
+        self._sums = sums
+        self._files: dict[Path, tuple[Any, dict[str, list[list[int]]], set[str]]] = {}
+
+    def __len__(self) -> int:
+        """How many files there are."""
+        return len(self._paths)
+
+    def names(self) -> set[str]:
+        """What the first file has."""
+        return {n for n in self._open(self._paths[0])[2] if not n.endswith(_ROWS)}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the first file, as it is."""
+        tensor: Tensor = self._open(self._paths[0])[0].get_tensor(name)
+        return tensor
+
+    def fill(self, pieces: State) -> None:
+        """Copies a state into the tensors that it is of, bit for bit.
+
+        Raises:
+            ValueError: it is not of these; nothing has been changed.
+        """
+        read = {name: self.read(name, piece) for name, piece in pieces.items()}
+        for name, tensor in read.items():
+            pieces[name].tensor.copy_(tensor)
+
+    def read(self, name: str, like: Piece) -> Tensor:
+        """This rank's part of something, on the CPU.
+
+        Args:
+            name: its name.
+            like: a tensor of the part's sizes and type, and where it lies.
+
+        Raises:
+            ValueError: the state has no such thing, of other sizes, or not all of it.
+        """
+        wanted, rows = like.tensor, like.rows
+        result = torch.empty(wanted.shape, dtype=wanted.dtype)
+        left, covered = wanted.numel(), None
+        if rows is not None:
+            positions = torch.full((like.whole[0],), -1, dtype=torch.int64)
+            positions[rows.cpu()] = torch.arange(len(rows))
+            missing = torch.ones(len(rows), dtype=torch.bool)
+        for path in self._paths:
+            file, places, names = self._open(path)
+            if name not in names:
+                continue
+            if rows is not None:
+                *_, whole = numbers = file.get_tensor(name + _ROWS)
+                self._check(name, file, like, (int(whole),))
+                at = positions[numbers[:-1]]
+                result[at[at >= 0]] = file.get_tensor(name)[at >= 0]
+                missing[at[at >= 0]] = False
+                left = int(missing.sum())
+            else:
+                theirs = [r[:2] for r in places.get(name, [])]
+                self._check(name, file, like, tuple(r[2] for r in places.get(name, [])))
+                target = _copy_overlap(file, name, theirs, like, result)
+                # Ranks may have the same part: what is there is marked.
+                covered = (
+                    torch.zeros(result.shape, dtype=torch.bool) if covered is None else covered
+                )
+                covered[target] = True
+                left = covered.numel() - int(covered.sum())
+            if left == 0:
+                return result
+        if wanted.numel() == 0:
+            return result
+        raise ValueError(f"the state has no {name}, or not all of it: it is another model's")
+
+    def _check(self, name: str, file: Any, like: Piece, whole: tuple[int, ...]) -> None:
+        kept = file.get_slice(name)
+        sizes, dtype = list(kept.get_shape()), _DTYPES[kept.get_dtype()]
+        own = list(like.tensor.shape)
+        if whole:
+            sizes[: len(whole)] = whole
+        if like.whole:
+            own[: len(like.whole)] = like.whole
+        if (sizes, dtype) != (own, like.tensor.dtype):
             raise ValueError(
-                f"the state's {name} is {own.dtype} {list(own.shape)}, wanted {target.dtype} "
-                f"{list(target.shape)}"
+                f"the state's {name} is {dtype} {sizes}, wanted {like.tensor.dtype} {own}"
             )
-    for name, target in targets.items():
-        target.copy_(state[name])
+
+    def _open(self, path: Path) -> tuple[Any, dict[str, list[list[int]]], set[str]]:
+        if path not in self._files:
+            _check_sum(path, self._sums[path.name])
+            try:
+                file = safe_open(path, "pt")
+                places = msgspec.json.decode((file.metadata() or {})[_PLACES])
+            except (SafetensorError, KeyError, msgspec.DecodeError) as error:
+                raise ValueError(f"{path} is no file of a state: {error}") from error
+            self._files[path] = file, places, set(file.keys())
+        return self._files[path]
+
+
+def _copy_overlap(
+    file: Any, name: str, theirs: list[list[int]], like: Piece, result: Tensor
+) -> Ranges:
+    """Copies what a file has of a piece; where in the piece that is."""
+    if like.place is None and not theirs:
+        result.copy_(file.get_tensor(name))
+        return tuple(slice(0, size) for size in result.shape)
+    sizes = list(like.whole or like.tensor.shape)
+    own = [(r.start, r.stop) for r in like.place or [slice(0, size) for size in sizes]]
+    theirs = theirs or [[0, size] for size in sizes]
+    both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
+    both = [(start, max(start, stop)) for start, stop in both]
+    target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, own, strict=True))
+    if all(start < stop for start, stop in both):
+        source = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, theirs, strict=True))
+        result[target] = file.get_slice(name)[source]
+    return target

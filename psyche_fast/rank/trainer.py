@@ -7,7 +7,6 @@ the step's counts are read, during the step after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ from psyche_fast.rank.gradients import (
     local_parts,
 )
 from psyche_fast.rank.optimizers import Optimizer
-from psyche_fast.rank.state import fill
+from psyche_fast.rank.state import Piece, Reader, piece_of
 from psyche_fast.rank.topology import Topology
 from psyche_fast.schedules import LearningRates
 from psyche_fast.sharding import is_cut_over
@@ -203,43 +202,43 @@ class Trainer:
         self._optimizer.plain()
         self._optimizer.settle()
 
-    def parameter_state(self) -> dict[str, Tensor]:
+    def parameter_state(self) -> dict[str, Piece]:
         """This rank's part of all parameters, masters and buffers, after `plain`; not copies."""
         model = self.model
-        kinds = {
-            "parameter": local_parts(model.named_parameters()),
-            "master": local_parts(model.masters),
-            "buffer": local_parts(dict(model.module.named_buffers())),
+        kinds: dict[str, dict[str, Tensor]] = {
+            "parameter": dict(model.named_parameters()),
+            "master": model.masters,
+            "buffer": dict(model.module.named_buffers()),
         }
-        return {f"{kind}/{n}": t for kind, tensors in kinds.items() for n, t in tensors.items()}
+        return {f"{kind}/{n}": piece_of(t) for kind, ts in kinds.items() for n, t in ts.items()}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Piece]:
         """What this rank alone has, after `plain`: the optimiser's state and random numbers'."""
-        state = {f"optimizer/{name}": t for name, t in self._optimizer.state().items()}
-        state["random/cpu"] = torch.get_rng_state()
+        state = {f"optimizer/{name}": piece for name, piece in self._optimizer.state().items()}
+        state["random/cpu"] = Piece(torch.get_rng_state())
         if self.model.device.type == "cuda":
-            state["random/cuda"] = torch.cuda.get_rng_state(self.model.device)
+            state["random/cuda"] = Piece(torch.cuda.get_rng_state(self.model.device))
         return state
 
     @torch.no_grad()
-    def load_state(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def load(self, parameters: Reader, own: Reader | None, *, is_new: bool = False) -> None:
         """Takes up what `parameter_state` and `state` gave, before the first step.
 
         Args:
-            parameters: all of them.
-            state: this rank's; empty for the parameters alone.
+            parameters: has the former.
+            own: has the latter; None for the parameters alone.
+            is_new: this rank is of a replica that was not there.
 
         Raises:
             ValueError: they are another model's or optimiser's.
         """
-        fill(self.parameter_state(), parameters)
-        if not state:
+        parameters.fill(self.parameter_state())
+        if own is None:
             return
-        own = {n.removeprefix("optimizer/"): t for n, t in state.items() if n[:10] == "optimizer/"}
-        self._optimizer.load_state(own)
-        torch.set_rng_state(state["random/cpu"])
-        if self.model.device.type == "cuda" and "random/cuda" in state:
-            torch.cuda.set_rng_state(state["random/cuda"], self.model.device)
+        self._optimizer.load(own, is_new=is_new)
+        torch.set_rng_state(own.tensor("random/cpu"))
+        if self.model.device.type == "cuda" and "random/cuda" in own.names():
+            torch.cuda.set_rng_state(own.tensor("random/cuda"), self.model.device)
 
     def zero(self) -> None:
         """Forgets the optimiser's momentum."""

@@ -10,6 +10,8 @@ import torch
 
 from psyche_fast.config import RunConfig
 from psyche_fast.core import plan
+from psyche_fast.core.resume import Start
+from psyche_fast.rank.state import Manifest
 from psyche_fast.start.devices import Devices
 from tests.tiny import save_llama, save_tokens
 
@@ -100,3 +102,19 @@ def test_a_checkpoint_that_does_not_fit_its_configuration(
     file.write_text(json.dumps({**settings, "rms_norm_eps": {"__float__": "big"}}))
     with pytest.raises(ValueError, match=r"config.json: .*rms_norm_eps"):
         plan.make_plan(RunConfig.of(**config))  # type: ignore[arg-type]
+
+
+def test_a_cold_start_goes_on_where_a_run_does(tmp_path: Path) -> None:
+    config = RunConfig.of(cold_start_warmup_steps=40, start_step=11, warmup_steps=0)
+    saved = config.to_dict()
+    for step in (20, 30):  # the second time it has been gone on with already
+        manifest = Manifest(version=1, step=step, config=saved, data={}, machine={}, files=[])
+        resumed = plan._from_start(
+            RunConfig.of(resume="auto", cold_start_warmup_steps=40, warmup_steps=0),
+            Start(tmp_path, manifest, ()),
+        )
+        assert resumed.schedule.start_step == step + 1
+        rates = resumed.schedule.learning_rates()
+        assert rates.get_lr(31) == config.schedule.learning_rates().get_lr(31) > 0
+        assert rates.get_lr(11) == 0
+        saved = resumed.to_dict()

@@ -24,6 +24,7 @@ class FileServer:
             (bytes of another range), a status, or `fine`.
         always: for a path, what goes wrong with every request.
         etags: versions by path; none are sent where it is None.
+        moved: where files have gone, by path.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class FileServer:
         self.faults: dict[str, list[Any]] = {}
         self.always: dict[str, Any] = {}
         self.etags: dict[str, str] | None = {}
+        self.moved: dict[str, str] = {}
         self.ranges = True
         self.lengths = True
         self.asked: Counter[str] = Counter()
@@ -44,6 +46,12 @@ class FileServer:
         if path.startswith("/download/storage/v1/b/"):
             bucket, _, name = path.removeprefix("/download/storage/v1/b/").partition("/o/")
             path = f"/{bucket}/{name}"
+        if path in self.moved:
+            handler.send_response(302)
+            handler.send_header("Location", self.moved[path])
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return None
         faults = self.faults.get(path)
         fault = faults.pop(0) if faults else self.always.get(path, "fine")
         if path not in self.files or isinstance(fault, int):
@@ -67,6 +75,8 @@ class FileServer:
         if fault == "short":
             data = data[: len(data) // 2]
         handler.send_response(status)
+        if path.endswith(("/", ".html")):
+            headers["Content-Type"] = "text/html; charset=utf-8"
         if self.lengths:
             headers["Content-Length"] = str(len(data))
         if self.etags is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from psyche_fast.data import MixtureDataset, Sample, collate, open_dataset
-from psyche_fast.data.order import reversed_order
+from psyche_fast.data.order import reversed_order, shuffled_order
 
 # Psyche's own tests shuffle with it.
 TEST_SEED = bytes(
@@ -172,6 +172,22 @@ def test_descriptions_of_local_data(place):
     assert firsts(place, weighted) == plain
     # A seed of the run's goes over the description's.
     assert firsts(place, {"shuffle": "DontShuffle", "providers": pairs}, seed=TEST_SEED) == shuffled
+
+
+def test_what_psyches_data_server_serves(place):
+    (place / "config").mkdir()
+    data = {"dir": "../a", "token_size": "TwoBytes", "seq_len": 4, "shuffle_seed": [*range(1, 33)]}
+    path = place / "config" / "data.toml"
+    path.write_bytes(msgspec.toml.encode(data))
+    dataset = open_dataset(path, sequence_length=4)
+    order = shuffled_order(6, bytes(range(1, 33)))
+    found = [int(s.input_ids[0]) for s in dataset.get_samples(0, 5)]
+    assert found == [i + 1 for i in order]
+    with pytest.raises(ValueError, match="seq_len is 4, --sequence-length 5"):
+        open_dataset(path, sequence_length=5)
+    path.write_bytes(msgspec.toml.encode({**data, "shuffle_seed": [1]}))
+    with pytest.raises(ValueError, match=r"shuffle_seed\.Seeded: wanted 32 numbers"):
+        open_dataset(path, sequence_length=4)
 
 
 def test_parts_have_token_sizes_and_seeds_of_their_own(place):

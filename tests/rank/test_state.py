@@ -1,0 +1,194 @@
+"""States by pieces: the very same whole in whatever world it is taken up, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from psyche_fast.batch import Batch
+from psyche_fast.config import RunConfig
+from psyche_fast.models.source import resolve_model
+from psyche_fast.rank import state
+from psyche_fast.rank.saving import restore
+from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.state import Manifest, Piece
+from tests.groups import run_ranks
+from tests.tiny import random_tokens, save_llama
+
+COMMON: dict[str, Any] = {
+    "param_dtype": "bfloat16", "sequence_length": 16, "micro_batch": 2, "total_batch": 4,
+    "warmup_steps": 0, "compression_chunk": 12, "compression_topk": 3, "threads": 1,
+    "checkpoint_every": 0,
+}  # fmt: skip
+
+
+def settings(method: str, dp: int, tp: int, **changes: Any) -> RunConfig:
+    return RunConfig.of(
+        **COMMON, distro=method == "distro", data_parallelism=dp, tensor_parallelism=tp, **changes
+    )
+
+
+def write(rank: int, trainer: Any, config: RunConfig, folder: Path, step: int) -> None:
+    """What the ranks and the core write of a step."""
+    import torch.distributed as dist
+
+    place = folder / state.FOLDER
+    trainer.plain()
+    files = [
+        state.write_part(place, state.rank_file(rank), trainer.state()),
+        state.write_part(place, state.parameters_file(rank), trainer.parameter_state()),
+    ]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, files)
+    if rank == 0:
+        manifest = Manifest(
+            version=state.VERSION, step=step, config=config.to_dict(), data={}, machine={},
+            files=[file for own in everyones for file in own],
+        )  # fmt: skip
+        state.write_manifest(place, manifest)
+    dist.barrier()
+
+
+def first(rank: int, model: Path, config: RunConfig, folder: Path) -> None:
+    """Trains two steps and writes."""
+    trainer = build_trainer(config, resolve_model(str(model)), torch.device("cpu"))
+    for step in (1, 2):
+        trainer.train(step, Batch(random_tokens(4, 16, seed=step)))
+        trainer.optimize(step)
+    write(rank, trainer, config, folder, 2)
+
+
+def second(rank: int, model: Path, config: RunConfig, folder: Path) -> float:
+    """Takes up what another world wrote, writes it again, and trains on."""
+    trainer = build_trainer(config, resolve_model(str(model)), torch.device("cpu"))
+    restore(trainer, config)
+    write(rank, trainer, config, folder, 2)
+    output = trainer.train(3, Batch(random_tokens(4, 16, seed=3)))
+    trainer.optimize(3)
+    return float(output.loss)
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """Everything that a state has, put together from its files in a way of the test's own."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((folder / state.FOLDER).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            places = json.loads(file.metadata()["places"])
+            names = list(file.keys())
+            for name in names:
+                if name.endswith("@rows") or name.startswith("random/"):
+                    continue
+                tensor = file.get_tensor(name)
+                if f"{name}@rows" in names:
+                    *rows, count = file.get_tensor(f"{name}@rows").tolist()
+                    into = found.setdefault(name, tensor.new_zeros(count, *tensor.shape[1:]))
+                    into[rows] = tensor
+                elif name in places:
+                    sizes = [size for _, _, size in places[name]]
+                    into = found.setdefault(name, tensor.new_zeros(sizes))
+                    into[tuple(slice(a, b) for a, b, _ in places[name])] = tensor
+                else:
+                    assert torch.equal(found.setdefault(name, tensor), tensor), name
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("state") / "model", vocab_size=102, hidden_size=24,
+                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+
+
+WORLDS = {  # ranks of data and of tensor parallelism, and what others take it up
+    (1, 1): [(2, 2)],
+    (2, 1): [(1, 2)],
+    (1, 2): [(2, 1), (1, 1)],
+    (2, 2): [(2, 1), (1, 1)],
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("method", ["adamw", "distro"])
+@pytest.mark.parametrize("before", WORLDS, ids=str)
+def test_another_world_takes_up_the_same(
+    method: str, before: tuple[int, int], model: Path, tmp_path: Path
+) -> None:
+    """Shards that cut chunks, uneven ones, empty ones: everything as it was, to the bit."""
+    run_ranks(first, before[0] * before[1], model, settings(method, *before), tmp_path / "a")
+    wanted = whole(tmp_path / "a")
+    kinds = {"optimizer/delta/lm_head.weight", "optimizer/own/lm_head.weight/indices",
+             "optimizer/arrived/model.norm.weight/values"}  # fmt: skip
+    if method == "adamw":
+        kinds = {"optimizer/lm_head.weight/exp_avg", "optimizer/model.norm.weight/step"}
+    assert kinds | {"parameter/lm_head.weight", "master/model.norm.weight"} <= wanted.keys()
+    losses = []
+    for number, after in enumerate(WORLDS[before]):
+        config = settings(method, *after, resume=str(tmp_path / "a"))
+        folder = tmp_path / str(number)
+        losses.append(sum(run_ranks(second, after[0] * after[1], model, config, folder)))
+        losses[-1] /= after[0] * after[1]
+        found = whole(folder)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), (after, name)
+    assert max(losses) - min(losses) < 0.02
+
+
+def reader(folder: Path, *pieces: dict[str, Piece]) -> state.Reader:
+    files = [
+        state.write_part(folder / state.FOLDER, state.rank_file(n), own)
+        for n, own in enumerate(pieces)
+    ]
+    manifest = Manifest(version=1, step=1, config={}, data={}, machine={}, files=files)
+    return state.Reader(folder, manifest, files[0].name, [file.name for file in files])
+
+
+def part(start: int, stop: int) -> Piece:
+    return Piece(torch.arange(start, stop).float(), (slice(start, stop),), (8,))
+
+
+def test_pieces_are_read_wherever_they_lie(tmp_path: Path) -> None:
+    rows = Piece(torch.tensor([[5.0], [1.0]]), whole=(6,), rows=torch.tensor([5, 1]))
+    more = Piece(torch.tensor([[0.0], [2.0], [3.0]]), whole=(6,), rows=torch.tensor([0, 2, 3]))
+    read = reader(tmp_path, {"a": part(0, 3), "r": rows}, {"a": part(3, 8), "r": more})
+    like = Piece(torch.empty(5), (slice(2, 7),), (8,))
+    assert read.read("a", like).tolist() == [2, 3, 4, 5, 6]
+    assert read.read("a", Piece(torch.empty(8))).tolist() == list(range(8))
+    wanted = Piece(torch.empty(3, 1), whole=(6,), rows=torch.tensor([3, 5, 0]))
+    assert read.read("r", wanted).tolist() == [[3], [5], [0]]
+    for name, piece, what in (
+        ("a", Piece(torch.empty(9)), "torch.float32 [8], wanted torch.float32 [9]"),
+        ("a", Piece(torch.empty(8, dtype=torch.bfloat16)), "wanted torch.bfloat16"),
+        ("b", Piece(torch.empty(8)), "no b"),
+        ("r", Piece(torch.empty(1, 1), whole=(6,), rows=torch.tensor([4])), "not all of it"),
+    ):
+        with pytest.raises(ValueError, match=what.replace("[", r"\[")):
+            read.read(name, piece)
+
+
+def test_what_ranks_have_twice_does_not_stand_for_what_is_missing(tmp_path: Path) -> None:
+    read = reader(tmp_path, {"a": part(0, 4)}, {"a": part(0, 4)})
+    with pytest.raises(ValueError, match="not all of it"):
+        read.read("a", Piece(torch.empty(8)))
+
+
+def test_a_file_that_is_no_state(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / state.FOLDER).mkdir()
+    path = tmp_path / state.FOLDER / state.rank_file(0)
+    save_file({"a": torch.zeros(1)}, path)
+    manifest = Manifest(
+        version=1, step=1, config={}, data={}, machine={}, files=[state.sealed(path)]
+    )
+    read = state.Reader(tmp_path, manifest, path.name, [])
+    with pytest.raises(ValueError, match="is no file of a state"):
+        read.tensor("a")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged"):
+        state.Reader(tmp_path, manifest, path.name, []).tensor("a")
