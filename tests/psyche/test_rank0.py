@@ -239,6 +239,11 @@ def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> d
             core.forward(random_tokens(4, 8))
     with traced() as found["extract"]:
         core.extract()
+    core.hyperparameters(adamw(clip), micro_batch=4 // dp)
+    with traced() as found["adamw: train"]:
+        core.train(3, random_tokens(4, 8))
+    with traced() as found["adamw: optimize"]:
+        core.optimize(3)
     split = [n for n, v in core.model.named_parameters().items() if hasattr(v, "placements")]
     core.exit()
     kept = {
@@ -282,6 +287,8 @@ def test_collectives_of_two_shards(tmp_path: Path) -> None:
         applied = ["broadcast"] * 42 + ["scatter"] * 21 if step > 1 else []
         assert [n for n, *_ in found[f"optimize {step}"]] == ["barrier", *applied]
     assert [n for n, *_ in found["extract"]] == ["barrier"] + ["gather"] * 21
+    assert found["adamw: train"] == [*begin, *batch, *forward, *backward, *loss]
+    assert found["adamw: optimize"] == [*begin, *clip]
 
 
 @pytest.mark.parametrize("dp", [1, 2])
@@ -305,3 +312,4 @@ def test_collectives_of_split_layers(tmp_path: Path, dp: int) -> None:
         assert Counter(after) == {"gather": cuts, **more}
         assert log[-1] == "sum"
     assert found["forward 1"] == found["forward 2"]
+    assert [n for n, *_ in found["adamw: optimize"]] == ["barrier"]
