@@ -36,11 +36,17 @@ def decode(results: Sequence[DistroResult], dtype: torch.dtype, device: torch.de
     )
     if coefficients.dim() == 2:
         basis = _inverse_basis(coefficients.shape[1], dtype, device)
-        return torch.einsum("...ij, jb -> ...ib", coefficients, basis).reshape(-1)
+        return _einsum("...ij, jb -> ...ib", coefficients, basis).reshape(-1)
     high, wide = (_inverse_basis(side, dtype, device) for side in coefficients.shape[-2:])
-    whole = torch.einsum("...ijkl, kb, ld -> ...ibjd", coefficients, high, wide)
+    whole = _einsum("...ijkl, kb, ld -> ...ibjd", coefficients, high, wide)
     *batch, down, h, across, w = whole.shape
     return whole.reshape(*batch, down * h, across * w)
+
+
+def _einsum(equation: str, *tensors: Tensor) -> Tensor:
+    """From left to right, as C++ does; `torch.einsum` may choose another order."""
+    product: Tensor = torch.ops.aten.einsum(equation, list(tensors))
+    return product
 
 
 def _numbers(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -115,10 +115,8 @@ class Trainer:
     ) -> Tensor:
         size = self._micro_batch_size
         count = -(-len(input_ids) // size)
-        inputs, targets = (
-            input_ids.chunk(count),
-            (input_ids if labels is None else labels).chunk(count),
-        )
+        inputs = input_ids.chunk(count)
+        targets = inputs if labels is None else labels.chunk(count)
         positions = [None] * count if position_ids is None else position_ids.chunk(count)
         total = torch.zeros((), device=input_ids.device)
         for number in range(count):

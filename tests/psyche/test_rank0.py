@@ -148,7 +148,7 @@ def _distro(folder: Path, logs: Path, dp: int, tp: int, clip: float | None, bits
     losses, wanted = [], []
     rounds: list[list[list[Any]]] = []
     mirror: list[list[list[Any]]] = []
-    for step in range(1, 7):
+    for step in range(1, 6):
         own, own_mirror = [], []
         if step > 2:  # at the start of a round, the peers' results of the round before the last
             peers, peers_mirror = rounds[step - 3], mirror[step - 3]
@@ -171,8 +171,8 @@ def _distro(folder: Path, logs: Path, dp: int, tp: int, clip: float | None, bits
             own_mirror.append(true)
         rounds.append(own)
         mirror.append(own_mirror)
-    core.optimize(7)  # without results nothing changes
-    expected.optimize(7, [], None)
+    core.optimize(6)  # without results nothing changes
+    expected.optimize(6, [], None)
     return {**_end(core, expected), "losses": losses, "expected": wanted}
 
 
@@ -191,8 +191,8 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
 @pytest.mark.parametrize(("dp", "tp"), LAYOUTS)
 def test_adamw(tmp_path: Path, dp: int, tp: int) -> None:
-    folder = save_llama(tmp_path / "model")
-    source = "files" if dp == 2 else "config_and_tensors"
+    folder = save_llama(tmp_path / "model", num_hidden_layers=1)
+    source = "files" if tp == 1 else "config_and_tensors"
     clip = 0.5 if tp == 1 else None
     found = in_process(_adamw, folder, tmp_path, dp, tp, source, clip)
     assert found["codes"] == [0] * (dp * tp - 1)
@@ -206,13 +206,13 @@ def test_adamw(tmp_path: Path, dp: int, tp: int) -> None:
     [(1, 1, 0.5, True), (2, 1, 0.5, False), (1, 2, 0.0, True), (2, 2, None, True)],
 )
 def test_distro(tmp_path: Path, dp: int, tp: int, clip: float | None, bits: bool) -> None:
-    folder = save_llama(tmp_path / "model")
+    folder = save_llama(tmp_path / "model", num_hidden_layers=1)
     found = in_process(_distro, folder, tmp_path, dp, tp, clip, bits)
     assert found["codes"] == [0] * (dp * tp - 1)
     assert found["losses"][:4] == pytest.approx(found["expected"][:4], abs=1e-3)
     # results are applied now: where signs cancel, rounding decides the direction of a step
     assert found["losses"] == pytest.approx(found["expected"], abs=5e-2)
-    assert found["losses"][-1] < found["losses"][1] - 0.1, "the results reach the model"
+    assert found["losses"][-1] < found["losses"][0] - 0.1, "the results reach the model"
     assert found["apart"] < 2 * LR
 
 
@@ -230,7 +230,7 @@ def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> d
     core.hyperparameters(distro(clip), micro_batch=4 // dp)
     own: list[Any] = []
     found: dict[str, list[Moved]] = {}
-    for step in (1, 2, 3):
+    for step in (1, 2):
         with traced() as found[f"train {step}"]:
             own = [core.train(step, random_tokens(4, 8), results=own)[1]]
         with traced() as found[f"optimize {step}"]:
@@ -239,6 +239,11 @@ def _traces(folder: Path, logs: Path, dp: int, tp: int, clip: float | None) -> d
             core.forward(random_tokens(4, 8))
     with traced() as found["extract"]:
         core.extract()
+    core.hyperparameters(adamw(clip), micro_batch=4 // dp)
+    with traced() as found["adamw: train"]:
+        core.train(3, random_tokens(4, 8))
+    with traced() as found["adamw: optimize"]:
+        core.optimize(3)
     split = [n for n, v in core.model.named_parameters().items() if hasattr(v, "placements")]
     core.exit()
     kept = {
@@ -268,7 +273,7 @@ def test_collectives_of_two_shards(tmp_path: Path) -> None:
     ]
     clip: list[Moved] = [("sum", 21, torch.float32)]
     loss: list[Moved] = [("sum", 1, torch.float32)]
-    for step in (1, 2, 3):
+    for step in (1, 2):
         assert found[f"forward {step}"] == [*begin, *batch, *forward]
         log = found[f"train {step}"]
         results, rest = log[1 : 43 if step > 1 else 1], log[43 if step > 1 else 1 :]
@@ -282,26 +287,29 @@ def test_collectives_of_two_shards(tmp_path: Path) -> None:
         applied = ["broadcast"] * 42 + ["scatter"] * 21 if step > 1 else []
         assert [n for n, *_ in found[f"optimize {step}"]] == ["barrier", *applied]
     assert [n for n, *_ in found["extract"]] == ["barrier"] + ["gather"] * 21
+    assert found["adamw: train"] == [*begin, *batch, *forward, *backward, *loss]
+    assert found["adamw: optimize"] == [*begin, *clip]
 
 
 @pytest.mark.parametrize("dp", [1, 2])
 def test_collectives_of_split_layers(tmp_path: Path, dp: int) -> None:
     """By parameter after backward, and none besides; what a forward needs is the tensor plan's."""
-    folder = save_llama(tmp_path / "model", dtype="float32")
+    folder = save_llama(tmp_path / "model", dtype="float32", num_hidden_layers=1)
     found = in_process(_traces, folder, tmp_path, dp, 2, None)
     # norms stand alone on each rank where nothing shards them
-    assert found["split"] == (16 if dp == 1 else 21)
-    cuts = 16 + (21 if dp == 2 else 0)  # each is gathered over each dimension that cuts it
+    assert found["split"] == (9 if dp == 1 else 12)
+    cuts = 9 + (12 if dp == 2 else 0)  # each is gathered over each dimension that cuts it
     assert Counter(n for n, *_ in found["extract"]) == {"barrier": 1, "gather": cuts}
-    for step in (1, 2, 3):
+    for step in (1, 2):
         names = Counter(n for n, *_ in found[f"optimize {step}"])
         # the gradient of the embedding's rows stands whole on each rank, by our tensor plan
         whole = 1 if dp == 1 else 0
-        more = {"broadcast": 42 + whole, "scatter": cuts - whole} if step > 1 else {}
+        more = {"broadcast": 24 + whole, "scatter": cuts - whole} if step > 1 else {}
         assert names == {"barrier": 1, **more}
         log = [n for n, *_ in found[f"train {step}"]]
         after = log[len(log) - 1 - cuts * (2 if step > 1 else 1) : -1]
         more = {"scatter": cuts} if step > 1 else {}
         assert Counter(after) == {"gather": cuts, **more}
         assert log[-1] == "sum"
-    assert found["forward 1"] == found["forward 2"] == found["forward 3"]
+    assert found["forward 1"] == found["forward 2"]
+    assert [n for n, *_ in found["adamw: optimize"]] == ["barrier"]
