@@ -33,6 +33,7 @@ from benchmarks.common import environment, percentiles
 from psyche_fast.config import RunConfig
 from psyche_fast.core.plan import Plan, make_plan
 from psyche_fast.core.run import Core, steps
+from psyche_fast.core.saving import States
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import Console, MetricsWriter, PhaseTimer
 from psyche_fast.rank.protocol import Sender
@@ -83,9 +84,11 @@ def compare(count: int = 30) -> dict[str, Any]:
 
 def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str, Any]:
     trainer = build_trainer(plan.resolved, plan.source, torch.device("cpu"))
+    console = Console(count, 1)
     core = Core(
-        plan, folder, trainer, Sender(store, 1), StopRequest(), Console(count, 1), PhaseTimer()
-    )
+        plan, folder, trainer, Sender(store, 1), States(plan, folder, store, console.message),
+        StopRequest(), console, PhaseTimer(),
+    )  # fmt: skip
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         plan.config.model.model, dtype=torch.float32, attn_implementation="sdpa"
     ).train()
@@ -114,7 +117,7 @@ def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str,
 
     with (
         MetricsWriter(folder / "metrics.jsonl") as writer,
-        BatchPrefetcher(plan.dataset, ROWS, 1, count + 1) as batches,
+        BatchPrefetcher(plan.dataset, plan.config.batch_sizes, 1, count + 1) as batches,
     ):
         ours = steps(core, batches, report)
         for step in range(1, count + 1):

@@ -1,4 +1,4 @@
-"""The benchmarks of a slow link, in a short form: a run hides what it says over it."""
+"""Benchmarks of whole runs, in a short form: a run hides what it says over a slow link."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_overlap, bench_wan
-from tests.groups import Command, run_processes
+from benchmarks import bench_overlap, bench_train_step, bench_wan
+from tests.groups import Command, in_process, run_processes
 
 
 @pytest.mark.slow
@@ -40,3 +40,11 @@ def test_a_step_over_a_slow_link_takes_a_few_round_trips_at_most() -> None:
     # The step itself takes a few ms. What every step waits for in turn would be 13 round trips;
     # what runs beside the steps is an exchange of results and an addition of counts.
     assert slow - free < 5 * 100
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_step_is_that_of_a_plain_loop() -> None:
+    found = in_process(bench_train_step.compare, bench_train_step.WARMUP + 2)
+    assert found["largest_loss_difference"] < 1e-3
+    assert found["ratio"]["p50"] > 0
