@@ -165,19 +165,25 @@ def _supervised(config: RunConfig, restarts: int) -> int:
     output = config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S")
     config = config.replace(output=output)
     again = config.replace(resume="auto", fork=None, start_step=1)
+    metrics = Path(output, "metrics.jsonl")
+
+    def command(life: int) -> list[str]:
+        chosen = again if life else config
+        others = config.run.resume or config.run.fork
+        if life and others and not any(Path(output).glob("checkpoints/*/state")):
+            # It has nothing of its own to go on from: it begins again where it began.
+            metrics.unlink(missing_ok=True)
+            chosen = config
+        return [*_OURSELVES, "train", *arguments_of(chosen)]
 
     def last_step() -> int:
         try:
-            lines = read_metrics(Path(output, "metrics.jsonl"))
+            lines = read_metrics(metrics)
         except (OSError, ValueError):  # none yet
             return 0
         return int(lines[-1]["step"]) if lines else 0
 
-    return supervise(
-        lambda life: [*_OURSELVES, "train", *arguments_of(again if life else config)],
-        restarts,
-        last_step,
-    )
+    return supervise(command, restarts, last_step)
 
 
 def _launched(config: RunConfig, launch: Launched) -> RunConfig:

@@ -78,6 +78,8 @@ def find_start(config: RunConfig) -> Start | None:
         except ValueError as error:
             notes.append(f"{which}: passed over {error}")
             continue
+        if which == "--resume" and (step is not None or folder == root):  # not simply the newest
+            _check_latest(folder.resolve(), manifest.step, output)
         return Start(folder.resolve(), manifest, tuple(notes))
     if name == "auto" and not notes:
         return None  # it ended before its first checkpoint
@@ -96,6 +98,23 @@ def _candidates(root: Path, which: str) -> Iterator[Path]:
         raise ValueError(f"{which}: {root} is neither a checkpoint nor a run directory")
     steps = {p: step_of(p) for p in (root / "checkpoints").iterdir() if p.is_dir()}
     yield from sorted((p for p, n in steps.items() if n), key=lambda p: steps[p] or 0, reverse=True)
+
+
+def _check_latest(folder: Path, step: int, output: str | None) -> None:
+    """Checks that no later checkpoint of the run would be taken for one of what follows.
+
+    Raises:
+        ValueError: there is one.
+    """
+    run = folder.parent.parent
+    if folder.parent.name != "checkpoints" or (output and Path(output).resolve() != run):
+        return
+    later = [p.name for p in folder.parent.glob("*") if (step_of(p) or 0) > step]
+    if later:
+        raise ValueError(
+            f"--resume: {run} has checkpoints of later steps ({', '.join(sorted(later))}), which "
+            "would be mixed with new ones; move them away, or give another --output"
+        )
 
 
 def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:

@@ -234,6 +234,7 @@ def test_another_runs_state_is_refused_and_forked(
     [
         (["--resume", "auto"], "--resume auto needs --output"),
         (["--resume", "3", "--output", "RUN"], "no checkpoint of step 3"),
+        (["--resume", "2", "--output", "RUN"], "checkpoints of later steps (step-000004)"),
         (["--resume", "nowhere"], "nowhere is neither a checkpoint nor a run directory"),
         (["--resume", "RUN", "--total-steps", "4"], "nothing is left of --total-steps 4"),
         (["--resume", "RUN", "--start-step", "2"], "--start-step 2"),
