@@ -73,7 +73,7 @@ ON_CUDA_TENSORS := tools/kernel_guard/tests/cuda_tensor_cases.py \
     own_results_with_repeated_entries rates_as_tensors_are_rates_as_numbers \
     scale_that_is_not_finite_leaves_gradients_out) \
   $(addprefix tests/kernels/test_apply.py::test_,empty_members kinds_of_look_ahead \
-    look_ahead_in_place_by_other_tensors no_peers rates_as_tensors_are_rates_as_numbers)
+    no_peers rates_as_tensors_are_rates_as_numbers)
 
 on-cuda-tensors: setup
 	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.on_cuda_tensors $(ON_CUDA_TENSORS)
