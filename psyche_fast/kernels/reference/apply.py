@@ -51,8 +51,7 @@ def apply(
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
-        # Sums of entries take a place for every coefficient: a slice's fit a core's cache.
-        for group in groups(plan) if entries.unique else ([part] for part in plan.slices):
+        for group in groups(plan):
             direction = Descent(plan, entries, group[0].start, group[-1].stop)
             for part in group:
                 minus = direction.chunks(part.start, part.stop)

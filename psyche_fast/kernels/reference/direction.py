@@ -23,8 +23,10 @@ from psyche_fast.kernels.reference.workspace import (
     scratch,
 )
 
+_CACHED = 1 << 17
+"""Elements that are worked on together where entries are many: they stay in a core's cache."""
 _EXACT = 1 << 15
-"""Elements of doubtful rows that are worked on together: they stay in a core's cache."""
+"""Elements of doubtful rows that are worked on together, for the same reason."""
 
 
 class Descent:
@@ -45,17 +47,26 @@ class Descent:
         if entries.unique:
             self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
         else:
-            sums = scratch(SUMS, (n, plan.totalk), words).zero_().scatter_add_(1, index, words)
-            words = sums if self._is_dense else sums.gather(1, index)
-            count = words & 0xFFFF
-            mean = words.sub_(count).double().mul_(factor)
-            if self._is_dense:
-                count.clamp_(min=1)
-            self.c = mean.div_(count).round_().float()
-            self.share = self.c if self._is_dense else self.c / count
-            self._count = count
+            step = _chunks_of(_CACHED, plan)
+            means = [
+                self._mean(index[at : at + step], words[at : at + step], factor)
+                for at in range(0, n, step)
+            ] or [self._mean(index, words, factor)]
+            self.c, self._count = (torch.cat(parts) for parts in zip(*means, strict=True))
+            self.share = self.c if self._is_dense else self.c / self._count
         if plan.device.type == "cpu":
             self._limits, self._per_size = self._errors()
+
+    def _mean(self, index: Tensor, words: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Coefficients of some chunks, and how many entries name each."""
+        sums = scratch(SUMS, (len(index), self._plan.totalk), words).zero_()
+        sums.scatter_add_(1, index, words)
+        words = sums if self._is_dense else sums.gather(1, index)
+        count = words & 0xFFFF
+        mean = words.sub_(count).double().mul_(factor)
+        if self._is_dense:
+            count.clamp_(min=1)
+        return mean.div_(count).round_().float(), count
 
     def chunks(self, start: int, stop: int) -> Tensor:
         """Float32 `[stop - start, h, w]` of -1, 0, 1, good until the next call."""
@@ -66,38 +77,53 @@ class Descent:
             z = dense if self._is_vector else _in_18_bits(_exact_left(plan, dense, None))
             return out.copy_(_right(z).view(out.shape))
         lines = out.view(-1, max(plan.h, plan.w) if self._is_vector else plan.w)
+        low_rank = not self._is_vector and self._index.shape[1] <= plan.h // 2
+        step = stop - start if low_rank else _chunks_of(_CACHED, plan)
+        least, sizes = [], []
+        for first in range(0, stop - start, step):
+            to = out[first : first + step]
+            some = slice(part.start + first, part.start + first + len(to))
+            if self._is_vector:
+                minus = _tables(lines.shape[1], out.device).minus.t()
+                torch.mm(self._dense(some, exact=True), minus, out=to.view(-1, lines.shape[1]))
+            elif low_rank:
+                sizes.append(self._outer(some, to))
+            else:
+                sizes.append(self._sandwich(self._dense(some, exact=False), to))
+            magnitudes = torch.abs(to, out=scratch(LEFT, tuple(to.shape), to))
+            least.append(magnitudes.view(-1, lines.shape[1]).amin(1))
+            to.sign_()
         limit = self._limits[part]
-        dense = self.c[part]
-        if self._is_vector:
-            dense = self._dense(part, exact=True)
-            torch.mm(dense, _tables(lines.shape[1], out.device).minus.t(), out=lines)
-        elif self._index.shape[1] <= plan.h // 2:
-            limit = torch.add(limit, self._outer(part, out), alpha=self._per_size)
-        else:
-            dense = self._dense(part, exact=False)
-            limit = torch.add(limit, self._sandwich(dense, out), alpha=self._per_size)
-        least = torch.abs(out, out=scratch(LEFT, tuple(out.shape), out)).view(lines.shape).amin(1)
-        out.sign_()
-        doubtful = (least.view(len(limit), -1) <= limit).view(-1).nonzero().view(-1)
+        if sizes:
+            limit = torch.add(limit, torch.cat(sizes), alpha=self._per_size)
+        doubtful = (torch.cat(least).view(len(limit), -1) <= limit).view(-1).nonzero().view(-1)
         if len(doubtful) > 0:
-            self._decide(part, dense, doubtful, lines)
+            self._decide(part, doubtful, lines)
         return out
 
-    def _decide(self, part: slice, dense: Tensor, doubtful: Tensor, lines: Tensor) -> None:
+    def _decide(self, part: slice, doubtful: Tensor, lines: Tensor) -> None:
         """Write rows `doubtful` of a part's `lines` as the definition has them."""
         plan = self._plan
-        for some in doubtful.split(max(1, _EXACT // dense.shape[1])):
+        for some in doubtful.split(max(1, _EXACT // self.c.shape[1])):
             if self._is_vector:
-                z = dense.index_select(0, some)
+                z = self._dense_rows(some.add(part.start))
             else:
                 row = some.remainder(plan.h)
-                chunk = some.sub(row).floor_divide_(plan.h)
+                chunk = some.sub(row).floor_divide_(plan.h).add_(part.start)
                 if self._is_dense:
-                    left = _exact_left(plan, dense.index_select(0, chunk), row)
+                    left = _exact_left(plan, self._dense_rows(chunk), row)
                 else:
-                    left = self._exact_rows(chunk.add_(part.start), row)
+                    left = self._exact_rows(chunk, row)
                 z = _in_18_bits(left)
             lines.index_copy_(0, some, _right(z))
+
+    def _dense_rows(self, chunk: Tensor) -> Tensor:
+        """Coefficients `[len(chunk), h * w]`."""
+        c = self.c.index_select(0, chunk)
+        if self._is_dense:
+            return c
+        index = self._index.index_select(0, chunk)
+        return c.new_zeros(len(c), self._plan.totalk).scatter_(1, index, c)
 
     def _dense(self, part: slice, *, exact: bool) -> Tensor:
         """Coefficients `[n, h * w]`; unless exact, off by 2^-24 for each entry that names one."""
@@ -180,6 +206,10 @@ class Descent:
         # 1.01 for products of errors, those of magnitudes included, and for this bound's own.
         limits = torch.where(total > 0, total * (1.01 * per_total) + 1.01 * m / 4, -1.0)
         return limits, 1.01 * per_size
+
+
+def _chunks_of(elements: int, plan: ChunkPlan) -> int:
+    return max(1, elements // plan.totalk)
 
 
 @dataclass(frozen=True)
