@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from psyche_fast.batch import Batch
+from psyche_fast.config import RunConfig
 from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads, uploads
@@ -111,7 +112,7 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     config = plan.config
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
-    (output / "config.toml").write_text(config.to_toml())
+    (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
@@ -128,6 +129,13 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
         except OSError as error:  # the run is complete without them
             console.message(f"plots not written: {error}")
     return result
+
+
+def _of_the_whole_run(config: RunConfig) -> RunConfig:
+    """The configuration without where this part of the run begins."""
+    if config.run.resume is None and config.run.fork is None:
+        return config
+    return config.replace(resume=None, fork=None, start_step=1)
 
 
 def _train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def without_later(run: Path, copy: Path, step: int) -> Path:
     return copy
 
 
+def settings(run: Path) -> dict[str, Any]:
+    """What `--config` would take, but for the names of its own place."""
+    tables = tomllib.loads((run / "config.toml").read_text())
+    values = {name: value for table in tables.values() for name, value in table.items()}
+    return {name: value for name, value in values.items() if name not in ("output", "port")}
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
     arguments, ranks = WORLDS[name]
@@ -80,6 +88,7 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
         result = start(place, part, *arguments, "--resume", "auto", ranks=ranks)
         assert result.returncode == 0, result.stderr
         assert f"step-{step:06d}, from step {step + 1}" in result.stderr
+        assert settings(part) == settings(tmp_path / "whole")
         lines = (part / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["loss"] for line in lines] == [m["loss"] for m in whole]
         assert same(parameters(part, 4), parameters(tmp_path / "whole", 4))
