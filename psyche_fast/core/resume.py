@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from psyche_fast import __version__
@@ -20,8 +17,7 @@ from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.checkpoints import step_of
 from psyche_fast.data import Dataset
 from psyche_fast.rank import state
-from psyche_fast.rank.checkpoint import sync
-from psyche_fast.rank.protocol import collect_saved
+from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
 
 _FREE = {
@@ -81,12 +77,18 @@ def find_start(config: RunConfig) -> Start | None:
         if which == "--resume" and (step is not None or folder == root):  # not simply the newest
             _check_latest(folder.resolve(), manifest.step, output)
         return Start(folder.resolve(), manifest, tuple(notes))
-    if name == "auto" and not notes:
-        return None  # it ended before its first checkpoint
+    if name == "auto" and (not notes or _ended_in_first_save(root)):
+        return None
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise ValueError(
         "; ".join([f"{which} {name}: {wanted} that can be gone on from in {root}", *notes])
     )
+
+
+def _ended_in_first_save(run: Path) -> bool:
+    """Whether a run has models but no state, and was writing one when it ended."""
+    checkpoints = run / "checkpoints"
+    return any(checkpoints.glob(".state-*")) and not any(checkpoints.glob("*/" + state.FOLDER))
 
 
 def _candidates(root: Path, which: str) -> Iterator[Path]:
@@ -132,22 +134,19 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         ValueError: it is of another run, model, world or data set.
     """
     manifest, forks = start.manifest, config.run.fork is not None
-    changed = {
-        name: values
-        for name, known in FLAGS.items()
-        if (values := (manifest.config.get(name, known.default), _value(config, name)))
-        and values[0] != values[1]
-    }
-    different = [
-        f"{flag(n)} {_said(a)} -> {_said(b)}" for n, (a, b) in changed.items() if n not in _FREE
-    ]
+    changed = {}
+    for name, known in FLAGS.items():
+        then, now = manifest.config.get(name, known.default), _value(config, name)
+        if then != now and name not in _FREE:
+            changed[name] = f"{flag(name)} {_said(then)} -> {_said(now)}"
     which = flag("fork" if forks else "resume")
-    refused = [n for n in changed if n not in _FREE and n not in _NEW_NUMBERS]
+    refused = [text for name, text in changed.items() if name not in _NEW_NUMBERS]
     if refused and not forks:
         raise ValueError(
-            f"--resume: {', '.join(d for d in different if d.split()[0] in map(flag, refused))} "
-            f"since {start.folder}; give what it had, or begin a run of its own by --fork"
+            f"--resume: {', '.join(refused)} since {start.folder}; give what it had, or begin a "
+            "run of its own by --fork"
         )
+    different = list(changed.values())
     if (data := identity(dataset)) != manifest.data:
         if not forks:
             raise ValueError(
@@ -158,6 +157,10 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
     lines = [*start.notes, f"{which[2:]:8} {start.folder}, from step {manifest.step + 1}"]
     if different:
         lines.append(f"changed  {', '.join(different)}")
+    if not fits(manifest, config):
+        lines.append(
+            "warning  the optimizer's state has another form: only parameters are taken up"
+        )
     machine = machine_of(config)
     other = [f"{k} {v} -> {machine[k]}" for k, v in manifest.machine.items() if machine[k] != v]
     if other and not forks:
@@ -188,56 +191,6 @@ def machine_of(config: RunConfig) -> dict[str, str]:
         "threads": str(config.machines.threads),
         "attention": config.model.attn_implementation,
     }
-
-
-def complete_state(
-    folder: Path | None,
-    written: Path,
-    store: dist.Store,
-    config: RunConfig,
-    step: int,
-    data: dict[str, Any],
-) -> None:
-    """Waits for what all ranks write, and moves it, with a manifest, into a checkpoint's folder.
-
-    Args:
-        folder: the checkpoint's, which is the model by now; None where there is none, and what
-            was written goes.
-        written: where the ranks have written.
-        store: tells what.
-        config: the run's, resolved.
-        step: the step.
-        data: what `identity` said.
-
-    Raises:
-        OSError: a rank could not write, or not here.
-    """
-    timeout = timedelta(seconds=config.machines.timeout)
-    files = []
-    saved = collect_saved(store, step, config.parallelism.world_size, timeout)
-    if folder is None:
-        shutil.rmtree(written, ignore_errors=True)
-        return
-    for rank, own in enumerate(saved):
-        if own.error is not None:
-            raise OSError(f"rank {rank}: {own.error}")
-        for part in own.files:
-            path = written / part.name
-            if not path.is_file() or path.stat().st_size != part.size:
-                raise OSError(
-                    f"rank {rank} wrote its part on its own machine; --output has to be a folder "
-                    "that all machines share"
-                )
-            files.append(part)
-    manifest = Manifest(
-        version=state.VERSION, step=step, config=config.to_dict(), data=data,
-        machine=machine_of(config), files=files,
-    )  # fmt: skip
-    state.write_manifest(written, manifest)
-    written.rename(folder / state.FOLDER)
-    sync(folder)
-    for leftover in written.parent.glob(".state-*"):  # of saves that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _value(config: RunConfig, name: str) -> Any:

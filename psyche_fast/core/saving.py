@@ -6,13 +6,20 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from psyche_fast.config import RunConfig
 from psyche_fast.core.plan import Plan
-from psyche_fast.core.resume import complete_state
+from psyche_fast.core.resume import machine_of
+from psyche_fast.rank import state
+from psyche_fast.rank.checkpoint import sync
+from psyche_fast.rank.protocol import collect_saved
 from psyche_fast.rank.saving import StateWriter, state_folder
+from psyche_fast.rank.state import Manifest
 from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger("psyche_fast.core")
@@ -67,7 +74,7 @@ class States:
         written = state_folder(self._output, step)
         plan = self._plan
         try:
-            complete_state(folder, written, self._store, plan.resolved, step, plan.data)
+            _complete_state(folder, written, self._store, plan.resolved, step, plan.data)
             if folder is not None:
                 self.whole = {folder.resolve()}
         except OSError as error:
@@ -75,3 +82,53 @@ class States:
             self._tell(f"--resume will not know the checkpoint of step {step}: {error}")
             log.warning("state of step %d not complete: %s", step, error)
         then()
+
+
+def _complete_state(
+    folder: Path | None,
+    written: Path,
+    store: dist.Store,
+    config: RunConfig,
+    step: int,
+    data: dict[str, Any],
+) -> None:
+    """Waits for what all ranks write, and moves it, with a manifest, into a checkpoint's folder.
+
+    Args:
+        folder: the checkpoint's, which is the model by now; None where there is none, and what
+            was written goes.
+        written: where the ranks have written.
+        store: tells what.
+        config: the run's, resolved.
+        step: the step.
+        data: what `resume.identity` said.
+
+    Raises:
+        OSError: a rank could not write, or not here.
+    """
+    timeout = timedelta(seconds=config.machines.timeout)
+    files = []
+    saved = collect_saved(store, step, config.parallelism.world_size, timeout)
+    if folder is None:
+        shutil.rmtree(written, ignore_errors=True)
+        return
+    for rank, own in enumerate(saved):
+        if own.error is not None:
+            raise OSError(f"rank {rank}: {own.error}")
+        for part in own.files:
+            path = written / part.name
+            if not path.is_file() or path.stat().st_size != part.size:
+                raise OSError(
+                    f"rank {rank} wrote its part on its own machine; --output has to be a folder "
+                    "that all machines share"
+                )
+            files.append(part)
+    manifest = Manifest(
+        version=state.VERSION, step=step, config=config.to_dict(), data=data,
+        machine=machine_of(config), files=files,
+    )  # fmt: skip
+    state.write_manifest(written, manifest)
+    written.rename(folder / state.FOLDER)
+    sync(folder)
+    for leftover in written.parent.glob(".state-*"):  # of saves that were killed
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -6,7 +6,6 @@ import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -111,10 +110,16 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
         folder, manifest, state.rank_file(first + likely),
         [*map(state.rank_file, range(first, first + ranks))],
     )  # fmt: skip
-    fits = _form(manifest.config) == _form(config.to_dict())
-    trainer.load(parameters, own if fits and own else None, is_new=is_new)
+    if not own:
+        raise ValueError(f"{folder} has no {state.rank_file(first + likely)}")
+    trainer.load(parameters, own if fits(manifest, config) else None, is_new=is_new)
     log.info("goes on from %s", folder)
 
 
-def _form(config: dict[str, Any]) -> list[Any]:
-    return [config.get(name, FLAGS[name].default) for name in _FORM]
+def fits(manifest: state.Manifest, config: RunConfig) -> bool:
+    """Whether an optimiser's state has the form that a run's has; if not, only parameters do."""
+    now = config.to_dict()
+    return all(
+        manifest.config.get(name, FLAGS[name].default) == now.get(name, FLAGS[name].default)
+        for name in _FORM
+    )

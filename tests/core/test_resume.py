@@ -234,6 +234,10 @@ def test_another_runs_state_is_refused_and_forked(
     forked = [json.loads(x) for x in (other / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in forked] == [5, 6]
     assert forked[0]["learning_rate"] < 0.001
+    narrower = ["--fork", str(finished), "--compression-topk", "4"]
+    result = go_on(place, tmp_path / "narrower", *narrower)
+    assert result.returncode == 0, result.stderr
+    assert "another form: only parameters are taken up" in result.stderr
     result = refused(place, other, "--fork", str(finished))
     assert "already holds a run" in result.stderr
 
@@ -320,6 +324,21 @@ def test_auto_begins_where_there_is_nothing_yet(place: Path, tmp_path: Path) -> 
     lines = train(place, tmp_path / "run", "--resume", "auto", "--total-steps", "1")
     assert [m["step"] for m in lines] == [1]
     assert "loss" in lines[0]
+
+
+def test_auto_begins_anew_where_the_first_state_was_being_written(
+    place: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(place, run, "--total-steps", "1")
+    (run / "checkpoints" / "step-000001" / "state").rename(run / "checkpoints" / ".state-000001")
+    lines = train(place, run, "--total-steps", "2", "--resume", "auto")
+    assert [m["step"] for m in lines] == [1, 2]
+    for step in (1, 2):  # models of an earlier version, say: nothing is begun over them
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06d}" / "state", ignore_errors=True)
+    result = start(place, run, "--total-steps", "3", "--resume", "auto")
+    assert result.returncode == 2
+    assert "no checkpoint that can be gone on from" in result.stderr
 
 
 def test_the_models_copy_has_no_state(place: Path, tmp_path: Path) -> None:
