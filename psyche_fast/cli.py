@@ -338,6 +338,7 @@ def schedule(
 @click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="wait for the core again after a failure, as often")  # fmt: skip
+@click.option("--elastic", is_flag=True, help="replicas of an elastic run, all of their ranks here")
 def sidecar(
     num_local_ranks: int | None,
     start_device: int,
@@ -352,7 +353,9 @@ def sidecar(
         given = {**options, "start_device": start_device, "backend": backend}
         if num_local_ranks is not None:
             given["num_local_ranks"] = num_local_ranks
+        elastic = given.pop("elastic")
         arguments = [word for n, value in given.items() for word in (flag(n), str(value))]
+        arguments += ["--elastic"] if elastic else []
         sys.exit(supervise(lambda life: [*_OURSELVES, "sidecar", *arguments], max_restarts, None))
     from psyche_fast.start.spawn import launch_host
 

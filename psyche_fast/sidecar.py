@@ -19,7 +19,7 @@ from psyche_fast.errors import explain
 from psyche_fast.start import signals
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.parent import SPAWNED, TIMEOUT, die_with_parent
+from psyche_fast.start.parent import LIFE, SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +118,14 @@ def serve(args: argparse.Namespace) -> None:
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     client = StoreClient(address.hostname, address.port, args.world_size, timeout)
     introduce(client.store, args.rank, processor(device))
+    life = os.environ.get(LIFE)
+    if life is not None:
+        from psyche_fast.rank.elastic import Start
+        from psyche_fast.rank.serve import serve as serve_own
+
+        serve_own(client, device, Start(args.backend, args.rank, life, timeout))
+        dist.destroy_process_group()
+        return
     join(args.backend, client.store, args.world_size, args.rank, device, timeout)
     if client.first_of((OURS, PSYCHES)) == OURS:
         from psyche_fast.rank import serve as own

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.checkpoints import checkpoint_name, prune
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads, uploads
 from psyche_fast.core.lines import Lines
@@ -38,7 +39,9 @@ from psyche_fast.models.building import tied_names
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
 from psyche_fast.rank.counts import Totals
-from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.members import Joiner
+from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.state import FOLDER
@@ -46,6 +49,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
@@ -84,6 +88,7 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         hub: takes checkpoints, with `--push-to-hub`.
+        members: of an elastic run.
     """
 
     plan: Plan
@@ -95,6 +100,7 @@ class Core:
     console: Console
     timer: PhaseTimer
     hub: HubUploads | None = None
+    members: Members | None = None
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -150,11 +156,18 @@ def _train(
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
-    join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
-    trainer = build_trainer(config, plan.source, device)
+    members, backend = None, plan.devices.backend
+    if isinstance(ranks.sidecars, ReplicaSidecars):
+        members = Members(config, ranks.store, ranks.sidecars, device, console.message)
+        join_own(ranks.store, backend, members.epochs.place, device, timeout)
+    else:
+        join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
+    trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     restore(trainer, config)
+    if members is not None:
+        members.begin(trainer)
     states = States(plan, output, ranks.store, console.message)
-    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub)
+    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub, members)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -182,7 +195,11 @@ def _train(
     ranks.sidecars.expect_exit()
     sender.publish(Exit())
     hand_on(Exit(), trainer.topology)
-    barrier(device, trainer.topology.everyone)
+    if members is not None:
+        members.epochs.close()
+        members.end()
+    else:
+        barrier(device, trainer.topology.everyone)
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
@@ -229,7 +246,8 @@ def steps(
     config, trainer, sender, timer = core.plan.resolved, core.trainer, core.sender, core.timer
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
-    feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
+    feed, lines = Feed(batches, sender, vocabulary, timer), Lines(report, timer)
+    members = core.members
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
@@ -244,6 +262,13 @@ def steps(
         except (ValueError, OSError):
             lines.write()
             raise
+        joiner = None
+        if members is not None:
+            sender.others = [replica for replica in members.replicas if replica]
+            wants = None if saves else members.joiner()
+            if wants is not None:
+                joiner = Joiner(*wants, sender.publish(Join(step)) + 1)
+                sender.others = [*sender.others, joiner.replica]
         if saves:  # in the order in which the ranks carry it out
             sender.publish(Save(step))
         if not last:
@@ -271,11 +296,17 @@ def steps(
             "memory": memory_bytes(trainer.model.device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
         }
+        if members is not None:
+            fields |= {"epoch": members.epochs.number, "rows": sent.rows}
         lines.hold(totals, fields)
         checkpoint = None
         if saves:
             checkpoint = _checkpoint(core, step, must=last)
             lines.write(checkpoint=True)
+        if members is not None and joiner is not None:
+            hand_on(Join(step), trainer.topology)
+            welcome(trainer, joiner)
+            members.joined(joiner)
         yield step, checkpoint
         if last:
             return

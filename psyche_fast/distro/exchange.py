@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,16 @@ log = logging.getLogger(__name__)
 BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
 few MiB gain nothing from being larger on gloo; NCCL has buffers and rings to fill."""
+
+
+class Arriving(Protocol):
+    """Messages under way."""
+
+    def wait(self) -> Tensor:
+        """All peers' messages, as `Pending.wait` gives them."""
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages these are, in order."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class Pending:
         self._synchronize()
         parts = [part.to(self._device, non_blocking=True) for part in self._received]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages `wait` gives, in its order."""
+        return range(len(self._received[0]))
 
     def host(self) -> Tensor:
         """What `wait` gives, in host memory; nothing else that the device does is waited for."""
@@ -159,8 +174,8 @@ class Exchange:
         assert (peers is None) == (agreement is None)
         self.bytes_sent = 0
         self._form, self._peers, self._agreement = form, peers, agreement
-        self._under_way: deque[tuple[Pending, Future[dict[int, str]]]] = deque()
-        self._unpacking: tuple[Unpacking, dict[int, str]] | None = None
+        self._under_way: deque[tuple[Arriving, Future[dict[int, str]]]] = deque()
+        self._unpacking: tuple[Unpacking, dict[int, str], Sequence[int]] | None = None
         self._kept: tuple[list[Entries] | None] | None = None
 
     def __len__(self) -> int:
@@ -204,11 +219,11 @@ class Exchange:
         if self._unpacking is None:
             self._unpack()
         assert self._unpacking is not None
-        unpacking, refused = self._unpacking
+        unpacking, refused, senders = self._unpacking
         self._unpacking = None
         entries, faults = unpacking.result()
         for peer, what in sorted((refused | faults).items()):
-            log.warning("the result of replica %d is refused: %s", peer, what)
+            log.warning("the result of replica %d is refused: %s", senders[peer], what)
         return entries
 
     def settle(self) -> None:
@@ -234,7 +249,8 @@ class Exchange:
     def _unpack(self) -> None:
         pending, check = self._under_way.popleft()
         refused = check.result()
-        self._unpacking = self._form.begin_unpack(pending.wait(), leave_out=refused), refused
+        unpacking = self._form.begin_unpack(pending.wait(), leave_out=refused)
+        self._unpacking = unpacking, refused, pending.senders()
 
 
 def _check(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
+from psyche_fast.distro.gathers import Gathers, Numbers
 from psyche_fast.distro.message import hash_bits
 
 
@@ -27,7 +28,7 @@ class PendingCheck:
 
     step: int
     _names: Sequence[str]
-    _hashes: exchange.Pending
+    _hashes: exchange.Pending | Numbers
     _who: str
 
     def finish(self) -> None:
@@ -48,7 +49,10 @@ class PendingCheck:
 
 
 def start(
-    tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int, who: str = "replicas"
+    tensors: Mapping[str, Tensor],
+    peers: dist.ProcessGroup | Gathers,
+    step: int,
+    who: str = "replicas",
 ) -> PendingCheck:
     """Begin to compare this rank's tensors with its counterparts in the other replicas.
 
@@ -64,4 +68,6 @@ def start(
     """
     hashes = [hash_bits(tensor) for tensor in tensors.values()]
     own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
+    if isinstance(peers, Gathers):
+        return PendingCheck(step, list(tensors), Numbers.begin(own, peers), who)
     return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None), who)

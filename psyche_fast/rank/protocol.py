@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -96,11 +96,17 @@ class Save(msgspec.Struct, frozen=True, array_like=True, tag="save"):
     step: int
 
 
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
+    """After a step, a replica joins an elastic run."""
+
+    step: int
+
+
 class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Exit
+Operation = Train | Save | Join | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -115,11 +121,14 @@ class Sender:
     Args:
         store: the store that rank 0 hosts.
         replicas: of the run.
+
+    Attributes:
+        others: the replicas that are told.
     """
 
     def __init__(self, store: dist.Store, replicas: int) -> None:
         self._store = store
-        self._others = range(1, replicas)
+        self.others: Collection[int] = range(1, replicas)
         self._keys: deque[tuple[int, list[str]]] = deque()
         self._number = 0
 
@@ -140,15 +149,14 @@ class Sender:
 
     def publish(self, operation: Operation) -> int:
         """Leaves an operation for the other replicas; see `publish_parts`."""
-        return self.publish_parts(dict.fromkeys(self._others, operation))[0]
+        return self.publish_parts(dict.fromkeys(self.others, operation))[0]
 
     def publish_parts(self, parts: Mapping[int, Operation]) -> tuple[int, int]:
-        """Leaves each of the other replicas an operation of its own; waits for nobody.
+        """Leaves other replicas operations of their own; waits for nobody.
 
         Returns:
             its number, and the bytes of the largest.
         """
-        assert parts.keys() == set(self._others)
         number, keys, most = self._number, [], 0
         for replica, operation in parts.items():
             packed = msgspec.msgpack.encode(operation)
@@ -249,21 +257,21 @@ class Inbox:
     Args:
         client: the connection to the store.
         topology: this rank's place.
+        first: the first operation that is for it.
     """
 
-    def __init__(self, client: StoreClient, topology: Topology) -> None:
+    def __init__(self, client: StoreClient, topology: Topology, first: int = 0) -> None:
         self._client = client
         self._topology = topology
         self._arrived: queue.SimpleQueue[Operation | Exception] = queue.SimpleQueue()
         if topology.replica > 0 and topology.is_first:
             # A connection of its own: the process group goes on using the other one.
-            arguments = (client.clone(), topology.replica)
+            arguments = (client.clone(), topology.replica, first)
             threading.Thread(
                 target=self._read, args=arguments, daemon=True, name="operations"
             ).start()
 
-    def _read(self, store: dist.Store, replica: int) -> None:
-        number = 0
+    def _read(self, store: dist.Store, replica: int, number: int) -> None:
         operation: Operation | None = None
         try:
             while not isinstance(operation, Exit):

@@ -52,7 +52,7 @@ class StateWriter:
             step: the step.
         """
         self.wait()
-        rank = dist.get_rank()
+        rank = trainer.topology.rank
         parts = {state.rank_file(rank): _copied(trainer.state())}
         if trainer.topology.replica == 0:
             parts[state.parameters_file(rank)] = _copied(trainer.parameter_state())

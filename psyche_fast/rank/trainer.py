@@ -7,6 +7,7 @@ the step's counts are read, during the step after it.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,11 @@ class Trainer:
     def bytes_sent(self) -> int:
         """Bytes of this rank's contribution to the last exchange."""
         return self._optimizer.bytes_sent
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """As of the optimiser."""
+        return self._optimizer.senders
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""

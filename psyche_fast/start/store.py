@@ -10,7 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import msgspec
@@ -64,7 +65,12 @@ def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[P
     except dist.DistStoreError:
         late = [str(rank) for rank, key in enumerate(keys, 1) if not store.check([key])]
         raise RuntimeError(f"timed out waiting for the start of rank {', '.join(late)}") from None
-    return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
+    return [read_processor(store, rank) for rank in range(1, world_size)]
+
+
+def read_processor(store: dist.Store, rank: int) -> Processor:
+    """What a rank that has introduced itself computes on."""
+    return msgspec.json.decode(store.get(_processor_key(rank)), type=Processor)
 
 
 def _processor_key(rank: int) -> str:
@@ -100,7 +106,7 @@ class StoreClient:
         except dist.DistError as error:
             raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
         self.seconds = timeout.total_seconds()
-        self._asked_at: float | None = None
+        self._asked_at: dict[int, float] = {}  # by thread
         threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
 
     def clone(self) -> dist.Store:
@@ -114,35 +120,39 @@ class StoreClient:
 
     def wait_for(self, store: dist.Store, key: str) -> bytes:
         """Waits for a key on one of this rank's connections."""
-        try:
-            while True:
-                self._asked_at = time.monotonic()
+        while True:
+            with self.asking():
                 try:
                     store.wait([key], _SLICE)
                 except dist.DistStoreError:
                     continue
                 return bytes(store.get(key))
-        finally:
-            self._asked_at = None
 
     def first_of(self, keys: Sequence[str]) -> str:
         """Waits until one of several keys is set, and says which."""
         pause, most = _LOOKS
-        try:
-            while True:
-                self._asked_at = time.monotonic()
+        while True:
+            with self.asking():
                 for key in keys:
                     if self.store.check([key]):
                         return key
-                time.sleep(pause)
-                pause = min(2 * pause, most)
+            time.sleep(pause)
+            pause = min(2 * pause, most)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around a question to the store: one that is not answered in time ends this process."""
+        thread = threading.get_ident()
+        self._asked_at[thread] = time.monotonic()
+        try:
+            yield
         finally:
-            self._asked_at = None
+            del self._asked_at[thread]
 
     def _watch(self) -> None:
         while True:
             time.sleep(_SLICE.total_seconds() / 2)
-            asked = self._asked_at
+            asked = min(self._asked_at.copy().values(), default=None)
             if asked is not None and time.monotonic() - asked > self.seconds:
                 log.error(
                     "lost another rank: the core's store has not answered for %g s", self.seconds
