@@ -55,7 +55,8 @@ class Lines:
         if rows is not None:
             assert totals.replicas is not None
             kept = sum(n for replica, n in rows.items() if replica in totals.replicas)
-            fields |= {"members": len(totals.replicas), "lost_rows": sum(rows.values()) - kept}
+            lost = sum(rows.values()) - kept
+            fields |= {"epoch": totals.epoch, "members": len(totals.replicas), "lost_rows": lost}
         self.report(_plain({"step": fields["step"], **asdict(counts), **fields}))
 
 

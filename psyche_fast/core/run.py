@@ -297,7 +297,7 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
         }
         if members is not None:
-            fields |= {"epoch": members.epochs.number, "rows": sent.rows}
+            fields["rows"] = sent.rows
         lines.hold(totals, fields)
         checkpoint = None
         if saves:

@@ -31,11 +31,13 @@ class Gathers(ABC):
         replicas: the most that there may be.
         size: ranks of a replica: `rank = replica * size + place`.
         rank: this rank.
+        epoch: counts the changes of members.
     """
 
     replicas: int
     size: int
     rank: int
+    epoch: int
 
     @abstractmethod
     def gather(

@@ -53,6 +53,8 @@ class Totals:
         total = torch.stack([*(t.double() for t in here), sent])
         self.replicas: list[int] | None = None
         """After `wait`, in an elastic run: whose results of the step count."""
+        self.epoch = 0
+        """After `wait`, in an elastic run: the epoch in which that came to be known."""
         self._senders, self._work = trainer.senders, None
         self._gathered: Future[Gathered] | None = None
         peers = self._topology.peers
@@ -74,6 +76,8 @@ class Totals:
             assert self._senders is not None
             self.replicas = self._senders.result()
             gathered = self._gathered.result()
+            assert isinstance(self._topology.peers, Gathers)
+            self.epoch = self._topology.peers.epoch
             self._sum = gathered.rows.view(torch.float64).sum(dim=0)
             replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
         loss, kept, left_out, refused, sent = self._sum.tolist()

@@ -159,6 +159,7 @@ class Epochs(Gathers):
         self._busy: list[tuple[_Group | None, list[dist.Work]]] = []
         self.joins, self._moved, self._has_state = joins, False, not joins
         self._epoch: Epoch | None = None
+        self.epoch = 0
         self.admitted: Future[tuple[int, Mapping[str, Tensor]]] = Future()
         self._member: Future[None] = Future()
         self._thread: threading.Thread | None = None
@@ -181,12 +182,6 @@ class Epochs(Gathers):
         """The replicas of the epoch, in order."""
         assert self._epoch is not None, "`begin` comes first"
         return tuple(sorted(self._epoch.members))
-
-    @property
-    def number(self) -> int:
-        """The epoch's."""
-        assert self._epoch is not None, "`begin` comes first"
-        return self._epoch.number
 
     def gather(
         self, sent: Tensor | Callable[[], Tensor], *, everyone: bool = False
@@ -337,7 +332,7 @@ class Epochs(Gathers):
                 f"{LOST_ANOTHER_RANK}: replica {place.replica} had not answered in time, and the "
                 f"others go on without it"
             )
-        self._epoch, self._moved = epoch, False
+        self._epoch, self._moved, self.epoch = epoch, False, epoch.number
         everyone = ranks_of(epoch.members, place.size)
         same = [rank for rank in everyone if rank % place.size == place.place]
         for all_of_them, ranks, name in (
