@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import msgspec
@@ -49,7 +49,9 @@ class Members:
         self._size, self._at_start = options.ranks_per_replica, options.replicas
         self._timeout = timedelta(seconds=config.machines.timeout)
         place = Place(0, 0, self._size, most_replicas(options), sidecars.life(0))
-        leader = Leader(_clone(store), self._size, sidecars.gone, tell)
+        self._lost: dict[tuple[int, str], str] = {}
+        dead = lambda: {**self._lost, **sidecars.gone()}  # noqa: E731
+        leader = Leader(_clone(store), self._size, dead, tell)
         self.epochs = Epochs(_clone(store), place, config.machines.timeout, leader=leader)
 
     def begin(self, trainer: Trainer) -> None:
@@ -101,6 +103,31 @@ class Members:
                 continue
             return replica, life
         return None
+
+    def has(self, rank: int) -> bool:
+        """Whether a rank is a member's."""
+        return rank // self._size in self.replicas
+
+    def lose(self, ranks: Sequence[int], how: str, store: dist.Store) -> bool:
+        """Goes on without ranks that are stopped, cut off or stuck; from any thread.
+
+        Args:
+            ranks: those.
+            how: for the user.
+            store: a connection of the thread's own.
+
+        Returns:
+            whether that can be: not without rank 0's own replica.
+        """
+        replicas = {rank // self._size for rank in ranks}
+        if 0 in replicas:
+            return False
+        epoch = self.epochs.current
+        for replica in replicas & epoch.members.keys():
+            self._lost[replica, epoch.members[replica]] = how
+            self._sidecars.kill_replica(replica)
+        store.set(key(epoch.number, "failed"), how)
+        return True
 
     def joined(self, joiner: Joiner) -> None:
         """Takes note of one that has joined, or has not come that far."""

@@ -23,6 +23,7 @@ from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.saving import States
+from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -87,6 +88,7 @@ class Core:
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
+        watch: is told where the run is.
         hub: takes checkpoints, with `--push-to-hub`.
         members: of an elastic run.
     """
@@ -99,6 +101,7 @@ class Core:
     stop: StopRequest
     console: Console
     timer: PhaseTimer
+    watch: Watch
     hub: HubUploads | None = None
     members: Members | None = None
 
@@ -167,7 +170,9 @@ def _train(
     if members is not None:
         members.begin(trainer)
     states = States(plan, output, ranks.store, console.message)
-    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub, members)
+    timer = PhaseTimer()
+    watch = watching(ranks, config, timer, output / "logs", members)
+    core = Core(plan, output, trainer, sender, states, stop, console, timer, watch, hub, members)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -180,6 +185,7 @@ def _train(
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
         make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
         also_at_exit_now(tracker.finish),
+        watch,
     ):
 
         def report(line: dict[str, Any]) -> None:
@@ -254,6 +260,7 @@ def steps(
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
+        core.watch.begins(step)
         last = step == schedule.total_steps or core.stop.signal is not None
         every = config.run.checkpoint_every
         saves = last or (every > 0 and step % every == 0)
@@ -305,7 +312,8 @@ def steps(
             lines.write(checkpoint=True)
         if members is not None and joiner is not None:
             hand_on(Join(step), trainer.topology)
-            welcome(trainer, joiner)
+            with timer.phase("join"):
+                welcome(trainer, joiner)
             members.joined(joiner)
         yield step, checkpoint
         if last:

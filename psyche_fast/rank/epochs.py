@@ -24,14 +24,12 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psyche_fast.compat import all_gather_into, broadcast_from
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.errors import LOST_ANOTHER_RANK
 from psyche_fast.rank import handover
@@ -45,24 +43,16 @@ from psyche_fast.rank.members import (
     ranks_of,
     read_epoch,
 )
+from psyche_fast.rank.sliced import Ended, Group, first_line
 
-_SLICE = timedelta(seconds=0.1)
-"""How long a gather is waited for between two looks at the store."""
 _IDLE_SECONDS = 0.2
-"""The same where there is nothing to gather."""
-_CONNECT = timedelta(seconds=5)
+"""From one look at the store to the next where there is nothing to gather."""
 _EVER = timedelta(days=7)
-_SLACK = timedelta(seconds=30)
-"""What torch gives a collective beyond what is waited for here, where the one to blame is known."""
 _LOOK_SECONDS = 0.01
 _KEPT = 4
 """Results that are kept for ranks that have not got them: two members are at most three gathers
 apart, for each of them waits for all ranks of one place or of all."""
-_PART = 8 << 20
-"""The most bytes in one collective."""
-
 T = TypeVar("T")
-_Group = dist.ProcessGroupGloo
 
 
 @dataclass(frozen=True)
@@ -87,19 +77,6 @@ class Place:
     def rank(self) -> int:
         """Among the ranks of all replicas."""
         return self.replica * self.size + self.place
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Why an epoch is over for a rank.
-
-    Attributes:
-        why: for the log.
-        late: the gather for which it has waited too long.
-    """
-
-    why: str
-    late: int | None = None
 
 
 @dataclass
@@ -154,9 +131,8 @@ class Epochs(Gathers):
         self._current: _Gather | None = None
         self._welcome: _Gather | None = None
         self._kept: deque[tuple[_Gather, Gathered]] = deque(maxlen=_KEPT)
-        self._groups: dict[bool, tuple[_Group | None, list[int]]] = {}
-        # Groups with something under way, which would wait for it when they are dropped.
-        self._busy: list[tuple[_Group | None, list[dist.Work]]] = []
+        self._groups: dict[bool, Group] = {}  # of the same place, and of all
+        self._busy: list[Group] = []
         self.joins, self._moved, self._has_state = joins, False, not joins
         self._epoch: Epoch | None = None
         self.epoch = 0
@@ -180,8 +156,13 @@ class Epochs(Gathers):
     @property
     def members(self) -> tuple[int, ...]:
         """The replicas of the epoch, in order."""
+        return tuple(sorted(self.current.members))
+
+    @property
+    def current(self) -> Epoch:
+        """The epoch."""
         assert self._epoch is not None, "`begin` comes first"
-        return tuple(sorted(self._epoch.members))
+        return self._epoch
 
     def gather(
         self, sent: Tensor | Callable[[], Tensor], *, everyone: bool = False
@@ -284,14 +265,14 @@ class Epochs(Gathers):
             sent = gather.sent
             if callable(sent):
                 gather.sent = sent = sent()
-            limit = self._timeout
-            rows, ended = self._all_gather(gather.everyone, sent, limit, gather.number)
+            group = self._groups[gather.everyone]
+            rows, ended = group.all_gather(sent, self._timeout, gather.number)
             if gather.number < 0:  # the last one, of which nothing is wanted but to have met
                 return None
             if ended is not None:
                 return ended
             assert rows is not None
-            self._finish(gather, Gathered(self._groups[gather.everyone][1], rows))
+            self._finish(gather, Gathered(group.ranks, rows))
             if gather.welcomes:
                 return Ended("a replica joins")
 
@@ -335,17 +316,14 @@ class Epochs(Gathers):
         self._epoch, self._moved, self.epoch = epoch, False, epoch.number
         everyone = ranks_of(epoch.members, place.size)
         same = [rank for rank in everyone if rank % place.size == place.place]
-        for all_of_them, ranks, name in (
-            (False, same, f"place{place.place}"),
-            (True, everyone, ""),
-        ):
-            if all_of_them and same == everyone:
+        for of_all, ranks, name in (False, same, f"place{place.place}"), (True, everyone, "all"):
+            if of_all and same == everyone:
                 self._groups[True] = self._groups[False]
                 continue
-            group, ended = self._connect(f"{epoch.number}/{name}", ranks)
-            if ended is not None:
-                return ended
-            self._groups[all_of_them] = group, ranks
+            group = self._connect(f"{epoch.number}/{name}", ranks)
+            if isinstance(group, Ended):
+                return group
+            self._groups[of_all] = group
         ended = self._hand_on(epoch) or self._admit(epoch)
         if ended is not None:
             return ended
@@ -357,26 +335,19 @@ class Epochs(Gathers):
             self._member.set_result(None)
         return None
 
-    def _connect(self, name: str, ranks: Sequence[int]) -> tuple[_Group | None, Ended | None]:
-        """A group of its own; None for one rank."""
-        if len(ranks) == 1:
-            return None, None
+    def _connect(self, name: str, ranks: Sequence[int]) -> Group | Ended:
         store = dist.PrefixStore(f"elastic/groups/{name}", self._store)
-        with self._asking():
-            try:
-                made = dist.ProcessGroupGloo(
-                    store, ranks.index(self.place.rank), len(ranks), _CONNECT
-                )
-                return made, None
-            except RuntimeError as error:
-                return None, Ended(f"the members do not come together: {_line(error)}")
+        try:
+            return Group(store, ranks, self.place.rank, self._is_told)
+        except RuntimeError as error:
+            return Ended(f"the members do not come together: {first_line(error)}")
 
     def _hand_on(self, epoch: Epoch) -> Ended | None:
         """Sees to it that each result is all members' or nobody's."""
         done = epoch.done
         for number in range(min(done.values()) + 1, max(done.values()) + 1):
             for everyone in (False, True):
-                ranks = self._groups[everyone][1]
+                ranks = self._groups[everyone].ranks
                 has = [rank for rank in ranks if done[rank] >= number]
                 givers = [rank for rank in has if rank // self.place.size != epoch.joins]
                 if not givers or len(has) == len(ranks):
@@ -387,7 +358,7 @@ class Epochs(Gathers):
         return None
 
     def _hand_on_one(self, number: int, everyone: bool, giver: int) -> Ended | None:
-        group, ranks = self._groups[everyone]
+        group = self._groups[everyone]
         header = torch.full((3 + self.place.size * self.place.replicas,), -1)
         content = torch.empty(0, dtype=torch.uint8)
         if self.place.rank == giver:
@@ -397,13 +368,13 @@ class Epochs(Gathers):
                 header[: 3 + len(gathered.ranks)] = torch.tensor(
                     [1, len(gathered.ranks), len(content), *gathered.ranks]
                 )
-        ended = self._broadcast(group, ranks, header, giver)
+        ended = group.broadcast(header, giver, self._timeout)
         if ended is not None or header[0] < 0:
             return ended
         senders = header[3 : 3 + int(header[1])].tolist()
         if self.place.rank != giver:
             content = torch.empty(int(header[2]), dtype=torch.uint8)
-        ended = self._broadcast(group, ranks, content, giver)
+        ended = group.broadcast(content, giver, self._timeout)
         if ended is None and self._done == number - 1:
             if self._current is None:
                 self._current = self._queue.get()  # all have begun what one has done
@@ -418,19 +389,22 @@ class Epochs(Gathers):
         size, own = self.place.size, self.place
         if own.replica in (0, epoch.joins):
             pair = [own.place, epoch.joins * size + own.place]
-            group, ended = self._connect(f"{epoch.number}/state{own.place}", pair)
-            if ended is None:
-                ended = self._hand_over(group, pair, epoch.operation)
+            group = self._connect(f"{epoch.number}/state{own.place}", pair)
+            if isinstance(group, Ended):
+                return group
+            ended = self._hand_over(group, pair[0], epoch.operation)
             if ended is not None:
+                if group.is_busy:
+                    self._busy.append(group)
                 return ended
         ready = torch.zeros(1, dtype=torch.uint8)
         # As long as the state takes: those who hand it over look after the time.
-        _, ended = self._all_gather(True, ready, _EVER, None)
+        _, ended = self._groups[True].all_gather(ready, _EVER, None)
         return ended
 
-    def _hand_over(self, group: _Group | None, pair: list[int], operation: int) -> Ended | None:
+    def _hand_over(self, group: Group, giver: int, operation: int) -> Ended | None:
         def broadcast(content: Tensor) -> Ended | None:
-            return self._broadcast(group, pair, content, pair[0])
+            return group.broadcast(content, giver, self._timeout)
 
         if self.place.replica == 0:
             assert self._welcome is not None and self._welcome.state is not None
@@ -441,80 +415,16 @@ class Epochs(Gathers):
             self.admitted.set_result((operation, state))
         return ended
 
-    # Collectives, in slices.
-
-    def _all_gather(
-        self, everyone: bool, sent: Tensor, limit: timedelta, number: int | None
-    ) -> tuple[Tensor | None, Ended | None]:
-        """`sent [n]` of each rank of a group: `[ranks, n]`, or why there is none."""
-        group, ranks = self._groups[everyone]
-        rows = torch.empty((len(ranks), sent.numel()), dtype=torch.uint8)
-        if group is None:
-            rows.copy_(sent)
-            return rows, None
-        parts = list(zip(sent.split(_PART), rows.split(_PART, dim=1), strict=True))
-        into = [part if len(parts) == 1 else torch.empty_like(part) for _, part in parts]
-        works: list[dist.Work] = []
-        for (piece, _), target in zip(parts, into, strict=True):
-            begin = partial(all_gather_into, group, target, piece, limit + _SLACK)
-            ended = _begin(begin, works)
-            if ended is not None:
-                return None, ended
-        ended = self._wait(group, works, limit, number)
-        if ended is not None:
-            return None, ended
-        if len(parts) > 1:
-            for (_, part), target in zip(parts, into, strict=True):
-                part.copy_(target)
-        return rows, None
-
-    def _broadcast(
-        self, group: _Group | None, ranks: Sequence[int], content: Tensor, giver: int
-    ) -> Ended | None:
-        """Fills `content`, contiguous, with what the giver has of it."""
-        if group is None or content.numel() == 0:
-            return None
-        root, limit = ranks.index(giver), self._timeout
-        for part in content.view(-1).split(max(_PART // content.element_size(), 1)):
-            works: list[dist.Work] = []
-            ended = _begin(partial(broadcast_from, group, part, root, limit + _SLACK), works)
-            ended = ended or self._wait(group, works, limit, None)
-            if ended is not None:
-                return ended
-        return None
-
-    def _wait(
-        self,
-        group: _Group,
-        works: list[dist.Work],
-        limit: timedelta,
-        number: int | None,
-    ) -> Ended | None:
-        until = time.monotonic() + limit.total_seconds()
-        for work in works:
-            while (ended := _wait_a_slice(work)) is _NOT_YET:
-                told, late = self._is_told(), time.monotonic() > until
-                if told or late:
-                    self._busy.append((group, works))
-                    why = "others say so" if told else "a rank did not answer within --timeout"
-                    return Ended(why, number if late and not told else None)
-            if ended is not None:
-                if not all(other.is_completed() for other in works):
-                    self._busy.append((group, works))
-                return ended
-        return None
+    # What remains of an epoch.
 
     def _drop_groups(self) -> None:
+        self._busy += [group for group in self._groups.values() if group.is_busy]
         self._groups.clear()
         self._sweep()
 
     def _sweep(self) -> None:
-        """Lets go of groups that have nothing under way any more."""
-        self._busy = [
-            (group, works)
-            for group, works in self._busy
-            if not all(work.is_completed() for work in works)
-        ]
+        """Lets go of groups that have nothing under way any more: others would be waited for."""
+        self._busy = [group for group in self._busy if group.is_busy]
 
     # The store.
 
@@ -528,7 +438,7 @@ class Epochs(Gathers):
             try:
                 return question()
             except dist.DistError as error:
-                lost = f"{LOST_ANOTHER_RANK}: the core's store: {_line(error)}"
+                lost = f"{LOST_ANOTHER_RANK}: the core's store: {first_line(error)}"
         raise RuntimeError(lost)
 
     def _is_told(self) -> bool:
@@ -541,33 +451,3 @@ class Epochs(Gathers):
             time.sleep(_LOOK_SECONDS)
             self._sweep()
         return read_epoch(self._ask(lambda: bytes(self._store.get(name))))
-
-
-_NOT_YET = Ended("")
-
-
-def _begin(collective: Callable[[], dist.Work], works: list[dist.Work]) -> Ended | None:
-    try:
-        works.append(collective())
-    except RuntimeError as error:
-        return Ended(_line(error))
-    return None
-
-
-def _wait_a_slice(work: dist.Work) -> Ended | None:
-    """Nothing when it is done; `_NOT_YET`, or why it has failed."""
-    try:
-        work.wait(_SLICE)
-        return None
-    except RuntimeError:
-        if not work.is_completed():
-            return _NOT_YET
-    try:
-        work.wait()  # returns at once: it may have come to a good end since
-    except RuntimeError as error:
-        return Ended(_line(error))
-    return None
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

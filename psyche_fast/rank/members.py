@@ -174,10 +174,12 @@ class Leader:
             time.sleep(_LOOK_SECONDS)
 
     def _decide(self, epoch: Epoch, reports: Mapping[int, Report]) -> Epoch:
+        dead = self._dead()
         members = {
             replica: life
             for replica, life in epoch.members.items()
-            if all(
+            if (replica, life) not in dead
+            and all(
                 rank in reports and reports[rank].has_state
                 for rank in ranks_of([replica], self._size)
             )

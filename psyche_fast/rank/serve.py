@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import elastic, protocol
+from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.optimizers import make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
-from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.logs import keep_rank_log
 from psyche_fast.start.store import StoreClient, barrier
@@ -41,7 +43,7 @@ def build_trainer(
     Raises:
         ValueError: the model cannot be loaded, or the world is not the run's.
     """
-    set_default_timeout(timedelta(seconds=config.machines.timeout))
+    set_default_timeout(timedelta(seconds=config.machines.timeout) + GRACE)
     if config.machines.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(config.machines.threads)
@@ -87,7 +89,9 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     assert config.run.output is not None, "resolved by the core"
     epochs = None if start is None else start.epochs(client, config.parallelism, device)
     rank = dist.get_rank() if epochs is None else epochs.rank
-    keep_rank_log(Path(config.run.output, "logs", f"rank-{rank}.log"), rank)
+    logs = Path(config.run.output, "logs")
+    keep_rank_log(logs / f"rank-{rank}.log", rank)
+    beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
     if epochs is None or not epochs.joins:
         restore(trainer, config)
@@ -96,18 +100,28 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     inbox = protocol.Inbox(client, trainer.topology, first)
     writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
+    step = 0
     while True:
+        beats.at(step, "waiting")
         match inbox.next():
             case protocol.Train() as operation:
-                output = trainer.train(operation.step, operation.batch())
+                step, started = operation.step, time.monotonic()
+                beats.at(step, "train")
+                output = trainer.train(step, operation.batch())
                 began = Totals(output, trainer)
-                trainer.optimize(operation.step)
+                beats.at(step, "optimize")
+                trainer.optimize(step)
                 if totals is not None:
+                    beats.at(step, "counts")
                     totals.wait()
                 totals = began
+                patience.took(time.monotonic() - started)
+                client.seconds = patience.seconds
             case protocol.Save(step):
+                beats.at(step, "checkpoint")
                 take_part_in_save(trainer, writer, step)
             case protocol.Join():
+                beats.at(step, "join")
                 elastic.welcome(trainer)
             case protocol.Exit():
                 if totals is not None:

@@ -78,6 +78,13 @@ class ReplicaSidecars(Sidecars):
                 if rank // self.size == replica:
                     self.spawn(rank, device, log_file)
 
+    def kill_replica(self, replica: int) -> None:
+        """Ends one that does not answer, if it is here; from any thread."""
+        with self._lock:
+            for child in self._children:
+                if child.rank // self.size == replica and child.process.poll() is None:
+                    child.process.kill()
+
     def end_all_but(self, members: Collection[int]) -> None:
         """Ends replicas that have not become members, and starts none any more."""
         self._closing.set()

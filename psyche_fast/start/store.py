@@ -6,6 +6,7 @@ What its keys mean is the protocol's affair: `rank.protocol` is our core's, `psy
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ from psyche_fast.start.devices import Processor
 log = logging.getLogger("psyche_fast.sidecar")
 
 _SLICE = timedelta(seconds=0.5)
+_STOPPED = 2.0
+"""Seconds between two looks at the clock, from which on this process did not run meanwhile."""
 _LOOKS = (0.01, 0.25)
 """Seconds between two looks for a key: the first, and the most that they grow to."""
 
@@ -106,7 +109,7 @@ class StoreClient:
         except dist.DistError as error:
             raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
         self.seconds = timeout.total_seconds()
-        self._asked_at: dict[int, float] = {}  # by thread
+        self._asked: dict[int, float] = {}
         threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
 
     def clone(self) -> dist.Store:
@@ -141,19 +144,24 @@ class StoreClient:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Around a question to the store: one that is not answered in time ends this process."""
+        """Ends this process where the block, which asks the store, takes longer than `seconds`."""
         thread = threading.get_ident()
-        self._asked_at[thread] = time.monotonic()
+        self._asked[thread] = time.monotonic()
         try:
             yield
         finally:
-            del self._asked_at[thread]
+            del self._asked[thread]
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while True:
             time.sleep(_SLICE.total_seconds() / 2)
-            asked = min(self._asked_at.copy().values(), default=None)
-            if asked is not None and time.monotonic() - asked > self.seconds:
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > _STOPPED:  # it is this process that was stopped
+                for thread in list(self._asked):
+                    self._asked[thread] = now
+            if now - min(list(self._asked.values()), default=math.inf) > self.seconds:
                 log.error(
                     "lost another rank: the core's store has not answered for %g s", self.seconds
                 )
