@@ -33,7 +33,7 @@ from benchmarks.common import environment, percentiles
 from psyche_fast.config import RunConfig
 from psyche_fast.core.plan import Plan, make_plan
 from psyche_fast.core.run import Core, steps
-from psyche_fast.core.saving import States
+from psyche_fast.core.saving import Checkpoints
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import Console, MetricsWriter, PhaseTimer
 from psyche_fast.rank.protocol import Sender
@@ -85,8 +85,10 @@ def compare(count: int = 30) -> dict[str, Any]:
 def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str, Any]:
     trainer = build_trainer(plan.resolved, plan.source, torch.device("cpu"))
     console = Console(count, 1)
+    sender = Sender(store, 1)
     core = Core(
-        plan, folder, trainer, Sender(store, 1), States(plan, folder, store, console.message),
+        plan, folder, trainer, sender,
+        Checkpoints(plan, folder, trainer, sender, store, console.message),
         StopRequest(), console, PhaseTimer(),
     )  # fmt: skip
     plain = transformers.AutoModelForCausalLM.from_pretrained(

@@ -221,6 +221,9 @@ class Run(Section, frozen=True, kw_only=True):
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    keep_every: Annotated[
+        Count, _help("with --keep: also keep those of steps that this divides; 0 = none")
+    ] = 0  # fmt: skip
     run_id: Annotated[
         str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
     ] = None  # fmt: skip
@@ -240,6 +243,8 @@ class Run(Section, frozen=True, kw_only=True):
         Section.__post_init__(self)
         if self.resume is not None and self.fork is not None:
             raise ValueError("--resume and --fork: give one of them")
+        if self.keep_every and not self.keep:
+            raise ValueError("--keep-every needs --keep, without which all checkpoints are kept")
         # They become folders' names.
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(

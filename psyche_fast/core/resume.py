@@ -21,10 +21,11 @@ from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
 
 _FREE = {
-    *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
-    *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
-    *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
-    *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb", "cold_start_step"),
+    *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id", "push_to_hub"),
+    *("tracker", "metric_names", "resume", "fork", "start_step", "model", "data_path"),
+    *("save_dtype", "device", "threads", "host", "port", "local_ranks", "timeout"),
+    *("device_backend", "check_every", "optim_stats", "attn_implementation"),
+    *("data_cache", "data_cache_gb", "cold_start_step"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
 _NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
@@ -77,18 +78,12 @@ def find_start(config: RunConfig) -> Start | None:
         if which == "--resume" and (step is not None or folder == root):  # not simply the newest
             _check_latest(folder.resolve(), manifest.step, output)
         return Start(folder.resolve(), manifest, tuple(notes))
-    if name == "auto" and (not notes or _ended_in_first_save(root)):
+    if name == "auto" and not notes:
         return None
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise ValueError(
         "; ".join([f"{which} {name}: {wanted} that can be gone on from in {root}", *notes])
     )
-
-
-def _ended_in_first_save(run: Path) -> bool:
-    """Whether a run has models but no state, and was writing one when it ended."""
-    checkpoints = run / "checkpoints"
-    return any(checkpoints.glob(".state-*")) and not any(checkpoints.glob("*/" + state.FOLDER))
 
 
 def _candidates(root: Path, which: str) -> Iterator[Path]:

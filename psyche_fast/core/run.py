@@ -15,13 +15,12 @@ import torch.distributed as dist
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
-from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads, uploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
-from psyche_fast.core.saving import States
+from psyche_fast.core.saving import Checkpoints, keep_newest
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -34,9 +33,8 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.metrics.trackers import Names
-from psyche_fast.models.building import tied_names
 from psyche_fast.models.source import vocabulary_size
-from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
+from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
@@ -79,22 +77,20 @@ class Core:
         output: the run directory.
         trainer: rank 0's own.
         sender: takes what the other ranks are told.
-        states: writes what `--resume` needs.
+        checkpoints: writes them.
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
-        hub: takes checkpoints, with `--push-to-hub`.
     """
 
     plan: Plan
     output: Path
     trainer: Trainer
     sender: Sender
-    states: States
+    checkpoints: Checkpoints
     stop: StopRequest
     console: Console
     timer: PhaseTimer
-    hub: HubUploads | None = None
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -123,7 +119,8 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
         ):
             result = _train(plan, output, ranks, console, hub)
         if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
-            _prune(plan, result.checkpoint, result.last_step, hub, console, {result.checkpoint})
+            last = result.checkpoint
+            keep_newest(plan, last, result.last_step, hub, console.message, {last.resolve()})
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -153,8 +150,8 @@ def _train(
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
     restore(trainer, config)
-    states = States(plan, output, ranks.store, console.message)
-    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub)
+    checkpoints = Checkpoints(plan, output, trainer, sender, ranks.store, console.message, hub)
+    core = Core(plan, output, trainer, sender, checkpoints, stop, console, PhaseTimer())
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -174,8 +171,12 @@ def _train(
             tracker.log(line["step"], line)
             console.step(line)
 
-        for last_step, saved in steps(core, batches, report):  # noqa: B007 - used below
-            checkpoint = saved or checkpoint
+        try:
+            for last_step, checkpoint in steps(core, batches, report):  # noqa: B007 - used below
+                pass
+        except BaseException:
+            checkpoints.leave()
+            raise
     unsaved = _save(run.save_path, checkpoint)
     stopped = stop.signal if last_step < total else None
     stop.has_work = False
@@ -219,7 +220,7 @@ def steps(
         report: takes the steps' lines of `metrics.jsonl` in turn.
 
     Yields:
-        each step when it is done, and its checkpoint, if any.
+        each step when it is done, and the last one's checkpoint.
 
     Raises:
         ValueError: a batch cannot be read or has a token that the model does not know.
@@ -237,15 +238,15 @@ def steps(
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         last = step == schedule.total_steps or core.stop.signal is not None
-        every = config.run.checkpoint_every
-        saves = last or (every > 0 and step % every == 0)
         try:
             sent = feed.take()
         except (ValueError, OSError):
             lines.write()
+            core.checkpoints.hurry()
             raise
+        saves = last or core.checkpoints.is_due(step)
         if saves:  # in the order in which the ranks carry it out
-            sender.publish(Save(step))
+            sender.publish(Save(step, at_once=last))
         if not last:
             feed.send(step + 1)
         hand_on(sent.mine, trainer.topology)
@@ -273,66 +274,12 @@ def steps(
         }
         lines.hold(totals, fields)
         checkpoint = None
-        if saves:
-            checkpoint = _checkpoint(core, step, must=last)
+        if last:
+            with timer.phase("checkpoint"):
+                checkpoint = core.checkpoints.write(step)
             lines.write(checkpoint=True)
+        elif saves:
+            core.checkpoints.begin(step)
         yield step, checkpoint
         if last:
             return
-
-
-def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
-    """Writes a checkpoint folder; all ranks take part.
-
-    Raises:
-        OSError: it cannot be written, and `must` be; the ranks are in step all the same.
-        ReplicasDiffer: no replica is worth writing.
-    """
-    run, trainer = core.plan.config.run, core.trainer
-    path = core.output / "checkpoints" / checkpoint_name(step, run.run_id)
-    hand_on(Save(step), trainer.topology)
-    try:
-        with core.timer.phase("checkpoint"):
-            trainer.plain()
-            trainer.check_replicas(step)
-            core.states.begin(trainer, step)
-            tensors = trainer.model.full_state_dict_iter()
-            if run.run_id is not None:
-                tensors = under_all_names(tensors, tied_names(trainer.model.module))
-            save_model(path, trainer.model, tensors, core.plan.source.side_files)
-    except OSError as error:
-        core.states.complete(step, None, lambda: None)
-        if must:
-            raise
-        # A full disk is no reason to lose the run: older checkpoints are untouched.
-        core.console.message(f"checkpoint of step {step} not written: {error}; going on")
-        log.warning("checkpoint of step %d not written: %s", step, error)
-        return None
-    if core.hub is not None:
-        core.hub.push(step, path)
-    core.states.complete(
-        step, path, lambda: _prune(core.plan, path, step, core.hub, core.console, core.states.whole)
-    )
-    if must:
-        core.states.wait()
-    return path
-
-
-def _prune(
-    plan: Plan,
-    newest: Path,
-    step: int,
-    hub: HubUploads | None,
-    console: Console,
-    whole: set[Path],
-) -> None:
-    """Carries out `--keep`; what is being uploaded stays, and `whole`, which has a state."""
-    # Of the model that the run began with, files go into each checkpoint.
-    spared = whole | {file.parent.resolve() for file in plan.source.files}
-    if hub is not None:
-        spared |= {path.resolve() for path in hub.busy}
-    try:
-        prune(newest, step, plan.config.run.run_id, plan.config.run.keep, spared)
-    except OSError as error:
-        console.message(f"--keep: an older checkpoint is still there: {error}")
-        log.warning("--keep: %s", error)
