@@ -213,7 +213,7 @@ class Run(Section, frozen=True, kw_only=True):
     ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
-        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+        str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
     ] = None  # fmt: skip
     fork: Annotated[
         str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
@@ -226,6 +226,9 @@ class Run(Section, frozen=True, kw_only=True):
     ] = 0  # fmt: skip
     run_id: Annotated[
         str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    checkpoint_to: Annotated[
+        str | None, _help("also upload checkpoints, state and all, to this URL: s3://, gs://, hf://")
     ] = None  # fmt: skip
     push_to_hub: Annotated[
         str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")

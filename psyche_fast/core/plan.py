@@ -14,6 +14,7 @@ import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.core.hub import check_hub
+from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
@@ -77,6 +78,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     check_tracker(run.tracker)
     if run.push_to_hub is not None:
         check_hub(run.push_to_hub)
+    if run.checkpoint_to is not None:
+        open_remote(run.checkpoint_to, "--checkpoint-to")
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)

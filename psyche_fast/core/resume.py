@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ import transformers
 from psyche_fast import __version__
 from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.checkpoints import step_of
+from psyche_fast.core.remote import fetched, is_url
 from psyche_fast.data import Dataset
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
 
 _FREE = {
-    *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id", "push_to_hub"),
+    *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id"),
+    *("push_to_hub", "checkpoint_to"),
     *("tracker", "metric_names", "resume", "fork", "start_step", "model", "data_path"),
     *("save_dtype", "device", "threads", "host", "port", "local_ranks", "timeout"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
@@ -63,19 +66,33 @@ def find_start(config: RunConfig) -> Start | None:
             raise ValueError(f"{which} {name} needs --output, the run directory to go on in")
         if name == "auto" and not Path(output, "checkpoints").exists():
             return None
+    if is_url(name) and output is None:
+        raise ValueError(f"{which} {name} needs --output, where the checkpoint is downloaded to")
     root = Path(output or "") if name == "auto" or name.isdigit() else Path(name)
     step = int(name) if name.isdigit() else None
     notes: list[str] = []
-    for folder in _candidates(root, which):
+    if is_url(name):
+        # A fork's are no checkpoints of its own.
+        place = Path(output or "", "checkpoints" if which == "--resume" else "downloads")
+        candidates = fetched(name, place, which)
+    else:
+        candidates = _candidates(root, which)
+    for folder in candidates:
         try:
             manifest = state.read_manifest(folder)
             if step is not None and manifest.step != step:
                 continue
             state.check_sums(folder, manifest)
         except ValueError as error:
-            notes.append(f"{which}: passed over {error}")
+            said = str(error)
+            if is_url(name):  # what has come is of no use
+                shutil.rmtree(folder, ignore_errors=True)
+                there = name.rstrip("/").removesuffix(f"/{folder.name}")
+                said = said.replace(str(folder), f"{there}/{folder.name}")
+            notes.append(f"{which}: passed over {said}")
             continue
-        if which == "--resume" and (step is not None or folder == root):  # not simply the newest
+        named = step is not None or folder == root or is_url(name)
+        if which == "--resume" and named:  # not simply the newest
             _check_latest(folder.resolve(), manifest.step, output)
         return Start(folder.resolve(), manifest, tuple(notes))
     if name == "auto" and not notes:

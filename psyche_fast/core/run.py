@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.feed import Feed
-from psyche_fast.core.hub import HubUploads, uploads
+from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
+from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -112,15 +115,19 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with (
-            console,
-            uploads(config.run.push_to_hub, console.message) as hub,
-            started(plan, output, launch, console) as ranks,
-        ):
-            result = _train(plan, output, ranks, console, hub)
-        if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
-            last = result.checkpoint
-            keep_newest(plan, last, result.last_step, hub, console.message, {last.resolve()})
+        with console, ExitStack() as stack:
+            uploads: list[Uploads] = []
+            if config.run.push_to_hub is not None:
+                uploads.append(HubUploads(config.run.push_to_hub, console.message))
+            if config.run.checkpoint_to is not None:
+                uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
+            for one in uploads:
+                stack.enter_context(waited_for(one))
+            with started(plan, output, launch, console) as ranks:
+                result = _train(plan, output, ranks, console, uploads)
+        last = result.checkpoint
+        if uploads and last is not None:  # which the uploads have let go of
+            keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -136,7 +143,7 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, hub: HubUploads | None
+    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -150,7 +157,7 @@ def _train(
     join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device)
     restore(trainer, config)
-    checkpoints = Checkpoints(plan, output, trainer, sender, ranks.store, console.message, hub)
+    checkpoints = Checkpoints(plan, output, trainer, sender, ranks.store, console.message, uploads)
     core = Core(plan, output, trainer, sender, checkpoints, stop, console, PhaseTimer())
     log.info("training begins")
     last_step, checkpoint = 0, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.core.export import Exporter
-from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.resume import machine_of
+from psyche_fast.core.uploads import Uploads
 from psyche_fast.models.building import tied_names
 from psyche_fast.rank import state
 from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
@@ -41,7 +41,7 @@ class Checkpoints:
         sender: takes what the other ranks are told.
         store: what the ranks say.
         tell: takes lines for the user, from any thread.
-        hub: takes checkpoints, with `--push-to-hub`.
+        uploads: take checkpoints.
 
     Attributes:
         trackers: what trackers call the run, by their names.
@@ -55,10 +55,10 @@ class Checkpoints:
         sender: Sender,
         store: dist.TCPStore,
         tell: Callable[[str], None],
-        hub: HubUploads | None = None,
+        uploads: Sequence[Uploads] = (),
     ) -> None:
         self._plan, self._output, self._trainer, self._sender = plan, output, trainer, sender
-        self._tell, self._hub = tell, hub
+        self._tell, self._uploads = tell, uploads
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # not in the stub
         self._writer = StateWriter(store.clone(), output)  # type: ignore[attr-defined]
         model, self._all_names = plan.resolved.model, plan.config.run.run_id is not None
@@ -210,24 +210,23 @@ class Checkpoints:
 
     def _then(self, step: int) -> None:
         path = self._path(step)
-        if self._hub is not None:
-            self._hub.push(step, path)
-        keep_newest(self._plan, path, step, self._hub, self._tell, self._whole)
+        for one in self._uploads:
+            one.push(step, path)
+        keep_newest(self._plan, path, step, self._uploads, self._tell, self._whole)
 
 
 def keep_newest(
     plan: Plan,
     newest: Path,
     step: int,
-    hub: HubUploads | None,
+    uploads: Sequence[Uploads],
     tell: Callable[[str], None],
     whole: set[Path],
 ) -> None:
     """Carries out `--keep`; what is being uploaded stays, and `whole`, which has a state."""
     # Of the model that the run began with, files go into each checkpoint.
     spared = whole | {file.parent.resolve() for file in plan.source.files}
-    if hub is not None:
-        spared |= {path.resolve() for path in hub.busy}
+    spared |= {path.resolve() for one in uploads for path in one.busy}
     try:
         prune(newest, step, plan.config.run, spared)
     except OSError as error:
