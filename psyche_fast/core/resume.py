@@ -18,6 +18,7 @@ from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.checkpoints import step_of
 from psyche_fast.core.remote import fetched, is_url
 from psyche_fast.data import Dataset
+from psyche_fast.kernels.backends import explain
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
@@ -131,13 +132,16 @@ def _check_latest(folder: Path, step: int, output: str | None) -> None:
         )
 
 
-def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
+def check_start(
+    start: Start, config: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[str, ...]:
     """Checks that a run can go on where its checkpoint is.
 
     Args:
         start: the checkpoint.
         config: the run, resolved.
         dataset: opened.
+        device: rank 0's.
 
     Returns:
         Lines for the user: where it goes on, and what changes the bits of what follows.
@@ -173,8 +177,9 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         lines.append(
             "warning  the optimizer's state has another form: only parameters are taken up"
         )
-    machine = machine_of(config)
-    other = [f"{k} {v} -> {machine[k]}" for k, v in manifest.machine.items() if machine[k] != v]
+    machine = machine_of(config, device)
+    before = {name: manifest.machine.get(name, value) for name, value in machine.items()}
+    other = [f"{k} {v} -> {machine[k]}" for k, v in before.items() if machine[k] != v]
     if other and not forks:
         lines.append(f"warning  {', '.join(other)}: the state is exact, what follows need not be")
     return tuple(lines)
@@ -190,18 +195,26 @@ def identity(dataset: Dataset) -> dict[str, Any]:
     return {"sequences": count, "sample": digest.hexdigest()}
 
 
-def machine_of(config: RunConfig) -> dict[str, str]:
-    """On what the bits of a step hang beside the run's configuration."""
+def machine_of(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """On what the bits of a step hang beside the run's configuration.
+
+    Args:
+        config: resolved.
+        device: rank 0's.
+    """
+    on_gpu = device.type == "cuda"
     return {
         "psyche_fast": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "processor": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        "processor": torch.cuda.get_device_name(device)
+        if on_gpu
         else torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.machines.threads),
         "attention": config.model.attn_implementation,
+        "kernels": explain(device)[0],
+        "backend": config.parallelism.device_backend if on_gpu else "gloo",
     }
 
 

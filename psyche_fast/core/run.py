@@ -169,9 +169,17 @@ def _train(
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
-        make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
+        make_tracker(
+            run.tracker,
+            output,
+            plan.config.to_dict(),
+            names,
+            id=plan.trackers.get(run.tracker),
+            first_step=first,
+        ) as tracker,
         also_at_exit_now(tracker.finish),
     ):
+        checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
 
         def report(line: dict[str, Any]) -> None:
             writer.write(line)
@@ -282,8 +290,12 @@ def steps(
         lines.hold(totals, fields)
         checkpoint = None
         if last:
-            with timer.phase("checkpoint"):
-                checkpoint = core.checkpoints.write(step)
+            try:
+                with timer.phase("checkpoint"):
+                    checkpoint = core.checkpoints.write(step)
+            except OSError:  # the step itself is done
+                lines.write(checkpoint=True)
+                raise
             lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)

@@ -67,7 +67,8 @@ class Checkpoints:
         self._collected = threading.Event()
         self._error: Exception | None = None
         self._begun: int | None = None
-        self._whole: set[Path] = set()  # the newest one that a run can go on from, if any
+        # The newest one that a run can go on from, if any.
+        self._whole = {Path(resumed)} if (resumed := plan.config.run.resume) else set()
         self.trackers: dict[str, str] = {}
 
     def is_due(self, step: int) -> bool:
@@ -199,8 +200,8 @@ class Checkpoints:
             self._exporter.write(folder, written, files, are_new=True)
             manifest = Manifest(
                 version=state.VERSION, step=step, config=config.to_dict(), data=self._plan.data,
-                machine=machine_of(config), tracker=self.trackers, files=files,
-                model=[state.sealed(file) for file in sorted(folder.iterdir())],
+                machine=machine_of(config, self._plan.devices.devices[0]), tracker=self.trackers,
+                files=files, model=[state.sealed(file) for file in sorted(folder.iterdir())],
             )  # fmt: skip
             state.write_manifest(written, manifest)
             written.rename(folder / state.FOLDER)

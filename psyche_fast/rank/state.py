@@ -68,6 +68,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: list[StateFile]
     model: list[StateFile] = []
     """The Hugging Face folder's files around the state."""
+    sha256: str = ""
+    """Of all this; empty before the second version."""
+
+    def digest(self) -> str:
+        """What `sha256` has to be."""
+        without = msgspec.structs.replace(self, sha256="")
+        return hashlib.sha256(msgspec.json.encode(without)).hexdigest()
 
     def paths(self, folder: Path) -> list[tuple[Path, StateFile]]:
         """All files of the checkpoint in a folder."""
@@ -152,6 +159,7 @@ def sealed(path: Path) -> StateFile:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Completes a state, durably."""
+    manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     (folder / MANIFEST).write_bytes(encoded)
     sync(folder / MANIFEST)
@@ -172,6 +180,8 @@ def read_manifest(folder: Path) -> Manifest:
     if (version := strict.read(text, _Version, str(path)).version) not in _READ:
         raise ValueError(f"{path}: version {version}, this program reads {_READ[0]} to {_READ[-1]}")
     manifest = strict.read(text, Manifest, str(path))
+    if version > 1 and manifest.sha256 != manifest.digest():
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it says")
     for part, file in manifest.paths(folder):
         if Path(file.name).name != file.name:
             raise ValueError(f"{path}: {file.name!r} is no file of its folder")
