@@ -37,8 +37,10 @@ from psyche_fast.config import RunConfig
 from psyche_fast.core.plan import make_plan
 from psyche_fast.core.run import Core, steps
 from psyche_fast.core.saving import Checkpoints
+from psyche_fast.core.watch import Watch
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import Console, PhaseTimer
+from psyche_fast.rank.beats import Patience
 from psyche_fast.rank.protocol import Sender
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.snapshot import Snapshot
@@ -123,7 +125,9 @@ def measure(folder: Path, saves: int, **method: Any) -> dict[str, Any]:
         trainer = build_trainer(plan.resolved, plan.source, torch.device("cpu"))
         sender, console = Sender(store, 1), Console(count, 1)
         checkpoints = Checkpoints(plan, run, trainer, sender, store, console.message)
-        core = Core(plan, run, trainer, sender, checkpoints, StopRequest(), console, PhaseTimer())
+        timer, patience = PhaseTimer(), Patience(60.0)
+        watch_ = Watch(store, 1, timer, patience, patience, run, lambda: None)
+        core = Core(plan, run, trainer, sender, checkpoints, StopRequest(), console, timer, watch_)
         with ExitStack() as stack:
             for owner, name in PARTS:
                 stack.enter_context(watch.around(owner, name))

@@ -24,6 +24,7 @@ from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
 from psyche_fast.core.uploads import Uploads, waited_for
+from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -84,6 +85,7 @@ class Core:
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
+        watch: is told where the run is.
     """
 
     plan: Plan
@@ -94,6 +96,7 @@ class Core:
     stop: StopRequest
     console: Console
     timer: PhaseTimer
+    watch: Watch
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -158,7 +161,9 @@ def _train(
     trainer = build_trainer(config, plan.source, device)
     restore(trainer, config)
     checkpoints = Checkpoints(plan, output, trainer, sender, ranks.store, console.message, uploads)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, PhaseTimer())
+    timer = PhaseTimer()
+    watch = watching(ranks, config, timer, output / "logs")
+    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -178,6 +183,7 @@ def _train(
             first_step=first,
         ) as tracker,
         also_at_exit_now(tracker.finish),
+        watch,
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
 
@@ -252,12 +258,14 @@ def steps(
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
+        core.watch.begins(step)
         last = step == schedule.total_steps or core.stop.signal is not None
         try:
             sent = feed.take()
         except (ValueError, OSError):
             lines.write()
-            core.checkpoints.hurry()
+            with timer.phase("checkpoint"):
+                core.checkpoints.hurry()
             raise
         saves = last or core.checkpoints.is_due(step)
         if saves:  # in the order in which the ranks carry it out
