@@ -104,6 +104,16 @@ class Members:
             return replica, life
         return None
 
+    def now(self) -> tuple[list[int], Callable[[int], bool]]:
+        """The members' ranks, and whether one of these has left since."""
+        members = self.epochs.current.members
+
+        def is_gone(rank: int) -> bool:
+            replica = rank // self._size
+            return self.epochs.current.members.get(replica) != members[replica]
+
+        return ranks_of(members, self._size), is_gone
+
     def has(self, rank: int) -> bool:
         """Whether a rank is a member's."""
         return rank // self._size in self.replicas

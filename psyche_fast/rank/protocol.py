@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from psyche_fast.start.store import StoreClient
 FIRST_KEY = "psyche_fast"
 """The key by which a core is known to be ours."""
 
+_SLICE = timedelta(seconds=0.5)
 _PIECE = 4 << 20
 """The most bytes in one value: TCPStore refuses those of more than 8 MiB."""
 
@@ -91,9 +94,15 @@ class Train(msgspec.Struct, frozen=True, array_like=True, tag="train"):
 
 
 class Save(msgspec.Struct, frozen=True, array_like=True, tag="save"):
-    """Ranks compare their parameters, and those of rank 0's replica are gathered."""
+    """Ranks compare their parameters and write their parts of a checkpoint."""
 
     step: int
+    at_once: bool = False
+    """Before anything else, rather than beside the next step."""
+
+
+class Gather(msgspec.Struct, frozen=True, array_like=True, tag="gather"):
+    """Ranks of rank 0's replica take part in gathering its plain parameters."""
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
@@ -106,7 +115,7 @@ class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Join | Exit
+Operation = Train | Save | Gather | Join | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -203,21 +212,38 @@ def report_saved(store: dist.Store, step: int, rank: int, saved: Saved) -> None:
     store.set(_saved_key(step, rank), msgspec.json.encode(saved).decode())
 
 
-def collect_saved(store: dist.Store, step: int, ranks: int, timeout: timedelta) -> list[Saved]:
-    """Waits for what all ranks say of a checkpoint's state.
+def collect_saved(
+    store: dist.Store,
+    step: int,
+    ranks: Iterable[int],
+    is_gone: Callable[[int], bool],
+    timeout: timedelta,
+) -> dict[int, Saved]:
+    """Waits for what ranks say of a checkpoint's state.
+
+    Args:
+        store: where they say it.
+        step: the checkpoint's.
+        ranks: those.
+        is_gone: whether a rank has left an elastic run; it is not waited for then.
+        timeout: how long to wait.
 
     Raises:
         OSError: some have not written theirs in time.
     """
-    keys = [_saved_key(step, rank) for rank in range(ranks)]
-    try:
-        store.wait(keys, timeout)
-    except dist.DistStoreError:
-        late = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        raise OSError(f"rank {', '.join(late)} has not written its state in time") from None
-    saved = [msgspec.json.decode(store.get(key), type=Saved) for key in keys]
-    for key in keys:
-        store.delete_key(key)
+    keys = {rank: _saved_key(step, rank) for rank in ranks}
+    until = time.monotonic() + timeout.total_seconds()
+    while late := [r for r, key in keys.items() if not store.check([key]) and not is_gone(r)]:
+        if time.monotonic() > until:
+            who = ", ".join(map(str, late))
+            raise OSError(f"rank {who} has not written its state in time")
+        with suppress(dist.DistStoreError):
+            store.wait([keys[rank] for rank in late], _SLICE)
+    saved = {}
+    for rank, key in keys.items():
+        if store.check([key]):
+            saved[rank] = msgspec.json.decode(store.get(key), type=Saved)
+            store.delete_key(key)
     return saved
 
 
