@@ -195,6 +195,11 @@ def _launched(config: RunConfig, launch: Launched) -> RunConfig:
             f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
             f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
+    if parallelism.elastic:
+        raise ValueError(
+            "--elastic under torchrun or Slurm: they end all ranks with the first; start the core, "
+            "and `psyche-fast sidecar --elastic` for each further replica"
+        )
     changes: dict[str, Any] = {"local_ranks": 1}
     if launch.host is not None and machines.host == Machines().host:
         changes["host"] = launch.host

@@ -117,8 +117,8 @@ def serve(args: argparse.Namespace) -> None:
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     client = StoreClient(address.hostname, address.port, args.world_size, timeout)
-    introduce(client.store, args.rank, processor(device))
     life = os.environ.get(LIFE)
+    introduce(client.store, args.rank, processor(device), life or "")
     if life is not None:
         from psyche_fast.rank.elastic import Start
         from psyche_fast.rank.serve import serve as serve_own

@@ -83,7 +83,8 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
             console.message(
                 f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
                 f"{'--elastic ' if config.parallelism.elastic else ''}"
-                f"--main-host {_reachable(host)} --port {port} --world-size {world_size} "
+                f"--main-host {_reachable(host)} --port {port} "
+                f"--world-size {sidecars.world_size} "
                 f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
                 f"--backend {devices.backend}"
             )

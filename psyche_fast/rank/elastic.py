@@ -65,8 +65,8 @@ class Start:
         # Those that are there from the start are asked for before there is a first epoch.
         joins = replica >= options.replicas or client.store.check([key(0)])
         join_own(client.store, self.backend, place, device, self.timeout)
-        seconds = self.timeout.total_seconds()
-        return Epochs(client.clone(), place, seconds, client.asking, joins=joins)
+        # Here `client.seconds` is the core's --timeout.
+        return Epochs(client.clone(), place, client.seconds, client.asking, joins=joins)
 
 
 def enter(epochs: Epochs, client: StoreClient, trainer: Trainer) -> int:

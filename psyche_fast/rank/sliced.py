@@ -80,7 +80,7 @@ class Group:
             number: what `Ended.late` is to say.
         """
         rows = torch.empty((len(self.ranks), sent.numel()), dtype=torch.uint8)
-        if self._group is None:
+        if self._group is None or not sent.numel():
             rows.copy_(sent)
             return rows, None
         pieces = sent.split(_PART)
