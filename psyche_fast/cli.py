@@ -282,6 +282,10 @@ def estimate(
     for name in ("parameters", "gradients", "optimizer", "activations", "workspace", "unsharded"):
         click.echo(f"{name:<11} {format_bytes(getattr(need, name)):>8} per rank")
     click.echo(f"memory      {format_bytes(need.memory):>8} per rank, at most at one time")
+    click.echo(
+        f"snapshot    {format_bytes(need.snapshot):>8} per rank of the host's besides, while a "
+        "checkpoint is written"
+    )
     if need.sent:
         less = f"{need.dense / need.sent:.0f} times less than a dense exchange"
         click.echo(f"sent        {format_bytes(need.sent):>8} per rank and step, {less}")

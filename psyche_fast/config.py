@@ -214,7 +214,7 @@ class Run(Section, frozen=True, kw_only=True):
     ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
-        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+        str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
     ] = None  # fmt: skip
     fork: Annotated[
         str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
@@ -222,8 +222,14 @@ class Run(Section, frozen=True, kw_only=True):
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    keep_every: Annotated[
+        Count, _help("with --keep: also keep those of steps that this divides; 0 = none")
+    ] = 0  # fmt: skip
     run_id: Annotated[
         str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    checkpoint_to: Annotated[
+        str | None, _help("also upload checkpoints, state and all, to this URL: s3://, gs://, hf://")
     ] = None  # fmt: skip
     push_to_hub: Annotated[
         str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
@@ -241,6 +247,8 @@ class Run(Section, frozen=True, kw_only=True):
         Section.__post_init__(self)
         if self.resume is not None and self.fork is not None:
             raise ValueError("--resume and --fork: give one of them")
+        if self.keep_every and not self.keep:
+            raise ValueError("--keep-every needs --keep, without which all checkpoints are kept")
         # They become folders' names.
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(

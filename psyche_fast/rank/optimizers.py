@@ -81,8 +81,30 @@ class Optimizer:
         """The momentum by parameter name, for statistics."""
         return {}
 
+    def plain_shards(self) -> Mapping[str, Tensor]:
+        """Between `look_ahead` and `after_backward`: this rank's parts of the plain parameters.
+
+        By name, those alone that the parameters themselves are not; or of their masters, where
+        these are wider. A collective of the replica's ranks.
+        """
+        return {}
+
     def state(self) -> dict[str, Piece]:
-        """What this rank has beside the parameters, after `plain` and `settle`; not copies."""
+        """What this rank has beside the parameters, but for `arrived`; not copies.
+
+        It does not change until `after_backward`.
+        """
+        return {}
+
+    def keep_arrived(self) -> None:
+        """Have what the next `step` takes up from other ranks stay, once, for `arrived`."""
+
+    def arrived(self) -> dict[str, Piece]:
+        """The rest of `state`: what has come from other ranks.
+
+        After `settle` what the next step takes up; after `keep_arrived` and a step what that one
+        has, which changes no more.
+        """
         return {}
 
     def load(self, reader: Reader, *, is_new: bool) -> None:
@@ -267,6 +289,8 @@ class DistroOptimizer(DistroStep, Optimizer):
         assert agreement is None or isinstance(agreement, dist.ProcessGroup)
         self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
+        self._keeps = False
+        self._taken: tuple[list[Entries] | None] | None = None
         self._chunks: tuple[dict[str, Tensor], dict[str, int]] | None = None
 
     @property
@@ -297,6 +321,8 @@ class DistroOptimizer(DistroStep, Optimizer):
         if len(self._exchange) < 2:
             return
         entries = self._exchange.receive()
+        if self._keeps:
+            self._taken, self._keeps = (entries,), False
         if entries is not None:
             self.update(entries, lr)
 
@@ -305,16 +331,26 @@ class DistroOptimizer(DistroStep, Optimizer):
         self._exchange.settle()
 
     def state(self) -> dict[str, Piece]:
-        """Delta, own entries, and the results that the next step applies, by chunks."""
+        """Delta and own entries by chunks, and whether there are results of a step to apply."""
         state = {f"delta/{n}": d for n, d in by_name(self, self.plan_deltas()).items()}
         if self._own is not None:
             state |= entries_by_name(self, self._own, "own")
         under_way = torch.tensor(len(self._exchange))
-        arrived = self._exchange.arrived()
-        if arrived is not None:
-            state |= entries_by_name(self, arrived, "arrived")
         pieces = {name: self._piece(name, tensor) for name, tensor in state.items()}
         return {**pieces, "refused": Piece(self.refused), "under_way": Piece(under_way)}
+
+    def keep_arrived(self) -> None:
+        """See `arrived`."""
+        self._keeps = True
+
+    def arrived(self) -> dict[str, Piece]:
+        """The results that the next step applies, or has applied after `keep_arrived`."""
+        if self._taken is None:
+            entries = self._exchange.arrived()
+        else:
+            (entries,), self._taken = self._taken, None
+        named = {} if entries is None else entries_by_name(self, entries, "arrived")
+        return {name: self._piece(name, tensor) for name, tensor in named.items()}
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         """A part by the chunks of the parameter that `KIND/NAME` or `KIND/NAME/...` is of."""

@@ -91,16 +91,22 @@ class Train(msgspec.Struct, frozen=True, array_like=True, tag="train"):
 
 
 class Save(msgspec.Struct, frozen=True, array_like=True, tag="save"):
-    """Ranks compare their parameters, and those of rank 0's replica are gathered."""
+    """Ranks compare their parameters and write their parts of a checkpoint."""
 
     step: int
+    at_once: bool = False
+    """Before anything else, rather than beside the next step."""
+
+
+class Gather(msgspec.Struct, frozen=True, array_like=True, tag="gather"):
+    """Ranks of rank 0's replica take part in gathering its plain parameters."""
 
 
 class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Exit
+Operation = Train | Save | Gather | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:
