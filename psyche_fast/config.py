@@ -185,9 +185,12 @@ class Machines(Section, frozen=True, kw_only=True):
 
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
     threads: Annotated[Count, _help("CPU threads per rank; 0 = the cores shared evenly")] = 0
-    host: Annotated[str, _help("address on which the core listens; another one is opt-in")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str, _help("address on which the core listens; another one needs --secret-file")
+    ] = "127.0.0.1"  # fmt: skip
+    secret_file: Annotated[
+        str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
+    ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")

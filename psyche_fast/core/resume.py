@@ -23,7 +23,8 @@ from psyche_fast.rank.state import Manifest
 _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
     *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
-    *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
+    *("threads", "host", "secret_file", "port", "local_ranks", "timeout", "device_backend"),
+    "check_every",
     *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb", "cold_start_step"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
