@@ -152,7 +152,7 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         if not forks:
             raise ValueError(
                 f"--resume: --data-path is not the data that {start.folder} was trained on "
-                f"({manifest.data['sequences']} sequences then, {data['sequences']} now)"
+                f"({manifest.data.get('sequences')} sequences then, {data['sequences']} now)"
             )
         different.append("other data")
     lines = [*start.notes, f"{which[2:]:8} {start.folder}, from step {manifest.step + 1}"]
@@ -163,7 +163,9 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
             "warning  the optimizer's state has another form: only parameters are taken up"
         )
     machine = machine_of(config)
-    other = [f"{k} {v} -> {machine[k]}" for k, v in manifest.machine.items() if machine[k] != v]
+    other = [
+        f"{k} {v} -> {machine.get(k)}" for k, v in manifest.machine.items() if machine.get(k) != v
+    ]
     if other and not forks:
         lines.append(f"warning  {', '.join(other)}: the state is exact, what follows need not be")
     return tuple(lines)

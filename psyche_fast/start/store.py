@@ -19,6 +19,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from psyche_fast import strict
 from psyche_fast.start import knock, relay
 from psyche_fast.start.devices import Processor
 
@@ -69,7 +70,7 @@ def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[P
     except dist.DistStoreError:
         late = [str(rank) for rank, key in enumerate(keys, 1) if not store.check([key])]
         raise RuntimeError(f"timed out waiting for the start of rank {', '.join(late)}") from None
-    return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
+    return [strict.read(store.get(key), Processor, f"store key {key!r}") for key in keys]
 
 
 def _processor_key(rank: int) -> str:
