@@ -269,9 +269,11 @@ class LocalDataset:
 def _npy_header(head: bytes, size: int) -> tuple[np.dtype, bool, int]:
     """Type, whether it is in C order, and the first byte of the array in a file's head."""
     file = io.BytesIO(head)
-    read = np.lib.format.read_array_header_2_0
-    if np.lib.format.read_magic(file) == (1, 0):
+    read, version = np.lib.format.read_array_header_2_0, np.lib.format.read_magic(file)
+    if version == (1, 0):
         read = np.lib.format.read_array_header_1_0
+    elif version not in ((2, 0), (3, 0)):
+        raise ValueError(f"format version {version} is unknown")
     shape, in_fortran_order, dtype = read(file)
     length = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or min(shape, default=0) < 0 or size - file.tell() < length:
