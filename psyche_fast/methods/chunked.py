@@ -96,23 +96,17 @@ class Fragment:
             for at, plan in enumerate(self.layout.plans)
         ]
         if self.method.select == "random":
+            places = [self.places(plan, turn) for plan in self.layout.plans]
             picked = [
-                Picked(
-                    where := self.places(plan, turn), p.values.gather(1, where)
-                )
-                for plan, p in zip(self.layout.plans, picked, strict=True)
-            ]  # fmt: skip
-        sent = picked
-        if self.method.select == "random":
-            sent = [Picked(None, p.values) for p in picked]
-        message, seen = self.format.pack(turn, sent)
+                Picked(where, p.values.gather(1, where))
+                for where, p in zip(places, picked, strict=True)
+            ]
+        message, seen = self.format.pack(turn, picked)
         self.own = None
         if self.method.feedback != "none":
             alpha = self.method.subtract
             values = [p.values for p in picked] if self.method.feedback == "exact" else seen
-            self.own = [
-                Picked(p.indices, v * alpha) for p, v in zip(picked, values, strict=True)
-            ]
+            self.own = [Picked(p.indices, v * alpha) for p, v in zip(picked, values, strict=True)]
         return message
 
     def _largest(
@@ -244,8 +238,9 @@ class Fragment:
             if self.own is not None:
                 kinds["indices"] = self.own[at].indices
                 kinds["values"] = self.own[at].values
-            for kind, tensor in kinds.items():
-                for m in plan.members if tensor is not None else ():
+            there = [(kind, tensor) for kind, tensor in kinds.items() if tensor is not None]
+            for kind, tensor in there:
+                for m in plan.members:
                     own = tensor[m.start : m.start + m.count].clone()
                     found.setdefault(kind, {})[self.names[m.position]] = own
         return found
@@ -256,6 +251,7 @@ class Fragment:
         Raises:
             ValueError: it lacks a parameter, or has another shape of it.
         """
+
         def of(kind: str, like: tuple[int, ...] | None, plan: ChunkPlan) -> Tensor:
             parts = []
             for m in plan.members:

@@ -100,7 +100,7 @@ class Format:
         seen, at = [], _HEADER
         for plan, p, backend in zip(self._sent, picked, self._backends, strict=True):
             indices = p.indices
-            if indices is None:
+            if indices is None or plan.k == plan.totalk:  # not sent: all, or known to all
                 indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
                 indices = indices.expand(plan.chunks, plan.k)
             parts, values = self._parts(plan, indices, p.values, backend)
@@ -154,6 +154,8 @@ class Format:
             there is no good one. And for each bad row what is wrong with it.
         """
         rows = [row for row in range(len(messages)) if row not in leave_out]
+        if not rows:
+            return None, {}
         picked, good = self._decode(messages[rows])
         faults = {
             row: "an index is out of order or range, or a value is not finite"
@@ -216,7 +218,8 @@ class Format:
             scales = None
             if self._kind in PLANES:
                 dtype, shape = scales_of(plan, self._kind)
-                data = take(dtype.itemsize * math.prod(shape)).clone(memory_format=torch.contiguous_format)
+                # A copy is aligned, wherever in the message the bytes lie.
+                data = take(dtype.itemsize * math.prod(shape)).flatten().clone()
                 scales = data.view(dtype).view(peers, *shape)
                 good &= scales.isfinite().flatten(1).all(1)
                 if self._kind != "codebook4":

@@ -171,7 +171,7 @@ class Muon:
     eps: float = 1e-7
     adjust_lr_fn: Scale = "original"
     by_adamw: tuple[str, ...] = ("embed", "wte", "wpe", "lm_head", "norm", "router")
-    adamw: AdamW = AdamW()  # noqa: RUF009
+    adamw: AdamW = AdamW()
 
     def __post_init__(self) -> None:
         _check_number("Muon's momentum", self.momentum, least=0.0, below=1.0)
@@ -188,8 +188,8 @@ class Muon:
             )
         if len(self.ns_coefficients) != 3:
             raise ValueError(f"Muon's ns_coefficients: wanted three, got {self.ns_coefficients!r}")
-        if isinstance(self.by_adamw, str):
-            raise TypeError(f"Muon's by_adamw: wanted several names, got {self.by_adamw!r}")
+        if not isinstance(self.by_adamw, tuple | list):
+            raise TypeError(f"Muon's by_adamw: wanted a tuple of names, got {self.by_adamw!r}")
         if not isinstance(self.adamw, AdamW):
             raise TypeError(f"Muon's adamw: wanted an AdamW, got {self.adamw!r}")
         object.__setattr__(self, "ns_coefficients", tuple(self.ns_coefficients))
@@ -260,7 +260,7 @@ class Method:
     feedback: Feedback = "exact"
     merge: Merge = "named"
     clip: Clip = "none"
-    outer: Outer = Sign()  # noqa: RUF009
+    outer: Outer = Sign()
     inner: Inner | None = None
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for hidden matrices, as `torch.optim.Muon` has it, AdamW beside it."""
+"""Muon: orthogonalised momentum for hidden matrices, as `torch.optim.Muon`; AdamW beside it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ class MuonAdamW(torch.optim.Optimizer):
         options: Muon = Muon(),  # noqa: B008
     ) -> None:
         self.options = options
-        hidden, others = [], []
+        hidden: list[tuple[str, Tensor]] = []
+        others: list[tuple[str, Tensor]] = []
         for name, p in named_parameters:
             (hidden if is_hidden_matrix(options, name, p) else others).append((name, p))
         decay = 0.1 if options.weight_decay is None else options.weight_decay

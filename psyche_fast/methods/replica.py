@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,9 @@ class Sent:
 
 
 class Replica:
-    """One replica of a model in a method's loop, which is the same for all methods::
+    """One replica of a model in a method's loop, which is the same for all methods.
+
+    ::
 
         replica.before_forward(step)             # steps count from 0
         ...                                      # forward, backward: gradients in .grad
@@ -67,7 +69,7 @@ class Replica:
         parameters: by name; all that are given are trained. Equal on all replicas.
         replica: this replica's number.
         replicas: how many there are.
-        inner: an optimiser of the parameters that takes the local steps in place of the method's.
+        inner: an optimiser of the parameters that takes the local steps in the method's place.
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
@@ -111,7 +113,7 @@ class Replica:
         self.outer = OuterStep(method, self._shared)
         if inner is not None and not method.is_local:
             raise ValueError(f"what={method.what!r} takes no local steps: there is no inner")
-        self.inner = inner
+        self.inner, self._owns_inner = inner, inner is None
         if inner is None and method.inner is not None:
             self.inner = optimizer_of(method.inner, self._parameters.items())
         self._rate: float | None = None
@@ -294,7 +296,7 @@ class Replica:
             "fragments": [fragment.state() for fragment in self.fragments],
             "in_flight": [copied(vars(sent)) for sent in self._sent],
         }
-        if self.inner is not None:
+        if self.inner is not None and self._owns_inner:
             state["inner"] = copied(self.inner.state_dict())
         return state
 
@@ -327,16 +329,16 @@ class Replica:
         for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
             fragment.load(saved)
         self.outer.load(state["outer"])
-        if self.inner is not None:
+        if self.inner is not None and self._owns_inner:
             self.inner.load_state_dict(copied(state["inner"]))
         self.step, self._rate = state["step"], state["rate"]
         self._sent = deque(Sent(**copied(sent)) for sent in state["in_flight"])
 
     def _turn(self, step: int) -> int | None:
         """The number of the round whose message is sent after so many steps."""
-        turn, left = divmod(step + self.method.delay, self.method.window)
         if not self.method.is_local:
             return step - 1
+        turn, left = divmod(step + self.method.delay, self.method.window)
         return turn - 1 if left == 0 else None
 
     def _fragment(self, sent: Sent) -> Fragment:
@@ -344,29 +346,26 @@ class Replica:
 
     def _apply(self, fragment: Fragment, picked: list[Picked], turn: int) -> None:
         """The outer step of a fragment."""
-        rate = self._rate
-        assert rate is not None or self.method.is_local
-        rate = rate or 0.0
-        method = self.method
+        method, rate = self.method, self._rate or 0.0  # none where others take the local steps
         if method.clip == "median":
             picked = fragment.clipped(picked)
-        if isinstance(method.outer, Sign) and method.merge == "named" and method.clip == "none":
-            if self._signs_in_integers(fragment):
-                for at, (plan, p) in enumerate(zip(fragment.layout.plans, picked, strict=True)):
-                    names = [fragment.names[m.position] for m in plan.members]
-                    tensors = [self._shared[n] for n in names]
-                    apply(
-                        plan, tensors, side_by_side(plan, p), [rate] * len(names),
-                        backend=fragment.backends[at],
-                    )  # fmt: skip
-                return
+        if self._signs_in_integers(fragment):
+            for at, (plan, p) in enumerate(zip(fragment.layout.plans, picked, strict=True)):
+                names = [fragment.names[m.position] for m in plan.members]
+                apply(
+                    plan, [self._shared[n] for n in names], side_by_side(plan, p),
+                    [rate] * len(names), backend=fragment.backends[at],
+                )  # fmt: skip
+            return
         merged = fragment.merge(picked, turn)
         if isinstance(method.outer, Sign):
             merged = without_noise(merged)
         self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)
 
     def _signs_in_integers(self, fragment: Fragment) -> bool:
-        plans = fragment.layout.plans
+        method, plans = self.method, fragment.layout.plans
+        if not isinstance(method.outer, Sign) or method.merge != "named" or method.clip != "none":
+            return False
         return all(plan.is_transformed and plan.dtype == torch.float32 for plan in plans)
 
     def _mix(self, name: str, sent: Sent) -> None:

@@ -82,14 +82,14 @@ class OuterStep:
         elif isinstance(outer, Sign):
             torch._foreach_add_(shared, [mean.sign() for mean in means], alpha=-rate)
         else:
+            assert isinstance(outer, SGD | Nesterov)
             length = outer.rate * (rate if self._method.step_by_rate else 1.0)
             if isinstance(outer, Nesterov):
                 momenta = [self._momentum[n] for n in names]
                 torch._foreach_mul_(momenta, outer.momentum)
                 torch._foreach_add_(momenta, means)
-                means = torch._foreach_add(means, momenta, alpha=outer.momentum)
-            assert isinstance(outer, SGD | Nesterov)
-            torch._foreach_add_(shared, list(means), alpha=-length)
+                means = list(torch._foreach_add(means, momenta, alpha=outer.momentum))
+            torch._foreach_add_(shared, means, alpha=-length)
 
     def _orthogonal(
         self,

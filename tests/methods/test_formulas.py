@@ -98,7 +98,10 @@ def test_distro(replicas, values, subtract):
         ({"outer": m.SGD(), "gain": "one"}, {"phi": "linear", "gain": "one"}),
         ({"outer": m.SGD(), "gain": "ema"}, {"phi": "linear", "gain": "ema"}),
         ({"outer": m.SGD(), "values": "sign"}, {"phi": "linear", "kind": "sign"}),
-        ({"outer": m.Nesterov(rate=0.5, momentum=0.8)}, {"phi": "linear", "length": 0.5, "mu": 0.8}),
+        (
+            {"outer": m.Nesterov(rate=0.5, momentum=0.8)},
+            {"phi": "linear", "length": 0.5, "mu": 0.8},
+        ),
         ({"outer": m.Muon()}, {"phi": "muon"}),
         ({"outer": m.Sign(weight_decay=0.3)}, {"decay": 0.3}),
         ({"merge": "mean", "k": 5}, {"merge": "mean", "k": 5}),
