@@ -88,6 +88,14 @@ def set_default_timeout(timeout: timedelta) -> None:
             getattr(backend, "wrapped_pg", backend)._set_default_timeout(timeout)
 
 
+def collectives_trace() -> bytes:
+    """The last collectives of all groups as JSON, of torch's flight recorder (2.11 .. 2.13)."""
+    from torch._C import _distributed_c10d
+
+    trace: bytes = _distributed_c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
+    return trace
+
+
 def default_store() -> dist.Store:
     """The store of the default process group (2.11 .. 2.13)."""
     from torch.distributed import distributed_c10d

@@ -193,7 +193,8 @@ class Machines(Section, frozen=True, kw_only=True):
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
     ] = 0
     timeout: Annotated[
-        Positive, _help("seconds until a collective that a rank misses is an error")
+        Positive,
+        _help("seconds to wait for a rank at most; 10 usual steps, or 30, once those are known"),
     ] = 600
 
 

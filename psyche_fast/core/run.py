@@ -22,6 +22,7 @@ from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.saving import States
+from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
     Console,
@@ -83,6 +84,7 @@ class Core:
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
+        watch: is told where the run is.
         hub: takes checkpoints, with `--push-to-hub`.
     """
 
@@ -94,6 +96,7 @@ class Core:
     stop: StopRequest
     console: Console
     timer: PhaseTimer
+    watch: Watch
     hub: HubUploads | None = None
 
 
@@ -154,7 +157,9 @@ def _train(
     trainer = build_trainer(config, plan.source, device)
     restore(trainer, config)
     states = States(plan, output, ranks.store, console.message)
-    core = Core(plan, output, trainer, sender, states, stop, console, PhaseTimer(), hub)
+    timer = PhaseTimer()
+    watch = watching(ranks, config, timer, output / "logs")
+    core = Core(plan, output, trainer, sender, states, stop, console, timer, watch, hub)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -167,6 +172,7 @@ def _train(
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
         make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
         also_at_exit_now(tracker.finish),
+        watch,
     ):
 
         def report(line: dict[str, Any]) -> None:
@@ -236,6 +242,7 @@ def steps(
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
+        core.watch.begins(step)
         last = step == schedule.total_steps or core.stop.signal is not None
         every = config.run.checkpoint_every
         saves = last or (every > 0 and step % every == 0)

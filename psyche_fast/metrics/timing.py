@@ -34,6 +34,12 @@ class PhaseTimer:
         self._open: list[str] = []
         self._since = 0.0
 
+    @property
+    def current(self) -> str | None:
+        """The innermost phase that is open; another thread may ask too."""
+        phases = self._open[-1:]
+        return phases[0] if phases else None
+
     def _charge(self) -> None:
         """Charges the time since the last change to the innermost open phase."""
         now = self._clock()

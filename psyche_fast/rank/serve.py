@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from psyche_fast.config import RunConfig
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import protocol
+from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.optimizers import make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
-from psyche_fast.rank.topology import Topology
+from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.logs import keep_rank_log
 from psyche_fast.start.store import StoreClient, barrier
@@ -36,7 +38,7 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
     Raises:
         ValueError: the model cannot be loaded, or the world is not the run's.
     """
-    set_default_timeout(timedelta(seconds=config.machines.timeout))
+    set_default_timeout(timedelta(seconds=config.machines.timeout) + GRACE)
     if config.machines.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(config.machines.threads)
@@ -80,23 +82,34 @@ def serve(client: StoreClient, device: torch.device) -> None:
     config, source = protocol.receive_run(client)
     assert config.run.output is not None, "resolved by the core"
     rank = dist.get_rank()
-    keep_rank_log(Path(config.run.output, "logs", f"rank-{rank}.log"), rank)
+    logs = Path(config.run.output, "logs")
+    keep_rank_log(logs / f"rank-{rank}.log", rank)
+    beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device)
     restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)
     inbox = protocol.Inbox(client, trainer.topology)
     writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
+    step = 0
     while True:
+        beats.at(step, "waiting")
         match inbox.next():
             case protocol.Train() as operation:
-                output = trainer.train(operation.step, operation.batch())
+                step, started = operation.step, time.monotonic()
+                beats.at(step, "train")
+                output = trainer.train(step, operation.batch())
                 began = Totals(output, trainer)
-                trainer.optimize(operation.step)
+                beats.at(step, "optimize")
+                trainer.optimize(step)
                 if totals is not None:
+                    beats.at(step, "counts")
                     totals.wait()
                 totals = began
+                patience.took(time.monotonic() - started)
+                client.seconds = patience.seconds
             case protocol.Save(step):
+                beats.at(step, "checkpoint")
                 take_part_in_save(trainer, writer, step)
             case protocol.Exit():
                 if totals is not None:

@@ -13,6 +13,9 @@ from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import Parallelism
 from psyche_fast.start.network import check_interfaces
 
+GRACE = timedelta(seconds=5)
+"""Collectives give up so much later than the core's watch, which knows whom they wait for."""
+
 
 def join(
     backend: str,
@@ -22,7 +25,7 @@ def join(
     device: torch.device,
     timeout: timedelta,
 ) -> None:
-    """Joins the default process group.
+    """Joins the default process group, whose collectives take at most `timeout` and `GRACE`.
 
     Raises:
         ValueError: the environment names an interface that this machine does not have.
@@ -30,9 +33,10 @@ def join(
     check_interfaces()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    set_default_timeout(timeout)  # before the groups are made
+    most = timeout + GRACE
+    set_default_timeout(most)  # before the groups are made
     dist.init_process_group(
-        backend=backend, store=store, world_size=world_size, rank=rank, timeout=timeout
+        backend=backend, store=store, world_size=world_size, rank=rank, timeout=most
     )
     torch.manual_seed(1337)  # Psyche's; models that draw numbers draw the same ones on all ranks
 

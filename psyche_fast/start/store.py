@@ -6,11 +6,13 @@ What its keys mean is the protocol's affair: `rank.protocol` is our core's, `psy
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import msgspec
@@ -22,6 +24,8 @@ from psyche_fast.start.devices import Processor
 log = logging.getLogger("psyche_fast.sidecar")
 
 _SLICE = timedelta(seconds=0.5)
+_STOPPED = 2.0
+"""Seconds between two looks at the clock, from which on this process did not run meanwhile."""
 _LOOKS = (0.01, 0.25)
 """Seconds between two looks for a key: the first, and the most that they grow to."""
 
@@ -100,7 +104,7 @@ class StoreClient:
         except dist.DistError as error:
             raise ValueError(f"--init-method: no store answers at {host}:{port}") from error
         self.seconds = timeout.total_seconds()
-        self._asked_at: float | None = None
+        self._asked: dict[int, float] = {}
         threading.Thread(target=self._watch, daemon=True, name="store-watch").start()
 
     def clone(self) -> dist.Store:
@@ -114,36 +118,45 @@ class StoreClient:
 
     def wait_for(self, store: dist.Store, key: str) -> bytes:
         """Waits for a key on one of this rank's connections."""
-        try:
-            while True:
-                self._asked_at = time.monotonic()
+        while True:
+            with self.asking():
                 try:
                     store.wait([key], _SLICE)
                 except dist.DistStoreError:
                     continue
                 return bytes(store.get(key))
-        finally:
-            self._asked_at = None
 
     def first_of(self, keys: Sequence[str]) -> str:
         """Waits until one of several keys is set, and says which."""
         pause, most = _LOOKS
-        try:
-            while True:
-                self._asked_at = time.monotonic()
+        while True:
+            with self.asking():
                 for key in keys:
                     if self.store.check([key]):
                         return key
-                time.sleep(pause)
-                pause = min(2 * pause, most)
+            time.sleep(pause)
+            pause = min(2 * pause, most)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Ends this process where the block, which asks the store, takes longer than `seconds`."""
+        thread = threading.get_ident()
+        self._asked[thread] = time.monotonic()
+        try:
+            yield
         finally:
-            self._asked_at = None
+            del self._asked[thread]
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while True:
             time.sleep(_SLICE.total_seconds() / 2)
-            asked = self._asked_at
-            if asked is not None and time.monotonic() - asked > self.seconds:
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > _STOPPED:  # it is this process that was stopped
+                for thread in list(self._asked):
+                    self._asked[thread] = now
+            if now - min(list(self._asked.values()), default=math.inf) > self.seconds:
                 log.error(
                     "lost another rank: the core's store has not answered for %g s", self.seconds
                 )

@@ -1,0 +1,138 @@
+"""Ends a run in which a rank is stopped, cut off or stuck, and says which one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch.distributed as dist
+
+from psyche_fast.config import RunConfig
+from psyche_fast.core.ranks import Ranks
+from psyche_fast.metrics import PhaseTimer
+from psyche_fast.rank.beats import SECONDS, STACKS, Beat, Patience, beat_key, write_stacks
+from psyche_fast.start.signals import exit_now
+
+_LONG = {"data", "send", "checkpoint", None}
+"""Phases of rank 0's in which others may have to wait: each has limits of its own."""
+_STOPPED = 5.0
+"""Seconds between two looks, from which on nothing can be said of others."""
+
+
+def watching(ranks: Ranks, config: RunConfig, timer: PhaseTimer, logs: Path) -> Watch:
+    """The watch over a run.
+
+    Args:
+        ranks: the others.
+        config: the run, resolved.
+        timer: says what rank 0 does.
+        logs: takes what the ranks were doing.
+    """
+    most = config.machines.timeout
+    # A new shape is compiled anew, while nothing is wrong.
+    patience = Patience(most, most) if config.model.compile else Patience(most)
+    store = ranks.store.clone()  # type: ignore[attr-defined]  # not in the stub
+    world = config.parallelism.world_size
+    return Watch(store, world, timer, patience, Patience(most), logs, ranks.sidecars.kill)
+
+
+class Watch:
+    """Compares the ranks' signs of life in a thread, while a block runs.
+
+    Args:
+        store: a connection of the thread's own.
+        ranks: of the run.
+        timer: says what rank 0 does.
+        patience: how long a step may take.
+        silence: how long a rank may be silent.
+        logs: takes what the ranks were doing.
+        kill: ends those of this machine.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        ranks: int,
+        timer: PhaseTimer,
+        patience: Patience,
+        silence: Patience,
+        logs: Path,
+        kill: Callable[[], None],
+    ) -> None:
+        self._store, self._ranks, self._timer = store, range(1, ranks), timer
+        self._patience, self._silence = patience, silence
+        self._logs, self._kill = logs, kill
+        self._step, self._since = 0, time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+
+    def begins(self, step: int) -> None:
+        """Says that rank 0 begins a step."""
+        now = time.monotonic()
+        if self._step:
+            self._patience.took(now - self._since)
+            self._silence.took(now - self._since)
+        self._step, self._since = step, now
+
+    def __enter__(self) -> Watch:
+        """Begins to watch, where there is somebody to wait for."""
+        if self._ranks:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends; whatever goes on is then for others to limit."""
+        self._over.set()
+        if self._ranks:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        heard: dict[int, tuple[Beat, float]] = {}
+        keys = {rank: beat_key(rank) for rank in self._ranks}
+        busy_since = looked = time.monotonic()
+        while not self._over.wait(SECONDS):
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > _STOPPED:  # it is this process that was stopped
+                heard.clear()
+                busy_since = now
+            for rank, key in keys.items():
+                if not self._store.check([key]):
+                    continue
+                beat = msgspec.json.decode(self._store.get(key), type=Beat)
+                if rank not in heard or heard[rank][0].count != beat.count:
+                    heard[rank] = beat, now
+            for rank, (beat, at) in heard.items():
+                if now - at > self._silence.seconds:
+                    return self._end(
+                        f"rank {rank} on {beat.host} has not been heard of for {now - at:.0f} s "
+                        f"(it was at step {beat.step}, {beat.phase}): it is stopped or cut off"
+                    )
+            if self._timer.current in _LONG:
+                busy_since = now
+            if now - max(busy_since, self._since) > self._patience.seconds:
+                return self._end(self._slowest({rank: beat for rank, (beat, _) in heard.items()}))
+
+    def _slowest(self, beats: dict[int, Beat]) -> str:
+        phase = self._timer.current
+        usual = f"step {self._step} has taken more than {self._patience.seconds:.0f} s"
+        behind = [r for r, b in beats.items() if (b.step, b.phase) != (self._step, phase)]
+        late = [r for r in behind if beats[r].step <= self._step]
+        who = "; ".join(
+            f"rank {r} on {beats[r].host} is at step {beats[r].step}, {beats[r].phase}"
+            for r in late[:8]
+        )
+        return f"{usual}: rank 0 is in {phase}" + (f", {who}" if who else ", and so are all others")
+
+    def _end(self, what: str) -> None:
+        with_stacks = f"{self._logs}/stacks-rank-*.txt say where the ranks were"
+        self._store.set(STACKS, "")
+        write_stacks(self._logs, 0)
+        self._over.wait(2 * SECONDS)  # until they have written theirs
+        if self._over.is_set():
+            return  # it has gone on after all, or ended otherwise
+        self._kill()
+        exit_now(1, f"error: {what} (--timeout); {with_stacks}")

@@ -1,0 +1,143 @@
+"""A rank that is stopped, cut off or stuck ends the run, and is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch.distributed as dist
+
+from psyche_fast.core import watch as module
+from psyche_fast.core.watch import Watch
+from psyche_fast.metrics import PhaseTimer
+from psyche_fast.rank.beats import STACKS, Beat, Patience, beat_key, write_stacks
+from tests.groups import Command
+from tests.processes import wait_until
+from tests.tiny import save_llama, save_tokens
+
+
+def test_patience_is_of_the_usual_step_once_that_is_known() -> None:
+    patience = Patience(600)
+    for _ in range(4):
+        patience.took(400)
+        assert patience.seconds == 600, "the first steps compile and warm up"
+    for _ in range(20):
+        patience.took(1)
+    assert patience.seconds == 30
+    for _ in range(100):
+        patience.took(9)
+    assert patience.seconds == 90
+    for _ in range(100):
+        patience.took(100)
+    assert patience.seconds == 600, "never more than --timeout"
+    assert Patience(8).seconds == 8
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What runs are ended with."""
+    said: list[str] = []
+
+    def exit_now(status: int, message: str) -> None:
+        assert status == 1
+        said.append(message)
+
+    monkeypatch.setattr(module, "exit_now", exit_now)
+    monkeypatch.setattr(module, "SECONDS", 0.05)
+    return said
+
+
+def watching(store: dist.Store, timer: PhaseTimer, seconds: float, logs: Path) -> Watch:
+    patience = Patience(seconds)
+    return Watch(store, 3, timer, patience, Patience(seconds), logs, lambda: None)
+
+
+def beats(store: dist.Store, places: dict[int, tuple[int, str]], over: threading.Event) -> None:
+    count = 0
+    while not over.wait(0.03):
+        count += 1
+        for rank, place in list(places.items()):
+            beat = Beat(count, *place, f"host{rank}")
+            store.set(beat_key(rank), msgspec.json.encode(beat).decode())
+
+
+@pytest.mark.parametrize(
+    ("phase", "places", "silent", "said"),
+    [
+        ("train", {1: (7, "train"), 2: (6, "optimize")}, None,
+         "step 7 has taken more than 1 s: rank 0 is in train, rank 2 on host2 is at step 6, "
+         "optimize"),
+        ("train", {1: (7, "train"), 2: (7, "train")}, None, "and so are all others"),
+        ("data", {1: (7, "waiting"), 2: (7, "waiting")}, None, None),
+        ("checkpoint", {1: (7, "checkpoint"), 2: (7, "checkpoint")}, None, None),
+        ("data", {1: (7, "waiting"), 2: (6, "train")}, 2,
+         "rank 2 on host2 has not been heard of for 1 s (it was at step 6, train): it is stopped "
+         "or cut off"),
+    ],
+)  # fmt: skip
+def test_who_is_late_is_named(
+    phase: str, places: dict[int, tuple[int, str]], silent: int | None, said: str | None,
+    ended: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    store, timer, over = dist.HashStore(), PhaseTimer(), threading.Event()
+    thread = threading.Thread(target=beats, args=(store, places, over))
+    thread.start()
+    try:
+        watch = watching(store, timer, 1, tmp_path)
+        with watch, timer.phase(phase):
+            watch.begins(7)
+            time.sleep(0.3)
+            if silent is not None:
+                del places[silent]
+            deadline = time.monotonic() + (1.6 if said is None else 20)
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.02)
+    finally:
+        over.set()
+        thread.join()
+    if said is None:
+        assert ended == []
+        assert not store.check([STACKS])
+    else:
+        assert said in ended[0]
+        assert "(--timeout)" in ended[0]
+        assert "test_watch.py" in (tmp_path / "stacks-rank-0.txt").read_text()
+
+
+def test_what_a_rank_was_doing_is_no_reason_to_fail(tmp_path: Path) -> None:
+    write_stacks(tmp_path / "gone", 3)
+    write_stacks(tmp_path, 3)
+    assert isinstance(json.loads((tmp_path / "collectives-rank-3.json").read_bytes()), dict)
+
+
+@pytest.mark.processes
+def test_a_stopped_rank_is_named_and_the_others_say_what_they_did(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    save_tokens(tmp_path / "data")
+    run = tmp_path / "run"
+    command = Command(
+        "train", "--model", str(tmp_path / "model"), "--data-path", str(tmp_path / "data"),
+        "--device", "cpu", "--sequence-length", "16", "--micro-batch", "2", "--total-batch", "6",
+        "--total-steps", "100000", "--param-dtype", "float32", "--threads", "1", "--distro",
+        "--replicas", "3", "--compression-chunk", "16", "--output", str(run), "--timeout", "4",
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 8, 90)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(command.pid)], capture_output=True, text=True
+    )
+    stopped = max(int(line) for line in listed.stdout.split())
+    subprocess.run(["kill", "-STOP", str(stopped)], check=True)
+    began = time.monotonic()
+    assert command.wait(60) == 1
+    assert time.monotonic() - began < 20
+    said = command.stderr()
+    assert "psyche-fast: error: rank 2 on " in said
+    assert "it is stopped or cut off (--timeout)" in said
+    assert "all_gather" in (run / "logs" / "collectives-rank-1.json").read_text()
+    assert "in optimize" in (run / "logs" / "stacks-rank-1.txt").read_text()
