@@ -111,7 +111,7 @@ def test_what_does_not_go_together_is_refused_with_the_reason(fields, reason):
         (lambda: m.Method(every=1.0), "every: wanted a whole number, got 1.0"),
         (lambda: m.Method(k=True), "k: wanted a whole number, got True"),
         (lambda: m.Method(decay="0.9"), "decay: wanted a number, got '0.9'"),
-        (lambda: m.Method(mix="half"), 'mix: wanted a number or "rebase", got \'half\''),
+        (lambda: m.Method(mix="half"), "mix: wanted a number or \"rebase\", got 'half'"),
         (lambda: m.Method(outer="sgd"), "outer: wanted Sign, SGD"),
         (lambda: m.Method(lookahead=1), "lookahead: wanted True or False"),
         (lambda: m.get("diloco", inner="adamw"), "inner: wanted AdamW, Muon or None"),

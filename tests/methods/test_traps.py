@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_an_outer_step_moves_its_fragment_alone(fragments):
     found = path(method, steps=12)
     moved = [
         {n for n in NAMES if not torch.equal(before[n], after[n])}
-        for before, after in zip(found, found[1:], strict=False)
+        for before, after in itertools.pairwise(found)
     ]
     first, second = {"layers.0.a", "layers.2.b", "norm"}, {"layers.1.a"}
     window = 6 // fragments
@@ -193,7 +194,9 @@ def test_a_codebook_of_one_value_an_odd_number_or_equal_ones_is_exact():
     for shape, chunk in (((), 1), ((1, 1), 4), ((3, 5), 1), ((7,), 2)):
         plan = fragment("codebook4", shape, chunk).layout.plans[0]
         values = torch.full((plan.chunks, plan.k), -0.375, dtype=torch.float64)
-        assert torch.equal(dequantise(plan, "codebook4", quantise(plan, "codebook4", values)), values)
+        assert torch.equal(
+            dequantise(plan, "codebook4", quantise(plan, "codebook4", values)), values
+        )
 
 
 @pytest.mark.parametrize("values", ["2bit", "4bit", "8bit", "codebook4"])
