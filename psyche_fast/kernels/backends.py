@@ -100,8 +100,6 @@ def backend_of(plan: ChunkPlan, backend: str) -> tuple[str, str]:
     automatic = backend == "auto" and os.environ.get(ENVIRONMENT, "auto") == "auto"
     if name != "torch":
         hindered = hindrance(plan.h, plan.w, plan.dtype)
-        if not plan.is_transformed:
-            hindered = "chunks are not transformed, the kernels do nothing else"
         if hindered is None:
             return name, reason
         if not automatic:

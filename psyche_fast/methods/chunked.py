@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels.apply import subtract
-from psyche_fast.kernels.backends import checked_backend
+from psyche_fast.kernels.backends import ENVIRONMENT, checked_backend, explain
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 from psyche_fast.methods.message import Format, Picked
@@ -65,7 +66,7 @@ class Fragment:
     ) -> None:
         self.method, self.names = method, list(names)
         self.layout = cut(method, names, tensors)
-        self.backends = [checked_backend(plan, backend) for plan in self.layout.plans]
+        self.backends = [_backend(plan, backend) for plan in self.layout.plans]
         self.format = Format(method, self.layout, self.backends, number)
         self._keeps = method.what == "momentum" or method.feedback != "none"
         self.kept = self.layout.zeros() if self._keeps else None
@@ -281,6 +282,20 @@ class Fragment:
                 )
                 for plan in plans
             ]
+
+
+def _backend(plan: ChunkPlan, asked: str) -> str:
+    """The backend of a class: the kernels transform all that they select from.
+
+    Raises:
+        ValueError: kernels are asked for that cannot take this class, or cannot run.
+    """
+    if plan.is_transformed:
+        return checked_backend(plan, asked)
+    name, reason = explain(plan.device, asked)
+    if name != "torch" and (asked != "auto" or os.environ.get(ENVIRONMENT, "auto") != "auto"):
+        raise ValueError(f"{reason}, but a method without transform has no kernels yet")
+    return "torch"
 
 
 def side_by_side(plan: ChunkPlan, p: Picked) -> Entries:

@@ -154,6 +154,11 @@ def test_parameters_that_a_method_cannot_take(parameters, error, reason):
         m.Replica(m.get("diloco"), parameters, replica=0, replicas=1)
 
 
+def test_kernels_that_there_are_not_are_refused():
+    with pytest.raises(ValueError, match="a method without transform has no kernels yet"):
+        m.Replica(m.get("diloco"), one(), replica=0, replicas=1, backend="interpret")
+
+
 def test_more_fragments_than_layers_are_refused():
     method = m.get("streaming-diloco", every=6, fragments=3)
     named = {"layers.0.w": torch.zeros(2), "layers.1.w": torch.zeros(2), "norm": torch.zeros(2)}
