@@ -51,8 +51,24 @@ def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> Non
     dist.barrier(group, device_ids=[device.index] if nccl else None)
 
 
-def introduce(store: dist.Store, rank: int, processor: Processor) -> None:
-    """Says what a further rank computes on; Psyche's core does not look at it."""
+def introduce(store: dist.Store, rank: int, processor: Processor, life: str = "") -> None:
+    """Says what a further rank computes on; Psyche's core does not look at it.
+
+    Args:
+        store: the core's.
+        rank: this one's.
+        processor: that it computes on.
+        life: which one this is of a rank that may come back while the others go on.
+
+    Raises:
+        RuntimeError: the rank has been here. What it said is still in the store, and those that
+            act on it would wait for a process that is gone.
+    """
+    if store.add(f"met/{rank}/{life}", 1) > 1:
+        raise RuntimeError(
+            f"rank {rank} is there already, or has been lost and its core is about to end "
+            "(--start-rank of two machines, or started again too soon)"
+        )
     store.set(_processor_key(rank), msgspec.json.encode(processor).decode())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def test_torchruns_variables_are_understood_and_go_first() -> None:
     there = Launched(5, 8, 1, 4, "node1", None, ("node1", 29500, "psyche_fast/2"))
     assert launched(TORCHRUN) == launched({**SLURM, **TORCHRUN}) == there
     assert launched({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}).host is None  # type: ignore[union-attr]
+    alone = launched({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert alone == Launched(5, 8, 1, 4, "node1", 29500, None)
     with pytest.raises(ValueError, match="RANK: wanted a number in the environment, got 'x'"):
         launched({**TORCHRUN, "RANK": "x"})
 
@@ -161,6 +164,31 @@ def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_p
     said = [agent.communicate()[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert losses(tmp_path / "run") == one_machine
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("shared", [True, False])
+def test_torchrun_starts_ranks_again_that_go_on(place: Path, tmp_path: Path, shared: bool) -> None:
+    """Whether or not torchrun lends its store, which remembers the life before."""
+    run = tmp_path / "run"
+    agent = Command(
+        "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "psyche_fast",
+        *flags(place, run, steps=400), "--checkpoint-every", "10", "--resume", "auto",
+        program="torch.distributed.run:main",
+        environment={} if shared else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    lines = lambda: metrics.read_bytes().count(b"\n")  # noqa: E731
+    wait_until(lambda: metrics.exists() and lines() > 12, 90)
+    psutil.Process(agent.pid).children()[1].kill()
+    log = run / "logs" / "rank-0.log"
+    wait_until(lambda: log.read_text().count("training begins") == 2, 90)
+    wait_until(lambda: lines() > 30, 90)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(60)
+    steps = [json.loads(s)["step"] for s in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)), "none lost, none twice"
 
 
 @pytest.mark.slow
