@@ -321,6 +321,7 @@ def steps(
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
+            **trainer.refusals,
         }
         if members is not None:
             fields["rows"] = sent.rows

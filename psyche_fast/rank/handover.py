@@ -18,7 +18,10 @@ from psyche_fast.distro.message import hash_bits
 from psyche_fast.rank.state import Piece, Reader
 from psyche_fast.rank.trainer import Trainer
 
-_TAKEN = ("optimizer/arrived/", "optimizer/under_way", "random/")
+_TAKEN = (
+    *("optimizer/arrived/", "optimizer/under_way", "optimizer/exchanges", "optimizer/standing"),
+    "random/",
+)
 """Of what a rank has beside the parameters, what one that joins takes over."""
 _DTYPES = {
     str(dtype): dtype

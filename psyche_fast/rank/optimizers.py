@@ -50,6 +50,16 @@ class Optimizer:
         """The replicas whose results of the last step count; None where it is all, always."""
         return None
 
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """Replicas whose results were refused in the last `step`, each with 1."""
+        return {}
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """Replicas whose results are left out unseen, each with for how many steps yet."""
+        return {}
+
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
 
@@ -291,7 +301,12 @@ class DistroOptimizer(DistroStep, Optimizer):
             undecayed=undecayed,
             **distro_options(options),
         )
-        form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
+        form = MessageFormat(
+            self.layout,
+            self.backends,
+            signs=options.distro_quantization,
+            outliers=options.refuse_outliers,
+        )
         if isinstance(peers, Gathers):
             self._exchange: Exchange = ElasticExchange(form, peers)
         else:
@@ -313,6 +328,16 @@ class DistroOptimizer(DistroStep, Optimizer):
     def senders(self) -> Future[list[int]] | None:
         """See `Optimizer`; of an elastic run."""
         return self._exchange.senders if isinstance(self._exchange, ElasticExchange) else None
+
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.refused
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.left_out
 
     def receive(self) -> None:
         """Begin to unpack the previous step's results as soon as they have arrived.
@@ -353,7 +378,13 @@ class DistroOptimizer(DistroStep, Optimizer):
             state |= entries_by_name(self, self._own, "own")
         under_way = torch.tensor(len(self._exchange))
         pieces = {name: self._piece(name, tensor) for name, tensor in state.items()}
-        return {**pieces, "refused": Piece(self.refused), "under_way": Piece(under_way)}
+        return {
+            **pieces,
+            "refused": Piece(self.refused),
+            "under_way": Piece(under_way),
+            "exchanges": Piece(torch.tensor(self._exchange.number)),
+            "standing": Piece(self._exchange.standing.state()),
+        }
 
     def keep_arrived(self) -> None:
         """See `arrived`."""
@@ -388,6 +419,9 @@ class DistroOptimizer(DistroStep, Optimizer):
             reader.fill({**pieces, "optimizer/refused": Piece(self.refused)})
             if any(name.startswith("own/") for name in names):
                 self._own = self._read_entries(reader, "own")
+        if "exchanges" in names:  # earlier versions knew neither
+            self._exchange.number = int(reader.tensor("optimizer/exchanges"))
+            self._exchange.standing.load(reader.tensor("optimizer/standing"))
         if int(reader.tensor("optimizer/under_way")):
             there = any(name.startswith("arrived/") for name in names)
             self._exchange.load(self._read_entries(reader, "arrived") if there else None)
