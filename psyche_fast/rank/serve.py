@@ -13,6 +13,7 @@ import torch.distributed as dist
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
 from psyche_fast.models.loading import load_configured
+from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import protocol
 from psyche_fast.rank.beats import Beats, Patience
@@ -80,6 +81,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
         ValueError: what the core says is not understood, or the model cannot be loaded.
     """
     config, source = protocol.receive_run(client)
+    check_named(config.model.python_arch)
     assert config.run.output is not None, "resolved by the core"
     rank = dist.get_rank()
     logs = Path(config.run.output, "logs")
