@@ -195,6 +195,11 @@ def _launched(config: RunConfig, launch: Launched) -> RunConfig:
             f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
             f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
+    if parallelism.elastic:
+        raise ValueError(
+            "--elastic under torchrun or Slurm: they end all ranks with the first; start the core, "
+            "and `psyche-fast sidecar --elastic` for each further replica"
+        )
     changes: dict[str, Any] = {"local_ranks": 1}
     if launch.host is not None and machines.host == Machines().host:
         changes["host"] = launch.host
@@ -287,6 +292,10 @@ def estimate(
     for name in ("parameters", "gradients", "optimizer", "activations", "workspace", "unsharded"):
         click.echo(f"{name:<11} {format_bytes(getattr(need, name)):>8} per rank")
     click.echo(f"memory      {format_bytes(need.memory):>8} per rank, at most at one time")
+    click.echo(
+        f"snapshot    {format_bytes(need.snapshot):>8} per rank of the host's besides, while a "
+        "checkpoint is written"
+    )
     if need.sent:
         less = f"{need.dense / need.sent:.0f} times less than a dense exchange"
         click.echo(f"sent        {format_bytes(need.sent):>8} per rank and step, {less}")
@@ -346,6 +355,7 @@ def schedule(
               help="what the core may have these ranks import, if anything")  # fmt: skip
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="wait for the core again after a failure, as often")  # fmt: skip
+@click.option("--elastic", is_flag=True, help="replicas of an elastic run, all of their ranks here")
 def sidecar(
     num_local_ranks: int | None,
     start_device: int,
@@ -363,7 +373,9 @@ def sidecar(
         given = {**options, "start_device": start_device, "backend": backend}
         if num_local_ranks is not None:
             given["num_local_ranks"] = num_local_ranks
+        elastic = given.pop("elastic")
         arguments = [word for n, v in given.items() if v is not None for word in (flag(n), str(v))]
+        arguments += ["--elastic"] if elastic else []
         sys.exit(supervise(lambda life: [*_OURSELVES, "sidecar", *arguments], max_restarts, None))
     from psyche_fast.start.spawn import launch_host
 

@@ -176,6 +176,18 @@ class Parts:
                 parts[i] = own
         return parts
 
+    def shards(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What `of` made the parts of: those that lie where the parameters do as they are.
+
+        A collective where chunks have been divided.
+        """
+        shards = list(parts)
+        for members, moved in self._scattered:
+            given = moved.to_shards([parts[i] for i in members])
+            for i, shard in zip(members, given, strict=True):
+                shards[i] = shard
+        return shards
+
     def bring_back(self, parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Write divided chunks of `of` to the tensors that they came from; a collective."""
         for members, moved in self._scattered:

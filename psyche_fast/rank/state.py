@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from psyche_fast import strict
 from psyche_fast.rank.checkpoint import sync
 from psyche_fast.sharding import Ranges, local_tensor, part_of
 
-VERSION = 1
+VERSION = 2
+_READ = (1, 2)
+"""Versions that are read; the first one said nothing of trackers and of the model's files."""
 _ROWS = "@rows"
 _PLACES = "places"
 FOLDER = "state"
@@ -61,7 +63,31 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What the batches come from."""
     machine: dict[str, str]
     """Versions and processors, on which the bits of what follows hang."""
+    tracker: dict[str, str] = {}
+    """What trackers call the run, by their names."""
     files: list[StateFile]
+    model: list[StateFile] = []
+    """The Hugging Face folder's files around the state."""
+    sha256: str = ""
+    """Of all this; empty before the second version."""
+
+    def digest(self) -> str:
+        """What `sha256` has to be."""
+        without = msgspec.structs.replace(self, sha256="")
+        return hashlib.sha256(msgspec.json.encode(without)).hexdigest()
+
+    def paths(self, folder: Path) -> list[tuple[Path, StateFile]]:
+        """All files of the checkpoint in a folder."""
+        return [
+            *((folder / FOLDER / file.name, file) for file in self.files),
+            *((folder / file.name, file) for file in self.model),
+        ]
+
+
+class _Version(msgspec.Struct):
+    """What every version's manifest says."""
+
+    version: int
 
 
 @dataclass(frozen=True)
@@ -73,12 +99,19 @@ class Piece:
         place: where it lies in the whole; None for all of it.
         whole: the whole's sizes. Those of dimensions beyond `place` are the part's.
         rows: in place of `place`, which rows of the whole the part has: int64 `[n]`.
+        dtype: the type that it has in files; None for the tensor's.
     """
 
     tensor: Tensor
     place: Ranges | None = None
     whole: tuple[int, ...] = ()
     rows: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def on_host(self, *, copy: bool = False) -> Piece:
+        """The same in host memory and in the type that it has in files."""
+        tensor = self.tensor.detach().to("cpu", self.dtype or self.tensor.dtype, copy=copy)
+        return replace(self, tensor=tensor, dtype=None)
 
 
 def piece_of(tensor: Tensor) -> Piece:
@@ -102,7 +135,7 @@ def write_part(folder: Path, name: str, pieces: State) -> StateFile:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    tensors = {n: p.tensor.detach().cpu().contiguous() for n, p in pieces.items()}
+    tensors = {n: p.on_host().tensor.contiguous() for n, p in pieces.items()}
     places = {
         n: [[r.start, r.stop, size] for r, size in zip(p.place, p.whole, strict=True)]
         for n, p in pieces.items()
@@ -128,6 +161,7 @@ def sealed(path: Path) -> StateFile:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Completes a state, durably."""
+    manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     (folder / MANIFEST).write_bytes(encoded)
     sync(folder / MANIFEST)
@@ -135,7 +169,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's state, whose files are there in their sizes.
+    """The manifest of a checkpoint, whose files are there in their sizes.
 
     Raises:
         ValueError: there is none, it is another version's, or a file is not what it says.
@@ -145,13 +179,14 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if (version := strict.read(text, _Version, str(path)).version) not in _READ:
+        raise ValueError(f"{path}: version {version}, this program reads {_READ[0]} to {_READ[-1]}")
     manifest = strict.read(text, Manifest, str(path))
-    if manifest.version != VERSION:
-        raise ValueError(f"{path}: version {manifest.version}, this program reads {VERSION}")
-    for file in manifest.files:
+    if version > 1 and manifest.sha256 != manifest.digest():
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it says")
+    for part, file in manifest.paths(folder):
         if Path(file.name).name != file.name:
             raise ValueError(f"{path}: {file.name!r} is no file of its folder")
-        part = path.with_name(file.name)
         size = part.stat().st_size if part.is_file() else None
         if size != file.size:
             what = "is missing" if size is None else f"has {size} bytes, wanted {file.size}"
@@ -165,8 +200,8 @@ def check_sums(folder: Path, manifest: Manifest) -> None:
     Raises:
         ValueError: one has changed; it is named.
     """
-    for file in manifest.files:
-        _check_sum(folder / FOLDER / file.name, file.sha256)
+    for path, file in manifest.paths(folder):
+        _check_sum(path, file.sha256)
 
 
 def _check_sum(path: Path, wanted: str) -> None:
@@ -193,19 +228,28 @@ class Reader:
     """Reads this rank's pieces of a state that ranks placed otherwise may have written.
 
     Args:
-        folder: the checkpoint's.
-        manifest: of its state.
+        folder: the state's.
+        files: what its manifest says of them.
         first: the file that most likely has what this rank wants.
         names: further ones that may.
+        are_new: whether they have just been written: they are not checked then.
 
     Raises:
         ValueError: a file is damaged.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, first: str, names: Sequence[str]) -> None:
-        sums = {file.name: file.sha256 for file in manifest.files}
-        self._paths = [folder / FOLDER / n for n in dict.fromkeys([first, *names]) if n in sums]
-        self._sums = sums
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[StateFile],
+        first: str,
+        names: Sequence[str],
+        *,
+        are_new: bool = False,
+    ) -> None:
+        sums = {file.name: file.sha256 for file in files}
+        self._paths = [folder / n for n in dict.fromkeys([first, *names]) if n in sums]
+        self._sums, self._are_new = sums, are_new
         self._files: dict[Path, tuple[Any, Places, set[str]]] = {}
 
     def __len__(self) -> int:
@@ -266,6 +310,8 @@ class Reader:
                 theirs = [(start, stop) for start, stop, _ in places.get(name, [])]
                 self._check(name, file, like, tuple(r[2] for r in places.get(name, [])))
                 target = _copy_overlap(file, name, theirs, like, result)
+                if all(r == slice(0, n) for r, n in zip(target, result.shape, strict=True)):
+                    return result
                 # Ranks may have the same part: what is there is marked.
                 covered = (
                     torch.zeros(result.shape, dtype=torch.bool) if covered is None else covered
@@ -293,7 +339,8 @@ class Reader:
 
     def _open(self, path: Path) -> tuple[Any, Places, set[str]]:
         if path not in self._files:
-            _check_sum(path, self._sums[path.name])
+            if not self._are_new:
+                _check_sum(path, self._sums[path.name])
             try:
                 file = safe_open(path, "pt")
                 places = msgspec.json.decode((file.metadata() or {})[_PLACES], type=Places)

@@ -182,8 +182,7 @@ def reader(folder: Path, *pieces: dict[str, Piece]) -> state.Reader:
         state.write_part(folder / state.FOLDER, state.rank_file(n), own)
         for n, own in enumerate(pieces)
     ]
-    manifest = Manifest(version=1, step=1, config={}, data={}, machine={}, files=files)
-    return state.Reader(folder, manifest, files[0].name, [file.name for file in files])
+    return state.Reader(folder / state.FOLDER, files, files[0].name, [file.name for file in files])
 
 
 def part(start: int, stop: int) -> Piece:
@@ -224,9 +223,9 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
     manifest = Manifest(
         version=1, step=1, config={}, data={}, machine={}, files=[state.sealed(path)]
     )
-    read = state.Reader(tmp_path, manifest, path.name, [])
+    read = state.Reader(path.parent, manifest.files, path.name, [])
     with pytest.raises(ValueError, match="is no file of a state"):
         read.tensor("a")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
-        state.Reader(tmp_path, manifest, path.name, []).tensor("a")
+        state.Reader(path.parent, manifest.files, path.name, []).tensor("a")
