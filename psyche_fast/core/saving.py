@@ -75,6 +75,8 @@ class Checkpoints:
         # The newest one that a run can go on from, if any.
         self._whole = {Path(resumed)} if (resumed := plan.config.run.resume) else set()
         self.trackers: dict[str, str] = {}
+        for leftover in (output / "checkpoints").glob(".state-*"):  # of saves that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def is_due(self, step: int) -> bool:
         """Whether a step's checkpoint is to be written; said where it is left out.
@@ -217,8 +219,6 @@ class Checkpoints:
             state.write_manifest(written, manifest)
             written.rename(folder / state.FOLDER)
         self._whole = {path.resolve()}
-        for leftover in written.parent.glob(".state-*"):  # of saves that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def _then(self, step: int) -> None:
         path = self._path(step)

@@ -174,15 +174,9 @@ class DistroStep:
         self.parts.push()
         self._looking_ahead, self._ahead_rate = True, prev_lr
 
-    @torch.no_grad()
     def plain_shards(self) -> dict[str, Tensor]:
-        """This rank's parts of the plain parameters by name, while these are in the look-ahead.
-
-        Of the master copies' type, where these are wider. They stay what they are until `compress`.
-        A collective where chunks are divided.
-        """
-        assert self._looking_ahead
-        self._finish_decay()
+        """In the look-ahead, until `compress`: plain shards by name, wide ones; a collective."""
+        assert self._looking_ahead and self._shrink is None
         return dict(zip(self.names, self.parts.shards(self._master), strict=True))
 
     @torch.no_grad()

@@ -379,15 +379,11 @@ class CausalLM:
         )  # fmt: skip
 
     def kept(self) -> dict[str, Tensor]:
-        """What goes on has to have of the model: `parameter/NAME`, `master/NAME`, `buffer/NAME`.
-
-        Tied parameters once; distributed tensors where the model is split.
-        """
-        kinds: dict[str, dict[str, Tensor]] = {
-            "parameter": dict(self.named_parameters()),
-            "master": self.masters,
-            "buffer": dict(self.module.named_buffers()),
-        }
+        """All that training changes: `parameter/NAME` (tied ones once), `master/`, `buffer/`."""
+        buffers, parameters = dict(self.module.named_buffers()), self.named_parameters()
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "parameter": parameters, "master": self.masters, "buffer": buffers,
+        }  # fmt: skip
         return {f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in ts.items()}
 
     @torch.no_grad()
