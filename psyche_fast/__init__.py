@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psyche_fast.distro import DeMo, Distro, DistroResult, quantize_1bit
+    from psyche_fast.methods import LocalSteps
     from psyche_fast.schedules import LearningRateSchedule
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _LAZY = {
     "DistroResult": "psyche_fast.distro",
     "quantize_1bit": "psyche_fast.distro",
     "LearningRateSchedule": "psyche_fast.schedules",
+    "LocalSteps": "psyche_fast.methods",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Distro",
     "DistroResult",
     "LearningRateSchedule",
+    "LocalSteps",
     "__version__",
     "quantize_1bit",
 ]

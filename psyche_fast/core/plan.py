@@ -32,6 +32,7 @@ from psyche_fast.models.source import (
     text_config,
     vocabulary_size,
 )
+from psyche_fast.start import knock
 from psyche_fast.start.devices import Devices, choose_devices, cores
 
 
@@ -70,6 +71,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
+    knock.check(config.machines.host, config.machines.secret_file)
     start = find_start(config)
     if config.run.output is not None and config.run.resume is None:
         _check_output(Path(config.run.output), config)

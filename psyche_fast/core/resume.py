@@ -27,7 +27,7 @@ _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id"),
     *("push_to_hub", "checkpoint_to"),
     *("tracker", "metric_names", "resume", "fork", "start_step", "model", "data_path"),
-    *("save_dtype", "device", "threads", "host", "port", "local_ranks", "timeout"),
+    *("save_dtype", "device", "threads", "host", "secret_file", "port", "local_ranks", "timeout"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
 }
@@ -167,7 +167,7 @@ def check_start(
         if not forks:
             raise ValueError(
                 f"--resume: --data-path is not the data that {start.folder} was trained on "
-                f"({manifest.data['sequences']} sequences then, {data['sequences']} now)"
+                f"({manifest.data.get('sequences')} sequences then, {data['sequences']} now)"
             )
         different.append("other data")
     lines = [*start.notes, f"{which[2:]:8} {start.folder}, from step {manifest.step + 1}"]

@@ -294,6 +294,7 @@ def steps(
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
+            **trainer.refusals,
         }
         lines.hold(totals, fields)
         checkpoint = None

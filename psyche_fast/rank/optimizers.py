@@ -42,6 +42,16 @@ class Optimizer:
         """Bytes of this rank's contribution to the last exchange."""
         return 0
 
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """Replicas whose results were refused in the last `step`, each with 1."""
+        return {}
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """Replicas whose results are left out unseen, each with for how many steps yet."""
+        return {}
+
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
 
@@ -283,7 +293,12 @@ class DistroOptimizer(DistroStep, Optimizer):
             undecayed=undecayed,
             **distro_options(options),
         )
-        form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
+        form = MessageFormat(
+            self.layout,
+            self.backends,
+            signs=options.distro_quantization,
+            outliers=options.refuse_outliers,
+        )
         # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
         agreement = None if peers is None else dist.new_group(backend="gloo")
         assert agreement is None or isinstance(agreement, dist.ProcessGroup)
@@ -297,6 +312,16 @@ class DistroOptimizer(DistroStep, Optimizer):
     def bytes_sent(self) -> int:
         """Size of this rank's last message."""
         return self._exchange.bytes_sent
+
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.refused
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.left_out
 
     def receive(self) -> None:
         """Begin to unpack the previous step's results as soon as they have arrived.
@@ -337,7 +362,13 @@ class DistroOptimizer(DistroStep, Optimizer):
             state |= entries_by_name(self, self._own, "own")
         under_way = torch.tensor(len(self._exchange))
         pieces = {name: self._piece(name, tensor) for name, tensor in state.items()}
-        return {**pieces, "refused": Piece(self.refused), "under_way": Piece(under_way)}
+        return {
+            **pieces,
+            "refused": Piece(self.refused),
+            "under_way": Piece(under_way),
+            "exchanges": Piece(torch.tensor(self._exchange.number)),
+            "standing": Piece(self._exchange.standing.state()),
+        }
 
     def keep_arrived(self) -> None:
         """See `arrived`."""
@@ -372,6 +403,9 @@ class DistroOptimizer(DistroStep, Optimizer):
             reader.fill({**pieces, "optimizer/refused": Piece(self.refused)})
             if any(name.startswith("own/") for name in names):
                 self._own = self._read_entries(reader, "own")
+        if "exchanges" in names:  # earlier versions knew neither
+            self._exchange.number = int(reader.tensor("optimizer/exchanges"))
+            self._exchange.standing.load(reader.tensor("optimizer/standing"))
         if int(reader.tensor("optimizer/under_way")):
             there = any(name.startswith("arrived/") for name in names)
             self._exchange.load(self._read_entries(reader, "arrived") if there else None)

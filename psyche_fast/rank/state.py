@@ -123,6 +123,8 @@ def piece_of(tensor: Tensor) -> Piece:
 
 
 State = Mapping[str, Piece]
+Places = dict[str, list[tuple[int, int, int]]]
+"""For each dimension of what a file has, where it begins and ends in the whole, and its size."""
 
 
 def write_part(folder: Path, name: str, pieces: State) -> StateFile:
@@ -248,7 +250,7 @@ class Reader:
         sums = {file.name: file.sha256 for file in files}
         self._paths = [folder / n for n in dict.fromkeys([first, *names]) if n in sums]
         self._sums, self._are_new = sums, are_new
-        self._files: dict[Path, tuple[Any, dict[str, list[list[int]]], set[str]]] = {}
+        self._files: dict[Path, tuple[Any, Places, set[str]]] = {}
 
     def __len__(self) -> int:
         """How many files there are."""
@@ -260,7 +262,10 @@ class Reader:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the first file, as it is."""
-        tensor: Tensor = self._open(self._paths[0])[0].get_tensor(name)
+        try:
+            tensor: Tensor = self._open(self._paths[0])[0].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self._paths[0]} has no {name}") from error
         return tensor
 
     def fill(self, pieces: State) -> None:
@@ -295,14 +300,14 @@ class Reader:
             if name not in names:
                 continue
             if rows is not None:
-                *_, whole = numbers = file.get_tensor(name + _ROWS)
-                self._check(name, file, like, (int(whole),))
-                at = positions[numbers[:-1]]
+                numbers, whole = _row_numbers(file, name)
+                self._check(name, file, like, (whole,))
+                at = positions[numbers]
                 result[at[at >= 0]] = file.get_tensor(name)[at >= 0]
                 missing[at[at >= 0]] = False
                 left = int(missing.sum())
             else:
-                theirs = [r[:2] for r in places.get(name, [])]
+                theirs = [(start, stop) for start, stop, _ in places.get(name, [])]
                 self._check(name, file, like, tuple(r[2] for r in places.get(name, [])))
                 target = _copy_overlap(file, name, theirs, like, result)
                 if all(r == slice(0, n) for r, n in zip(target, result.shape, strict=True)):
@@ -321,7 +326,7 @@ class Reader:
 
     def _check(self, name: str, file: Any, like: Piece, whole: tuple[int, ...]) -> None:
         kept = file.get_slice(name)
-        sizes, dtype = list(kept.get_shape()), _DTYPES[kept.get_dtype()]
+        sizes, dtype = list(kept.get_shape()), _DTYPES.get(kept.get_dtype())
         own = list(like.tensor.shape)
         if whole:
             sizes[: len(whole)] = whole
@@ -332,29 +337,54 @@ class Reader:
                 f"the state's {name} is {dtype} {sizes}, wanted {like.tensor.dtype} {own}"
             )
 
-    def _open(self, path: Path) -> tuple[Any, dict[str, list[list[int]]], set[str]]:
+    def _open(self, path: Path) -> tuple[Any, Places, set[str]]:
         if path not in self._files:
             if not self._are_new:
                 _check_sum(path, self._sums[path.name])
             try:
                 file = safe_open(path, "pt")
-                places = msgspec.json.decode((file.metadata() or {})[_PLACES])
+                places = msgspec.json.decode((file.metadata() or {})[_PLACES], type=Places)
             except (SafetensorError, KeyError, msgspec.DecodeError) as error:
                 raise ValueError(f"{path} is no file of a state: {error}") from error
             self._files[path] = file, places, set(file.keys())
         return self._files[path]
 
 
+def _row_numbers(file: Any, name: str) -> tuple[Tensor, int]:
+    """Which rows of the whole a file has of something, and how many there are.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    rows = file.get_slice(name).get_shape()[:1]
+    try:
+        numbers = file.get_tensor(name + _ROWS)
+    except SafetensorError as error:
+        raise ValueError(f"the state does not say which rows of {name} it has") from error
+    if numbers.dtype != torch.int64 or list(numbers.shape) != [n + 1 for n in rows]:
+        raise ValueError(f"the state's rows of {name} are {numbers.dtype} {list(numbers.shape)}")
+    numbers, whole = numbers[:-1], int(numbers[-1])
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < whole:
+        raise ValueError(f"the state has rows of {name} that are not among its {whole}")
+    return numbers, whole
+
+
 def _copy_overlap(
-    file: Any, name: str, theirs: list[list[int]], like: Piece, result: Tensor
+    file: Any, name: str, theirs: list[tuple[int, int]], like: Piece, result: Tensor
 ) -> Ranges:
     """Copies what a file has of a piece; where in the piece that is."""
     if like.place is None and not theirs:
         result.copy_(file.get_tensor(name))
         return tuple(slice(0, size) for size in result.shape)
     sizes = list(like.whole or like.tensor.shape)
+    there = file.get_slice(name).get_shape()[: len(theirs)]
+    if not len(there) == len(theirs) <= len(sizes):
+        raise ValueError(f"the state's place of {name}, {theirs}, is not of {sizes}")
+    for (start, stop), size, length in zip(theirs, sizes, there, strict=False):
+        if not 0 <= start <= stop <= size or stop - start != length:
+            raise ValueError(f"the state's place of {name}, {theirs}, is not of {sizes}")
     own = [(r.start, r.stop) for r in like.place or [slice(0, size) for size in sizes]]
-    theirs = theirs or [[0, size] for size in sizes]
+    theirs = theirs or [(0, size) for size in sizes]
     both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
     both = [(start, max(start, stop)) for start, stop in both]
     target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, own, strict=True))

@@ -108,6 +108,19 @@ class Trainer:
         """Bytes of this rank's contribution to the last exchange."""
         return self._optimizer.bytes_sent
 
+    @property
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """Of the results that the last step applied, by replica; only what there is.
+
+        `refused_results` has 1 for each that was refused, `left_out_results` for how many further
+        steps a replica's are left out unseen.
+        """
+        kinds = {
+            "refused_results": self._optimizer.refused_results,
+            "left_out_results": self._optimizer.left_out_results,
+        }
+        return {kind: {str(r): n for r, n in by.items()} for kind, by in kinds.items() if by}
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""
         return self.schedule.get_lr(step)
