@@ -119,7 +119,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
-                writer.wait()
+                writer.close()
                 # The store ends with rank 0: everybody has read it by now.
                 barrier(device, trainer.topology.everyone)
                 return
