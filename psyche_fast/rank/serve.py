@@ -133,7 +133,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
-                writer.wait()
+                writer.close()
                 # The store ends with rank 0: everybody has read it by now.
                 if epochs is not None:
                     epochs.close()
