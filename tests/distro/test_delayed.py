@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
 
-from psyche_fast.distro import Distro, DisTrO
+from psyche_fast.distro import DisTrO, Distro
 from psyche_fast.distro.results import quantize_1bit
 from tests.distro.support import SHAPES, random_arrays, set_gradients, to_parameters
 from tests.groups import run_ranks

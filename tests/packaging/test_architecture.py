@@ -284,7 +284,7 @@ def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_500
-    assert sum(lines.values()) < 22_000
+    assert sum(lines.values()) < 22_900
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
