@@ -57,14 +57,14 @@ def main(folder=None):
     torch.manual_seed(0)
     arguments = TrainingArguments(
         output_dir=folder or tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=8,
-        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=1.0,
+        learning_rate=5e-3, lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=1.0,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         average_tokens_across_devices=False,
     )  # fmt: skip
     own = OwnGradients()
     own.trainer = Trainer(
         LlamaForCausalLM(CONFIG), arguments, train_dataset=Counting(), callbacks=[own],
-        optimizer_cls_and_kwargs=(DisTrO, {"lr": 2e-3, "compression_decay": 0.95}),
+        optimizer_cls_and_kwargs=(DisTrO, {"lr": 5e-3, "compression_decay": 0.95, "compression_topk": 16}),
     )  # fmt: skip
     own.trainer.train()
     losses = [line["loss"] for line in own.trainer.state.log_history if "loss" in line]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from psyche_fast.distro.exchange import message_for
 from psyche_fast.sharding import local_gradient, local_tensor
 
 BUCKET_ELEMENTS = 1 << 24
@@ -127,7 +128,7 @@ class DenseAdamW:
 
 
 def _summed(flat: Tensor, peers: dist.ProcessGroup) -> Tensor:
-    staged = flat.cpu() if dist.get_backend(peers) == "gloo" else flat
+    staged = message_for(peers, flat)
     dist.all_reduce(staged, group=peers)
     return staged.to(flat.device)
 

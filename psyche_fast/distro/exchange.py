@@ -84,7 +84,7 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     """
     if peers is None:
         return Pending(0, message.device, [], [message.unsqueeze(0)], [])
-    staged = message.cpu() if dist.get_backend(peers) == "gloo" else message
+    staged = message_for(peers, message)
     limit = BUCKET_BYTES[staged.device.type] // message.element_size()
     sent = staged.split(limit)
     ranks = dist.get_world_size(peers)
@@ -95,6 +95,20 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
         _all_gather(into.view(-1), part, peers) for into, part in zip(received, sent, strict=True)
     ]
     return Pending(message.nbytes, message.device, sent, received, works)
+
+
+def message_for(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
+    """A tensor where a group can send it from: in host memory for gloo, else where it is.
+
+    A group may have a backend for each kind of device, as it has unless somebody chose one.
+    """
+    return tensor.cpu() if _backends(group).get(tensor.device.type, "gloo") == "gloo" else tensor
+
+
+def _backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """A group's backends by kind of device."""
+    pairs = dist.get_backend_config(group).split(",")
+    return {device: name for device, _, name in (pair.partition(":") for pair in pairs)}
 
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
@@ -118,7 +132,7 @@ def agree(faults: dict[int, str], messages: int, group: dist.ProcessGroup) -> di
         The same numbers on every rank, in order, each with what is wrong or who refuses it.
     """
     ranks = dist.get_world_size(group)
-    on_host = dist.get_backend(group) == "gloo"
+    on_host = "cpu" in _backends(group)
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     own = torch.tensor([number in faults for number in range(messages)], dtype=torch.uint8)
     sent = own.repeat(ranks).to(device)

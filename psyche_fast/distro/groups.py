@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from psyche_fast.distro.chunks import check_compression
+from psyche_fast.distro.exchange import message_for
 
 ADAMW = "adamw"
 _ADAMW_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -222,7 +223,7 @@ def any_set(flag: Tensor, groups: Iterable[dist.ProcessGroup]) -> bool:
     """Whether a flag is set on any rank; a collective of the groups, one after the other."""
     flag = flag.to(torch.float32).reshape(1).clone()
     for group in groups:
-        staged = flag.cpu() if dist.get_backend(group) == "gloo" else flag
+        staged = message_for(group, flag)
         dist.all_reduce(staged, dist.ReduceOp.MAX, group=group)
         flag.copy_(staged)
     return bool(flag.item())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
 from psyche_fast.distro.chunks import warn_of_tiny_chunks
+from psyche_fast.distro.exchange import message_for
 from psyche_fast.distro.groups import (
     ADAMW,
     any_set,
@@ -315,12 +316,12 @@ class PeerOptimizer(torch.optim.Optimizer):
         self._compared = True
         (peers,) = plan.peer_groups
         given = [local_tensor(g) for g in gradients if g is not None]
-        hashes = [hash_bits(g).cpu() for g in given] or [torch.zeros((), dtype=torch.int64)]
+        device = self._guard.refused.device
+        hashes = [hash_bits(g).to(device) for g in given]
         some = any(bool(g.count_nonzero()) for g in given)
-        own = torch.stack([torch.stack(hashes).sum(), torch.tensor(int(some))])
-        if dist.get_backend(peers) != "gloo":
-            own = own.to(given[0].device if given else torch.cuda.current_device())
-        every = own.new_empty(dist.get_world_size(peers) * 2)
+        total = torch.stack(hashes).sum() if hashes else torch.zeros_like(self._guard.refused)
+        own = message_for(peers, torch.stack([total, torch.full_like(total, int(some))]))
+        every = own.new_empty(plan.replicas * 2)
         all_gather_single()(every, own, group=peers)
         every = every.view(-1, 2)
         if bool((every == own).all()) and some:
