@@ -19,6 +19,7 @@ from transformers import (
 from psyche_fast import DisTrO
 
 STEPS = 60
+OPTIONS = {"lr": 5e-3, "compression_decay": 0.95, "compression_topk": 16}
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=4, max_position_embeddings=32,
@@ -64,7 +65,7 @@ def main(folder=None):
     own = OwnGradients()
     own.trainer = Trainer(
         LlamaForCausalLM(CONFIG), arguments, train_dataset=Counting(), callbacks=[own],
-        optimizer_cls_and_kwargs=(DisTrO, {"lr": 5e-3, "compression_decay": 0.95, "compression_topk": 16}),
+        optimizer_cls_and_kwargs=(DisTrO, OPTIONS),
     )  # fmt: skip
     own.trainer.train()
     losses = [line["loss"] for line in own.trainer.state.log_history if "loss" in line]

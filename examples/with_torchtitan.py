@@ -41,7 +41,7 @@ class Optimizers(OptimizersContainer):
         ranks = range(dist.get_world_size())
         every = [list(ranks[shard :: cls.shards]) for shard in range(cls.shards)]
         peers, _ = dist.new_subgroups_by_enumeration(every)
-        return partial(kinds[name], process_group=peers)
+        return partial(kinds[name], process_group=peers, compression_decay=0.95)
 
 
 def main():
@@ -57,15 +57,13 @@ def main():
         ParamGroupConfig(pattern=pattern, optimizer_name="DeMo", optimizer_kwargs=options)
         for pattern, options in patterns.items()
     ]
-    whole = {"DeMo": {"compression_decay": 0.95}}
-    config = Optimizers.Config(param_groups=groups, optimizer_factory_kwargs_by_name=whole)
-    optimizers = config.build(model_parts=[model])
-    schedules = Schedules.Config(warmup_steps=5)
-    schedules = schedules.build(optimizers=optimizers, training_steps=STEPS)
+    optimizers = Optimizers.Config(param_groups=groups).build(model_parts=[model])
+    schedule = Schedules.Config(warmup_steps=5)
+    schedules = schedule.build(optimizers=optimizers, training_steps=STEPS)
     data, losses = torch.Generator().manual_seed(dist.get_rank()), []
     for _ in range(STEPS):  # counting by some number, modulo 64
         start, by = torch.randint(64, (2, 8, 1), generator=data)
-        tokens = (start + by.remainder(4) * torch.arange(32)) % 64
+        tokens = (start + by % 4 * torch.arange(32)) % 64
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizers.step()

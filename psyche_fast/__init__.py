@@ -11,7 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from psyche_fast.distro import DeMo, DisTrO, Distro, DistroResult, quantize_1bit
+=======
+    from psyche_fast.distro import DeMo, Distro, DistroResult, quantize_1bit
+    from psyche_fast.methods import LocalSteps
+>>>>>>> main
     from psyche_fast.schedules import LearningRateSchedule
 
 __version__ = "0.1.0"
@@ -27,6 +32,7 @@ _LAZY = {
     "DistroResult": "psyche_fast.distro",
     "quantize_1bit": "psyche_fast.distro",
     "LearningRateSchedule": "psyche_fast.schedules",
+    "LocalSteps": "psyche_fast.methods",
 }
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Distro",
     "DistroResult",
     "LearningRateSchedule",
+    "LocalSteps",
     "__version__",
     "quantize_1bit",
 ]
