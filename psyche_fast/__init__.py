@@ -11,12 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from psyche_fast.distro import DeMo, DisTrO, Distro, DistroResult, quantize_1bit
-=======
-    from psyche_fast.distro import DeMo, Distro, DistroResult, quantize_1bit
     from psyche_fast.methods import LocalSteps
->>>>>>> main
     from psyche_fast.schedules import LearningRateSchedule
 
 __version__ = "0.1.0"

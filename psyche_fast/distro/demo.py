@@ -10,23 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
-<<<<<<< HEAD
 from psyche_fast.distro.chunks import check_compression
-from psyche_fast.distro.groups import accepts_references_order
+from psyche_fast.distro.groups import accepts_references_order, highest
 from psyche_fast.distro.optim import Params, PeerOptimizer
 from psyche_fast.distro.plans import Plan
-=======
-from psyche_fast.distro.chunks import (
-    Layout,
-    ParameterLayout,
-    check_compression,
-    check_delta_shape,
-    warn_of_tiny_chunks,
-)
-from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.shards import GradientGuard, check_dense
 from psyche_fast.distro.verdict import agree
->>>>>>> main
 from psyche_fast.kernels.apply import apply, subtract
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import Entries
@@ -90,6 +78,7 @@ class DeMo(PeerOptimizer):
     """
 
     method = "demo"
+    _number: int
 
     @accepts_references_order
     def __init__(
@@ -110,13 +99,13 @@ class DeMo(PeerOptimizer):
         differentiable: bool = False,
     ) -> None:
         check_compression(compression_decay, compression_topk, compression_chunk, weight_decay)
-<<<<<<< HEAD
         settings = {
             "compression_decay": compression_decay,
             "compression_topk": compression_topk,
             "compression_chunk": compression_chunk,
             "process_group": process_group,
             "backend": backend,
+            "_number": 0,  # of the last exchange: what is sent twice is refused
         }
         defaults = {
             "lr": lr,
@@ -126,29 +115,6 @@ class DeMo(PeerOptimizer):
         }
         flags = {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
         super().__init__(params, defaults, settings, flags)
-=======
-        self.backend = backend
-        self.compression_decay = compression_decay
-        self.compression_topk = compression_topk
-        self.compression_chunk = compression_chunk
-        self.process_group = process_group
-        self.data_transmit = 0
-        self.data_receive = 0
-        self._number = 0  # of the last exchange: what is sent twice is refused
-        self._plan: _Plan | None = None
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "compression_topk": compression_topk,
-                "compression_chunk": compression_chunk,
-            },
-        )
-        self._guard = self._new_guard()
-        self._plan = _Plan(self)
-        warn_of_tiny_chunks(self._plan.layout.parameters, compression_chunk)
->>>>>>> main
 
     def _update(self, plan: Plan, factor: Tensor) -> None:
         gradients = plan.parts.gradients()
@@ -194,49 +160,7 @@ class DeMo(PeerOptimizer):
     def _publish(self, plan: Plan) -> None:
         self.flush()
 
-<<<<<<< HEAD
     def _gather(self, plan: Plan) -> list[Entries] | None:
-=======
-    def state_dict(self) -> dict[str, Any]:
-        """The state of every parameter and the groups' settings, `flush`ed before."""
-        self.flush()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned.
-
-        Raises:
-            ValueError: a delta is missing or cut otherwise, naming the parameter; nothing has been
-                changed then.
-        """
-        saved = self._saved_deltas(state_dict)
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:  # which states of before these were a group's do not have
-            group.setdefault("compression_topk", self.compression_topk)
-            group.setdefault("compression_chunk", self.compression_chunk)
-        # torch has converted the state to each parameter's dtype, which would round delta: put the
-        # saved one in.
-        for p, delta in saved.items():
-            self.state[p]["delta"] = delta.detach().to(p.device, copy=True)
-        self._plan = _Plan(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the plan and the process group, which cannot be copied."""
-        self.flush()
-        kept = {name: getattr(self, name) for name in _HYPERPARAMETERS[:-1]}
-        traffic = {n: getattr(self, n) for n in ("data_transmit", "data_receive", "_number")}
-        return {**super().__getstate__(), **kept, **traffic, "backend": self.backend}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy; it exchanges with the default process group."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("process_group", None)
-        self.__dict__.setdefault("_number", 0)
-        self._guard = self._new_guard()
-        self._plan = None
-
-    def _gather(self) -> list[Entries] | None:
->>>>>>> main
         """The peers' entries side by side, in rank order, one `Entries` per chunk class.
 
         What a peer has sent that cannot be right, or has not arrived whole at all peers, is left
@@ -249,20 +173,15 @@ class DeMo(PeerOptimizer):
         self.data_receive = plan.replicas * form.size
         if plan.peers is None:
             return own
-<<<<<<< HEAD
-        pending = exchange.start(form.pack(own), plan.peers)
-        refused = exchange.agree(form.faults(pending.host()), plan.replicas, plan.peers)
-        for group in self._guard.groups:  # what one shard leaves out, all leave out
-            refused = exchange.agree(refused, plan.replicas, group)
-=======
-        group = self.process_group or dist.group.WORLD
-        assert group is not None
         self._number += 1
-        pending = exchange.start(form.pack(own, self._number, dist.get_rank(group)), group)
+        pending = exchange.start(form.pack(own, self._number, plan.replica), plan.peers)
         messages = pending.host()
-        found = form.faults(messages, self._number, range(peers))
-        refused, _ = agree(found | form.decode(messages, found)[1], messages, group)
->>>>>>> main
+        found = form.faults(messages, self._number, range(plan.replicas))
+        refused, _ = agree(found | form.decode(messages, found)[1], messages, plan.peers)
+        if self._guard.groups:  # what one shard leaves out, all leave out
+            flags = torch.tensor([float(peer in refused) for peer in range(plan.replicas)])
+            for peer in highest(flags, self._guard.groups).nonzero().view(-1).tolist():
+                refused.setdefault(peer, "that of another shard is refused")
         entries, faults = form.begin_unpack(pending.wait(), leave_out=refused).result()
         for peer, what in sorted((refused | faults).items()):
             logger.warning("DeMo: the result of peer %d is refused: %s", peer, what)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from psyche_fast.distro.exchange import message_for
+from psyche_fast.devices import message_for
 from psyche_fast.sharding import local_gradient, local_tensor
 
 BUCKET_ELEMENTS = 1 << 24

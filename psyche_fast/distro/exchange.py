@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.devices import message_for
 from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.verdict import Standing, Verdict, agree
 from psyche_fast.kernels.plan import Entries
@@ -98,58 +99,12 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     return Pending(message.nbytes, message.device, sent, received, works)
 
 
-def message_for(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
-    """A tensor where a group can send it from: in host memory for gloo, else where it is.
-
-    A group may have a backend for each kind of device, as it has unless somebody chose one.
-    """
-    return tensor.cpu() if _backends(group).get(tensor.device.type, "gloo") == "gloo" else tensor
-
-
-def _backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """A group's backends by kind of device."""
-    pairs = dist.get_backend_config(group).split(",")
-    return {device: name for device, _, name in (pair.partition(":") for pair in pairs)}
-
-
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
     """Fill `received [ranks * n]` from every rank's `sent [n]`, in rank order."""
     work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
     return work
 
 
-<<<<<<< HEAD
-def agree(faults: dict[int, str], messages: int, group: dist.ProcessGroup) -> dict[int, str]:
-    """Which messages any rank of a group refuses; a collective that waits for the other ranks.
-
-    Each rank tells every other at once, where a reduction would go round a ring: over a slow link
-    that takes one way instead of two for every rank.
-
-    Args:
-        faults: what is wrong with the messages that this rank refuses, by their numbers.
-        messages: how many there are.
-        group: the ranks.
-
-    Returns:
-        The same numbers on every rank, in order, each with what is wrong or who refuses it.
-    """
-    ranks = dist.get_world_size(group)
-    on_host = "cpu" in _backends(group)
-    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([number in faults for number in range(messages)], dtype=torch.uint8)
-    sent = own.repeat(ranks).to(device)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    refused: dict[int, str] = {}
-    for number, by in enumerate(received.view(ranks, messages).t().tolist()):
-        if any(by):
-            who = ", ".join(str(rank) for rank, refuses in enumerate(by) if refuses)
-            refused[number] = faults.get(number, f"it has arrived damaged at rank {who}")
-    return refused
-
-
-=======
->>>>>>> main
 class Exchange:
     """The peers' results of step after step: sent, checked, and refused by all or by none.
 

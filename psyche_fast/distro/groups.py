@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from psyche_fast.devices import message_for
 from psyche_fast.distro.chunks import check_compression
-from psyche_fast.distro.exchange import message_for
 
 ADAMW = "adamw"
 _ADAMW_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -219,11 +219,11 @@ def copied_rate(rate: float | Tensor) -> float | Tensor:
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
-def any_set(flag: Tensor, groups: Iterable[dist.ProcessGroup]) -> bool:
-    """Whether a flag is set on any rank; a collective of the groups, one after the other."""
-    flag = flag.to(torch.float32).reshape(1).clone()
+def highest(flags: Tensor, groups: Iterable[dist.ProcessGroup]) -> Tensor:
+    """The largest of each flag on any rank; a collective of the groups, one after the other."""
+    flags = flags.to(torch.float32)
     for group in groups:
-        staged = message_for(group, flag)
+        staged = message_for(group, flags.clone())
         dist.all_reduce(staged, dist.ReduceOp.MAX, group=group)
-        flag.copy_(staged)
-    return bool(flag.item())
+        flags = staged.to(flags.device)
+    return flags

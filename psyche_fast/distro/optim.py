@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.devices import message_for
 from psyche_fast.distro.chunks import warn_of_tiny_chunks
-from psyche_fast.distro.exchange import message_for
 from psyche_fast.distro.groups import (
     ADAMW,
-    any_set,
     check_gradient,
     check_options,
     check_rates,
     complete_group,
+    highest,
     parameter_name,
     refuse_flags,
 )
@@ -127,8 +127,10 @@ class PeerOptimizer(torch.optim.Optimizer):
             check_dense(name, p.grad)
             check_gradient(name, p.grad)
         found = getattr(self, "found_inf", None)
-        if found is not None and any_set(found, [*self._guard.groups, *plan.peer_groups]):
-            return loss
+        if found is not None:
+            everywhere = highest(found.view(1), [*self._guard.groups, *plan.peer_groups])
+            if everywhere.item():
+                return loss
         scaled = getattr(self, "grad_scale", None)  # a GradScaler's
         if scaled is not None:
             grad_scale = (1.0 if grad_scale is None else grad_scale) / scaled

@@ -285,13 +285,9 @@ def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_500
-<<<<<<< HEAD
-    assert sum(lines.values()) < 22_900
-=======
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_200
     assert sum(lines.values()) - methods < 24_000
->>>>>>> main
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
