@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from psyche_fast.distro import exchange
 from psyche_fast.distro.message import hash_bits
+from psyche_fast.distro.verdict import agree
 from psyche_fast.methods.replica import Faults, Replica
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Rounds:
             messages = self._pending.popleft().wait()
             damaged = self._replica.faults(messages)
             if self._group is not None:
-                damaged = exchange.agree(damaged, len(messages), self._group)
+                damaged, _ = agree(damaged, messages.cpu(), self._group)
             refused |= self._replica.receive(messages, damaged)
         for replica, what in sorted(refused.items()):
             log.warning("the result of replica %d is refused: %s", replica, what)
