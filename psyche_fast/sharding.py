@@ -25,6 +25,20 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of a parameter's gradient, placed as the parameter is; None for none.
+
+    A collective where the gradient of a distributed parameter is placed otherwise.
+    """
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor):
+        assert isinstance(parameter, DTensor)
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = gradient.to_local()
+    return gradient
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, a collective; a plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

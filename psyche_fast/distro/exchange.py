@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.devices import message_for
 from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.verdict import Standing, Verdict, agree, left_out
 from psyche_fast.kernels.plan import Entries
@@ -100,7 +101,7 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     """
     if peers is None:
         return Pending(0, message.device, [], [message.unsqueeze(0)], [])
-    staged = message.cpu() if dist.get_backend(peers) == "gloo" else message
+    staged = message_for(peers, message)
     limit = BUCKET_BYTES[staged.device.type] // message.element_size()
     sent = staged.split(limit)
     ranks = dist.get_world_size(peers)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.devices import backends_of
 from psyche_fast.distro.message import Unpacking
 
 OPINION = 1 + 16
@@ -59,7 +60,7 @@ def agree(
         senders that more than half of the others refuse: what one refuses may be the link's fault.
     """
     ranks, senders = dist.get_world_size(group), len(messages)
-    on_host = dist.get_backend(group) == "gloo"
+    on_host = "cpu" in backends_of(group)
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     own = torch.stack([opinion(row, number in faults) for number, row in enumerate(messages)])
     sent = own.repeat(ranks, 1, 1).to(device)
