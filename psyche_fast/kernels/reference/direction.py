@@ -58,16 +58,20 @@ class Descent:
             self._dense_means(index, values)
         else:
             self._index = index.to(torch.int64)
-            words, bits, factor = _words(values)
             if entries.unique:
-                self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
+                self.c = self.share = _coefficients(values)
             else:
-                self._sparse_means(words, bits, factor)
+                self._sparse_means(*_words(values))
             self._total = self.share.abs().sum(1, keepdim=True)
         if plan.device.type == "cpu":
             if self._is_low_rank:
                 self._row, self._column = _split(self._index, plan.w)
             self._limits, self._per_size = self._errors()
+
+    @staticmethod
+    def held(plan: ChunkPlan, entries: Entries) -> int:
+        """How many elements' room a chunk takes."""
+        return min(plan.totalk, 8 * entries.indices.shape[1])
 
     def _dense_means(self, index: Tensor, values: Tensor) -> None:
         """All coefficients of chunks that have many entries, and a bound of sums of magnitudes."""
@@ -162,7 +166,8 @@ class Descent:
                 left, right, half = left[:n], right[:n], half[:n]
             torch.bmm(left, c.view(to.shape), out=half)
             torch.bmm(half, right, out=to)
-            yield half.abs_().view(-1, length).amax(1)
+            lines = half.view(-1, length)
+            yield torch.maximum(lines.amax(1), lines.amin(1).neg_())
 
     def _decide(self, part: slice, doubtful: Tensor, lines: Tensor) -> None:
         """Write rows `doubtful` of a part's `lines` as the definition has them."""
@@ -347,6 +352,13 @@ def _exact_dtype(terms: int) -> torch.dtype:
     return torch.float32 if terms <= 64 else torch.float64
 
 
+def _coefficients(values: Tensor) -> Tensor:
+    """Of values that nobody else names: integers in float32."""
+    if values.dtype == torch.bool:
+        return values.float().mul_(-2 << BITS).add_(1 << BITS)
+    return values.mul(_unit(values)).trunc_().mul_(2.0**-12 * _AWAY).round_().float()
+
+
 def _words(values: Tensor) -> tuple[Tensor, int, float]:
     """Values as integers above so many bits of a count of one, and the factor to coefficients.
 
@@ -356,19 +368,20 @@ def _words(values: Tensor) -> tuple[Tensor, int, float]:
     if values.dtype == torch.bool:
         words = values.to(torch.int32 if values.shape[1] < 1 << 31 - BITS else torch.int64)
         return words.mul_(-2 << BITS).add_((1 << BITS) + 1), BITS, 1.0
-    values = values.double()
-    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
-    exponent = torch.frexp(largest.float())[1].clamp_(min=-126)
-    integers = (values * _power_of_two(30 - exponent)).to(torch.int64)
+    integers = values.mul(_unit(values)).to(torch.int64)
     return integers.mul_(1 << 16).add_(1), 16, 2.0 ** (-12 - 16) * _AWAY
 
 
 _AWAY = 1 + 2.0**-49
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """float64, exact: `ldexp` and `exp2` are what a library makes of them."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+def _unit(values: Tensor) -> Tensor:
+    """What makes integers of a chunk's values: `2^(156 - e)`, float64 `[n, 1]`."""
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
+    exponent = largest.float().view(torch.int32) >> 23
+    return (
+        exponent.to(torch.int64).neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.double)
+    )
 
 
 def _split(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
@@ -392,13 +405,19 @@ def _exact_left(plan: ChunkPlan, c: Tensor) -> Tensor:
 
 
 def _right(z: Tensor) -> Tensor:
-    """Minus the sign of `P(Z, B_w^T)` for integers `[n, w]` of up to 18 bits, float32."""
-    right = _tables(z.shape[1], z.device)
-    high, low = limbs(z.to(right.high.dtype))
-    return exact_product(high, low, right.high.t(), right.low.t()).neg_().sign_().float()
+    """Minus the sign of `P(Z, B_w^T)` for integers `[n, w]` of up to 18 bits, float32.
+
+    `P(A, D)` is `A hi(D) + hi(A) lo(D)`, exact in float64; a rounding leaves the sign.
+    """
+    width = z.shape[1]
+    right = _tables(width, z.device).both.t()
+    z = z.double()
+    x = z.mm(right[:width]).addmm_(z.div_(LIMB).round_(), right[width:])
+    return x.neg_().sign_().float()
 
 
 def _in_18_bits(z: Tensor) -> Tensor:
-    """Rows of integers, each by a power of two of its own, rounded."""
-    exponent = torch.frexp(z.abs().amax(1, keepdim=True).clamp_(min=1.0))[1]
-    return z.mul(_power_of_two(BITS - exponent).float()).round_()
+    """Rows of integers in float32, each by a power of two of its own, rounded."""
+    largest = z.abs().amax(1, keepdim=True).clamp_(min=1.0).view(torch.int32)
+    exponent = (largest >> 23).neg_().add_(127 + BITS - 1)  # of the power
+    return z.mul(exponent.add_(127).bitwise_left_shift_(23).view(torch.float32)).round_()
