@@ -32,6 +32,8 @@ from psyche_fast.kernels.reference.workspace import (
 
 _CACHED = 1 << 17
 """Elements that a thread works on at a time: they stay in a core's cache."""
+_ENTRIES = 1 << 14
+"""Entries of rows in doubt that are worked on together, for the same reason."""
 _LINE = 64
 """The shortest rows that are looked through one by one: calls per row cost more than elements."""
 _FEW = 64
@@ -84,9 +86,13 @@ class Descent:
             words, bits, factor = _words(values[some])
             sums = scratch(SUMS, (len(words), plan.totalk), words).zero_()
             sums.scatter_add_(1, index[some].to(torch.int64), words)
-            _mean(sums, bits, factor, self.c[some])
-        torch.linalg.vector_norm(self.c, dim=1, keepdim=True, out=self._total)
-        self._total.mul_(math.sqrt(min(self._entries, plan.totalk)))  # Cauchy and Schwarz
+            c = self.c[some]
+            _mean(sums, bits, factor, c)
+            torch.linalg.vector_norm(c, dim=1, keepdim=True, out=self._total[some])
+        # By Cauchy and Schwarz the root of the number of coefficients times their norm bounds their
+        # sum; of products with the bases, whose rows have norms of `sqrt(n / 2)`, that of all.
+        number = min(self._entries, plan.totalk / (2 if self._is_vector else 4))
+        self._total.mul_(math.sqrt(number))
 
     def _sparse_means(self, words: Tensor, bits: int, factor: float) -> None:
         """The coefficient that each entry names, and the entry's share of it."""
@@ -177,12 +183,8 @@ class Descent:
         else:
             row = doubtful.remainder(plan.h)
             chunk = doubtful.sub(row).floor_divide_(plan.h).add_(part.start)
-            exact, most = self._exact_of_entries, 1 << 14
-            if self._is_dense:
-                exact, most = self._exact_of_dense, _CACHED // 2
-            step = max(1, most // self.c.shape[1])
-            pairs = zip(chunk.split(step), row.split(step), strict=True)
-            z = _in_18_bits(torch.cat([exact(*pair) for pair in pairs]).float())
+            exact = self._exact_of_dense if self._is_dense else self._exact_of_entries
+            z = _in_18_bits(exact(chunk, row))
         lines.index_copy_(0, doubtful, _right(z))
 
     def _dense_rows(self, chunk: Tensor) -> Tensor:
@@ -203,23 +205,41 @@ class Descent:
             yield dense.zero_().scatter_add_(1, index, share)
 
     def _exact_of_dense(self, chunk: Tensor, row: Tensor) -> Tensor:
-        """Rows `row` of `P(B_h, C)`, `C` of chunks `chunk`: `[.., w]`, not yet rounded to float32.
+        """Rows `row` of `P(B_h, C)`, `C` of chunks `chunk` in order: float32 `[.., w]`.
 
+        All rows of a chunk at once, `R` of each, where there are fewer the first one several times.
         `P(A, D)` is `hi(A) lo(D) + lo(A) hi(D)` and 512 times `0 lo(D) + hi(A) hi(D)`.
         """
         plan, left = self._plan, _tables(self._plan.h, chunk.device).paired
-        both = scratch(LIMBS, (len(row), 2, plan.totalk), left)
-        c = self.c.index_select(0, chunk)
-        torch.div(c, LIMB, out=both[:, 1]).round_()
-        torch.sub(c, both[:, 1], alpha=LIMB, out=both[:, 0])
-        small, large = left.index_select(0, row).bmm(both.view(len(row), -1, plan.w)).unbind(1)
-        return small.add_(large, alpha=LIMB)
+        chunk, of, count = chunk.unique_consecutive(return_inverse=True, return_counts=True)
+        most = int(count.max())
+        place = torch.arange(len(row)).sub_((count.cumsum(0) - count)[of])
+        place.add_(of, alpha=most)
+        rows = row.new_zeros(len(chunk) * most).index_copy_(0, place, row).view(-1, most)
+        step = max(1, _CACHED // 2 // plan.totalk)
+        parts = []
+        for some, those in zip(chunk.split(step), rows.split(step), strict=True):
+            c = self.c.index_select(0, some)
+            both = scratch(LIMBS, (len(some), 2, plan.totalk), left)
+            torch.mul(c, 1 / LIMB, out=both[:, 1]).round_()
+            torch.sub(c, both[:, 1], alpha=LIMB, out=both[:, 0])
+            factors = left.index_select(0, those.view(-1)).view(len(some), 2 * most, 2 * plan.h)
+            products = factors.bmm(both.view(len(some), 2 * plan.h, plan.w))
+            small, large = products.view(-1, 2, plan.w).unbind(1)
+            parts.append(small.add_(large, alpha=LIMB))
+        return torch.cat(parts).index_select(0, place).float()
 
     def _exact_of_entries(self, chunk: Tensor, row: Tensor) -> Tensor:
         """As `_exact_of_dense`, from entries.
 
         Those of one coefficient add up to it but for float64's rounding, far below the last bit.
         """
+        step = max(1, _ENTRIES // self.c.shape[1])
+        pairs = zip(chunk.split(step), row.split(step), strict=True)
+        return torch.cat([self._sum_of_entries(*pair) for pair in pairs]).round_().float()
+
+    def _sum_of_entries(self, chunk: Tensor, row: Tensor) -> Tensor:
+        """Rows `row` of `P(B_h, C)`, all but rounded to integers: float64."""
         plan = self._plan
         left = _tables(plan.h, chunk.device).both
         frequency, column = _split(self._index.index_select(0, chunk), plan.w)
@@ -229,8 +249,7 @@ class Descent:
         terms.addcmul_(left.take(frequency.add_(plan.h)), c.div_(LIMB).round_().double())
         if not self._unique:
             terms.div_(self._count.index_select(0, chunk))
-        z = terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
-        return z.round_()
+        return terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
 
     def _factors(self, part: slice) -> tuple[Tensor, Tensor]:
         """`U [n, m, h]` and `V [n, m, w]` with `U^T V` what `_products` is to come to."""
