@@ -33,6 +33,10 @@ from psyche_fast.options import (
 from psyche_fast.options import describe as _help
 from psyche_fast.schedules import BatchSizes, Schedule
 
+ARCHITECTURES = "PSYCHE_FAST_ARCHITECTURES"
+"""Environment variable: which `module:function`, one or several with commas between, rank 0 may
+have this rank import. Ranks that rank 0 starts have its own."""
+
 
 class Model(Section, frozen=True, kw_only=True):
     """What is trained, for `models`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from psyche_fast.config import RunConfig
+from psyche_fast.config import ARCHITECTURES, RunConfig
 from psyche_fast.core.plan import Plan
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.errors import SidecarFailed, explain
@@ -69,7 +69,7 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
     secret = None if machines.secret_file is None else read_secret(machines.secret_file)
     # The door takes the address that is named; the store, and the ranks here, need none.
     inner = sock if secret is None else listen("127.0.0.1", 0)
-    environment = {TIMEOUT: str(machines.timeout)}
+    environment = {TIMEOUT: str(machines.timeout), ARCHITECTURES: config.model.python_arch}
     if machines.threads:
         environment["OMP_NUM_THREADS"] = str(machines.threads)
     address = tcp_url(*inner.getsockname()[:2])

@@ -187,6 +187,9 @@ class Checkpoints:
     def _complete(self, step: int, who: Who) -> None:
         """Waits for what all ranks write, and makes a checkpoint of it.
 
+        It is the model alone, which is said, where the parameters are all here and other parts are
+        not: ranks of further replicas may write on machines of their own.
+
         Raises:
             OSError: a rank could not write, or not here; or the model cannot be written.
             ValueError: it is not the run's model.
@@ -197,20 +200,31 @@ class Checkpoints:
         files: list[StateFile] = []
         saved = collect_saved(self._store, step, *who, timeout)
         self._collected.set()
+        lacks: list[str] = []
         for rank, own in saved.items():
             if own.error is not None:
-                raise OSError(f"rank {rank}: {own.error}")
+                lacks.append(f"rank {rank}: {own.error}")
             for part in own.files:
                 path = written / part.name
-                if not path.is_file() or path.stat().st_size != part.size:
-                    raise OSError(
+                if path.is_file() and path.stat().st_size == part.size:
+                    files.append(part)
+                else:
+                    lacks.append(
                         f"rank {rank} wrote its part on its own machine, or it is gone; --output "
                         "has to be a folder that all machines share"
                     )
-                files.append(part)
+        names = {part.name for part in files}
+        ranks = config.parallelism.ranks_per_replica
+        if lacks and not names.issuperset(map(state.parameters_file, range(ranks))):
+            raise OSError(lacks[0])
         path = self._path(step)
         with atomic_folder(path) as folder:
             self._exporter.write(folder, written, files, are_new=True)
+            if lacks:
+                self._drop(step)
+                self._tell(f"--resume will not know the checkpoint of step {step}: {lacks[0]}")
+                log.warning("state of step %d not complete: %s", step, "; ".join(lacks))
+                return
             manifest = Manifest(
                 version=state.VERSION, step=step, config=config.to_dict(), data=self._plan.data,
                 machine=machine_of(config, self._plan.devices.devices[0]), tracker=self.trackers,

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from psyche_fast.distro.exchange import Exchange
 from psyche_fast.distro.gathers import Gathered, Gathers
-from psyche_fast.distro.message import MessageFormat, Unpacking
-from psyche_fast.distro.verdict import DIGEST, Standing, Verdict, conclude, opinion
+from psyche_fast.distro.message import MessageFormat
+from psyche_fast.distro.verdict import OPINION, Standing, Verdict, judge, left_out, opinion
 from psyche_fast.kernels.plan import Entries
 
-log = logging.getLogger(__name__)
-
-_MISSING = 255
+_MISSING, _GOOD, _FAULTY = range(3)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Arriving:
-    """Messages under way, and what this rank thinks of them once they are there."""
+    """Messages under way."""
 
-    number: int
-    gathered: Future[Gathered]
-    device: torch.device
-    check: Future[Verdict] = field(default_factory=Future)
-    senders: Future[list[int]] = field(default_factory=Future)
-    faults: dict[int, str] = field(default_factory=dict)
-    pauses: frozenset[int] = frozenset()
-    decoded: Unpacking | None = None
+    replicas: Future[list[int]]
+    """Whose messages count, or are refused: all that every rank has."""
+    _device: torch.device
+    _gathered: Future[Gathered]
+    _size: int
 
     def wait(self) -> Tensor:
-        return self.gathered.result().rows.to(self.device, non_blocking=True)
+        gathered, kept = self._gathered.result(), self.replicas.result()
+        rows = [at for at, r in enumerate(gathered.ranks) if r // self._size in kept]
+        messages = gathered.rows if len(rows) == len(gathered.rows) else gathered.rows[rows]
+        return messages.to(self._device, non_blocking=True)
+
+    def senders(self) -> Sequence[int]:
+        return self.replicas.result()
 
 
 class ElasticExchange(Exchange):
@@ -50,7 +50,7 @@ class ElasticExchange(Exchange):
         gathers: between the ranks.
 
     Attributes:
-        senders: whose results of the last step that was sent count, or are refused.
+        senders: whose results of the last step that was sent will count or be refused.
     """
 
     def __init__(self, form: MessageFormat, gathers: Gathers) -> None:
@@ -58,66 +58,71 @@ class ElasticExchange(Exchange):
         self._gathers, self._size = gathers, gathers.size
         self.standing = Standing(gathers.replicas)
         self.senders: Future[list[int]] | None = None
+        self._found: dict[int, dict[int, str]] = {}
 
     def send(self, entries: Sequence[Entries]) -> None:
         """As of `Exchange`; the device is waited for, as for any message that gloo sends."""
-        own = self._gathers.rank // self._size
-        packed = self._form.pack(entries, self.number, own)
+        number = self.number
+        self.number += 1
+        packed = self._form.pack(entries, number, self._gathers.rank // self._size)
         message = packed.cpu()
         self.bytes_sent = message.nbytes
-        arriving = _Arriving(self.number, self._gathers.gather(message), packed.device)
-        agreed = self._gathers.gather(lambda: self._opinions(arriving), everyone=True)
-        agreed.add_done_callback(lambda opinions: self._conclude(arriving, opinions))
-        self.senders = arriving.senders
-        self._under_way.append((arriving, arriving.check, self.number))
-        self.number += 1
+        gathered = self._gathers.gather(message)
+        agreed = self._gathers.gather(
+            lambda: self._opinion(gathered.result(), number), everyone=True
+        )
+        check: Future[Verdict] = Future()
+        senders: Future[list[int]] = Future()
+        agreed.add_done_callback(lambda _: self._conclude(gathered, agreed, check, senders, number))
+        self.senders = senders
+        pending = _Arriving(senders, packed.device, gathered, self._size)
+        self._under_way.append((pending, check, number))
 
-    def _opinions(self, arriving: _Arriving) -> Tensor:
-        """What this rank says of each replica's message: uint8 `[replicas * (1 + digest)]`."""
-        gathered = arriving.gathered.result()
-        whose = [rank // self._size for rank in gathered.ranks]
-        until = self.standing.left_out(arriving.number)
-        paused = {
-            row: f"it is left out before exchange {until[replica]}"
-            for row, replica in enumerate(whose)
-            if replica in until
-        }
-        faults = {**self._form.faults(gathered.rows, arriving.number, whose), **paused}
-        arriving.decoded, further = self._form.decode(gathered.rows, faults)
-        arriving.faults, arriving.pauses = faults | further, frozenset(paused)
-        said = torch.full((self._gathers.replicas, 1 + DIGEST), _MISSING, dtype=torch.uint8)
-        for row, replica in enumerate(whose):
-            said[replica] = opinion(gathered.rows[row], refused=row in arriving.faults)
+    def _opinion(self, gathered: Gathered, number: int) -> Tensor:
+        """What this rank can say of each replica's message: uint8 `[replicas * OPINION]`."""
+        senders = [rank // self._size for rank in gathered.ranks]
+        pauses = self.standing.left_out(number)
+        found = self._form.faults(gathered.rows, number, senders)
+        unseen = {row for row, sender in enumerate(senders) if sender in pauses}
+        found |= self._form.decode(gathered.rows, found.keys() | unseen)[1]
+        self._found[number] = {senders[row]: why for row, why in found.items()}
+        said = torch.zeros((self._gathers.replicas, OPINION), dtype=torch.uint8)
+        said[:, 0] = _MISSING
+        for row, sender in enumerate(senders):
+            said[sender] = opinion(gathered.rows[row], _FAULTY if row in found else _GOOD)
         return said.view(-1)
 
-    def _conclude(self, arriving: _Arriving, agreed: Future[Gathered]) -> None:
-        """What all ranks make of all opinions: the same everywhere; in the order of exchanges."""
+    def _conclude(
+        self,
+        gathered: Future[Gathered],
+        agreed: Future[Gathered],
+        check: Future[Verdict],
+        senders: Future[list[int]],
+        number: int,
+    ) -> None:
+        """What all ranks make of all opinions: the same everywhere."""
         try:
-            said, gathered = agreed.result(), arriving.gathered.result()
-            opinions = said.rows.view(len(said.ranks), self._gathers.replicas, 1 + DIGEST)
-            whose = [rank // self._size for rank in gathered.ranks]
-            lacking = opinions[:, :, 0].eq(_MISSING).any(dim=0).tolist()
-            kept = [row for row, replica in enumerate(whose) if not lacking[replica]]
-            replicas = [whose[row] for row in kept]
-            own = {
-                at: arriving.faults[row] for at, row in enumerate(kept) if row in arriving.faults
-            }
-            found, offenders = conclude(
-                own, opinions[:, replicas], len(kept), replicas, said.ranks, self._size
-            )
-            missing = frozenset(range(len(whose))) - {*kept}
-            refused = {kept[at]: what for at, what in found.items()}
-            refused |= dict.fromkeys(missing, "not all have got it")
-            self._note(arriving.number, offenders - {whose[row] for row in arriving.pauses})
-            decoded = arriving.decoded
-            if decoded is not None and {*decoded.rows} != {*range(len(whose))} - refused.keys():
-                decoded = self._form.begin_unpack(gathered.rows, leave_out=refused)
-            arriving.decoded = None
-            arriving.senders.set_result(replicas)
-            arriving.check.set_result(
-                Verdict(refused, arriving.pauses | missing, decoded, whose, missing)
-            )
+            opinions, messages = agreed.result(), gathered.result()
+            found = self._found.pop(number, {})
+            said = opinions.rows.view(len(opinions.ranks), -1, OPINION)
+            missing = said[:, :, 0].eq(_MISSING).any(dim=0)
+            kept = [r // self._size for r in messages.ranks if not missing[r // self._size]]
+            pauses, offenders = self.standing.left_out(number), set()
+            refused: dict[int, str] = {}
+            for row, sender in enumerate(kept):
+                if sender in pauses:
+                    refused[row] = left_out(pauses[sender])
+                    continue
+                judgement = judge(said[:, sender], opinions.ranks, sender, self._size, _FAULTY)
+                if (why := judgement.why(found.get(sender))) is not None:
+                    refused[row] = why
+                if judgement.offends:
+                    offenders.add(sender)
+            self._note(number, offenders)
+            unseen = frozenset(row for row, sender in enumerate(kept) if sender in pauses)
+            senders.set_result(kept)
+            check.set_result(Verdict(refused, unseen))
         except Exception as error:  # whoever waits raises it
-            for future in (arriving.senders, arriving.check):
+            for future in (senders, check):
                 if not future.done():
                     future.set_exception(error)

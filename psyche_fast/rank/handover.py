@@ -19,8 +19,8 @@ from psyche_fast.rank.state import Piece, Reader
 from psyche_fast.rank.trainer import Trainer
 
 _TAKEN = (
-    *("optimizer/arrived/", "optimizer/under_way", "optimizer/exchanges", "optimizer/standing"),
-    "random/",
+    *("optimizer/arrived/", "optimizer/under_way", "random/"),
+    *("optimizer/exchanges", "optimizer/standing"),
 )
 """Of what a rank has beside the parameters, what one that joins takes over."""
 _DTYPES = {

@@ -46,11 +46,6 @@ class Optimizer:
         return 0
 
     @property
-    def senders(self) -> Future[list[int]] | None:
-        """The replicas whose results of the last step count; None where it is all, always."""
-        return None
-
-    @property
     def refused_results(self) -> dict[int, int]:
         """Replicas whose results were refused in the last `step`, each with 1."""
         return {}
@@ -59,6 +54,11 @@ class Optimizer:
     def left_out_results(self) -> dict[int, int]:
         """Replicas whose results are left out unseen, each with for how many steps yet."""
         return {}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """The replicas whose results of the last step count; None where it is all, always."""
+        return None
 
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
@@ -325,11 +325,6 @@ class DistroOptimizer(DistroStep, Optimizer):
         return self._exchange.bytes_sent
 
     @property
-    def senders(self) -> Future[list[int]] | None:
-        """See `Optimizer`; of an elastic run."""
-        return self._exchange.senders if isinstance(self._exchange, ElasticExchange) else None
-
-    @property
     def refused_results(self) -> dict[int, int]:
         """See `Optimizer`."""
         return self._exchange.refused
@@ -338,6 +333,11 @@ class DistroOptimizer(DistroStep, Optimizer):
     def left_out_results(self) -> dict[int, int]:
         """See `Optimizer`."""
         return self._exchange.left_out
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """See `Optimizer`; of an elastic run."""
+        return self._exchange.senders if isinstance(self._exchange, ElasticExchange) else None
 
     def receive(self) -> None:
         """Begin to unpack the previous step's results as soon as they have arrived.

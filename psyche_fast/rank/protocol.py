@@ -240,7 +240,9 @@ class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """What a rank says of its part of a checkpoint's state."""
 
     files: list[StateFile] = []
+    """What it has written."""
     error: str | None = None
+    """Why that is not all."""
 
 
 def report_saved(store: dist.Store, step: int, rank: int, saved: Saved) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,11 @@ class StateWriter:
         )
         self._thread.start()
 
+    def close(self) -> None:
+        """Waits until nothing is being written, when rank 0 is done with all checkpoints."""
+        self.wait()
+        self._sweep(dist.get_rank())
+
     def wait(self) -> None:
         """Waits until nothing is being written."""
         if self._thread is not None:
@@ -82,15 +88,29 @@ class StateWriter:
 
     def _write(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
         folder = state_folder(self._output, step)
+        files: list[state.StateFile] = []
+        error: str | None = None
         try:
+            self._sweep(rank)
             if isinstance(parts, Exception):
                 raise OSError(f"no copy of the state: {parts}") from parts
-            files = [state.write_part(folder, name, pieces) for name, pieces in parts.items()]
-            saved = Saved(files=files)
-        except OSError as error:
-            log.warning("state of step %d not written: %s", step, error)
-            saved = Saved(error=str(error))
-        report_saved(self._store, step, rank, saved)
+            for name, pieces in sorted(parts.items()):  # of parameters first: they are the model
+                files.append(state.write_part(folder, name, pieces))
+        except OSError as failed:
+            log.warning("state of step %d not written: %s", step, failed)
+            error = str(failed)
+        report_saved(self._store, step, rank, Saved(files=files, error=error))
+
+    def _sweep(self, rank: int) -> None:
+        """Removes what this rank has written earlier and rank 0, on another machine, did not see.
+
+        Where it did, it is in its checkpoint by now, or gone.
+        """
+        for name in (state.rank_file(rank), state.parameters_file(rank)):
+            for path in Path(self._output, "checkpoints").glob(f".state-*/{name}"):
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # not the last one
+                    path.parent.rmdir()
 
 
 def restore(trainer: Trainer, config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models.loading import load_configured
+from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
 from psyche_fast.rank import elastic, protocol
 from psyche_fast.rank.beats import Beats, Patience
@@ -86,6 +87,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
         ValueError: what the core says is not understood, or the model cannot be loaded.
     """
     config, source = protocol.receive_run(client)
+    check_named(config.model.python_arch)
     assert config.run.output is not None, "resolved by the core"
     epochs = None if start is None else start.epochs(client, config.parallelism, device)
     rank = dist.get_rank() if epochs is None else epochs.rank
@@ -131,7 +133,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
-                writer.wait()
+                writer.close()
                 # The store ends with rank 0: everybody has read it by now.
                 if epochs is not None:
                     epochs.close()

@@ -111,11 +111,6 @@ class Trainer:
         return self._optimizer.bytes_sent
 
     @property
-    def senders(self) -> Future[list[int]] | None:
-        """As of the optimiser."""
-        return self._optimizer.senders
-
-    @property
     def refusals(self) -> dict[str, dict[str, int]]:
         """Of the results that the last step applied, by replica; only what there is.
 
@@ -127,6 +122,11 @@ class Trainer:
             "left_out_results": self._optimizer.left_out_results,
         }
         return {kind: {str(r): n for r, n in by.items()} for kind, by in kinds.items() if by}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """As of the optimiser."""
+        return self._optimizer.senders
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""

@@ -205,9 +205,8 @@ def launch_host(
     start_device: int,
     num_local_ranks: int,
     backend: str,
-    secret_file: str | None = None,
-    *,
     elastic: bool = False,
+    secret_file: str | None = None,
 ) -> None:
     """Runs this machine's share of a run whose core is on another machine.
 
@@ -219,8 +218,8 @@ def launch_host(
         start_device: CUDA index of that rank (nccl).
         num_local_ranks: how many ranks run on this machine.
         backend: `nccl` or `gloo`.
-        secret_file: lets them in where the core has one.
         elastic: whether these are replicas of an elastic run.
+        secret_file: lets them in where the core has one.
 
     Raises:
         ValueError: ranks out of range, or no secret in that file.
@@ -236,12 +235,12 @@ def launch_host(
             f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
             "0, further machines have 1 and up (--start-rank, --num-local-ranks)"
         )
-    # All ranks here end together: a life that begins with this process.
-    environment = {LIFE: os.urandom(8).hex()} if elastic else {}
     if secret_file is not None:
         read_secret(secret_file)
     use_interface(main_host)
     url = tcp_url(main_host, port)
+    # All ranks here end together: a life that begins with this process.
+    environment = {LIFE: os.urandom(8).hex()} if elastic else {}
     with Sidecars(backend, url, world_size, environment, secret_file) as sidecars:
         stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
         signal.signal(signal.SIGTERM, stop)
