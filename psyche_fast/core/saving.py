@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from psyche_fast.core.checkpoints import checkpoint_name, prune
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.export import Exporter
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.resume import machine_of
@@ -25,6 +26,8 @@ from psyche_fast.rank.state import Manifest, StateFile
 from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger("psyche_fast.core")
+
+Who = tuple[Sequence[int], Callable[[int], bool]]
 
 
 class Checkpoints:
@@ -42,6 +45,7 @@ class Checkpoints:
         store: what the ranks say.
         tell: takes lines for the user, from any thread.
         uploads: take checkpoints.
+        members: of an elastic run.
 
     Attributes:
         trackers: what trackers call the run, by their names.
@@ -56,9 +60,10 @@ class Checkpoints:
         store: dist.TCPStore,
         tell: Callable[[str], None],
         uploads: Sequence[Uploads] = (),
+        members: Members | None = None,
     ) -> None:
         self._plan, self._output, self._trainer, self._sender = plan, output, trainer, sender
-        self._tell, self._uploads = tell, uploads
+        self._tell, self._uploads, self._members = tell, uploads, members
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # not in the stub
         self._writer = StateWriter(store.clone(), output)  # type: ignore[attr-defined]
         model, self._all_names = plan.resolved.model, plan.config.run.run_id is not None
@@ -95,7 +100,7 @@ class Checkpoints:
         self._begun = step
         self._writer.save(self._trainer, step, at_once=False)
         self._thread = threading.Thread(
-            target=self._work, args=(step,), daemon=True, name="checkpoint"
+            target=self._work, args=(step, self._who()), daemon=True, name="checkpoint"
         )
         self._thread.start()
 
@@ -114,7 +119,7 @@ class Checkpoints:
         self._raise()
         self._writer.save(trainer, step, at_once=True)
         try:
-            self._complete(step)
+            self._complete(step, self._who())
         except OSError as error:
             self._drop(step)
             self._tell(f"--resume will not know the checkpoint of step {step}: {error}")
@@ -149,9 +154,15 @@ class Checkpoints:
         if self._thread is not None and self._collected.is_set():
             self._thread.join()
 
-    def _work(self, step: int) -> None:
+    def _who(self) -> Who:
+        """The ranks that write, and whether one has left since."""
+        if self._members is not None:
+            return self._members.now()
+        return range(self._plan.resolved.parallelism.world_size), lambda rank: False
+
+    def _work(self, step: int, who: Who) -> None:
         try:
-            self._complete(step)
+            self._complete(step, who)
         except OSError as error:
             # A full disk is no reason to lose the run: older checkpoints are untouched.
             self._drop(step)
@@ -173,7 +184,7 @@ class Checkpoints:
     def _drop(self, step: int) -> None:
         shutil.rmtree(state_folder(self._output, step), ignore_errors=True)
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, who: Who) -> None:
         """Waits for what all ranks write, and makes a checkpoint of it.
 
         It is the model alone, which is said, where the parameters are all here and other parts are
@@ -187,10 +198,10 @@ class Checkpoints:
         config, written = self._plan.resolved, state_folder(self._output, step)
         timeout = timedelta(seconds=config.machines.timeout)
         files: list[StateFile] = []
-        saved = collect_saved(self._store, step, config.parallelism.world_size, timeout)
+        saved = collect_saved(self._store, step, *who, timeout)
         self._collected.set()
         lacks: list[str] = []
-        for rank, own in enumerate(saved):
+        for rank, own in saved.items():
             if own.error is not None:
                 lacks.append(f"rank {rank}: {own.error}")
             for part in own.files:

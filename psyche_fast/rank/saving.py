@@ -59,16 +59,17 @@ class StateWriter:
                 next `optimize` raises that.
         """
         self.wait()
+        rank = trainer.topology.rank
         if not at_once:
-            trainer.take_snapshot(step, partial(self._begin, step))
+            trainer.take_snapshot(step, partial(self._begin, rank, step))
             return
         trainer.drop_snapshot()
         trainer.plain()
         trainer.check_replicas(step)
-        self._begin(step, trainer.files())
+        self._begin(rank, step, trainer.files())
 
-    def _begin(self, step: int, parts: dict[str, state.State] | Exception) -> None:
-        arguments = dist.get_rank(), step, parts
+    def _begin(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
+        arguments = rank, step, parts
         self._thread = threading.Thread(
             target=self._write, args=arguments, daemon=True, name="state"
         )
@@ -125,8 +126,7 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     manifest = state.read_manifest(folder)
     before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
     ranks = before["data_parallelism"] * before["tensor_parallelism"]
-    place = dist.get_rank() % config.parallelism.ranks_per_replica
-    replica = dist.get_rank() // config.parallelism.ranks_per_replica
+    replica, place = divmod(trainer.topology.rank, config.parallelism.ranks_per_replica)
     likely = min(place, ranks - 1)  # the very same where the ranks are placed alike
     written, files = folder / state.FOLDER, manifest.files
     parameters = state.Reader(
@@ -134,7 +134,9 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     )
     if not parameters:
         raise ValueError(f"{folder} has no {state.parameters_file(0)}")
-    is_new = replica >= before["replicas"]
+    # An elastic run may have written without a replica, and with further ones.
+    kept = {file.name for file in files}
+    is_new = state.rank_file(replica * ranks) not in kept
     first = 0 if is_new else replica * ranks
     own = state.Reader(
         written, files, state.rank_file(first + likely),
