@@ -187,7 +187,9 @@ def _train(
     if run.metric_names == "psyche":
         names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
     with (
-        MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
+        MetricsWriter(
+            output / "metrics.jsonl", drop_from_step=first, tell=console.message
+        ) as writer,
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
         make_tracker(
             run.tracker,
