@@ -142,6 +142,10 @@ class Optimizer(Section, frozen=True, kw_only=True):
     compression_topk: Annotated[Positive, _help("DisTrO: coefficients sent per chunk")] = 4
     compression_decay: Annotated[Share, _help("DisTrO: decay of the momentum")] = 0.999
     distro_quantization: Annotated[bool, _help("DisTrO: send signs only (1 bit)")] = False
+    refuse_outliers: Annotated[
+        Amount | None,
+        _help("DisTrO: robust standard deviations by which a result may exceed the others' norm"),
+    ] = None  # fmt: skip
     delta_dtype: Annotated[
         Literal["float32", "bfloat16"], _help("DisTrO: the momentum's type")
     ] = "float32"  # fmt: skip
@@ -152,6 +156,11 @@ class Optimizer(Section, frozen=True, kw_only=True):
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")
+        if self.refuse_outliers is not None and (not self.distro or self.distro_quantization):
+            raise ValueError(
+                "--refuse-outliers needs --distro without --distro-quantization: signs have all "
+                "the same norm"
+            )
 
 
 class Parallelism(Section, frozen=True, kw_only=True):
@@ -185,9 +194,12 @@ class Machines(Section, frozen=True, kw_only=True):
 
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
     threads: Annotated[Count, _help("CPU threads per rank; 0 = the cores shared evenly")] = 0
-    host: Annotated[str, _help("address on which the core listens; another one is opt-in")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str, _help("address on which the core listens; another one needs --secret-file")
+    ] = "127.0.0.1"  # fmt: skip
+    secret_file: Annotated[
+        str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
+    ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
@@ -214,7 +226,7 @@ class Run(Section, frozen=True, kw_only=True):
     ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
-        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+        str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
     ] = None  # fmt: skip
     fork: Annotated[
         str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
@@ -222,8 +234,14 @@ class Run(Section, frozen=True, kw_only=True):
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    keep_every: Annotated[
+        Count, _help("with --keep: also keep those of steps that this divides; 0 = none")
+    ] = 0  # fmt: skip
     run_id: Annotated[
         str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    checkpoint_to: Annotated[
+        str | None, _help("also upload checkpoints, state and all, to this URL: s3://, gs://, hf://")
     ] = None  # fmt: skip
     push_to_hub: Annotated[
         str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
@@ -241,6 +259,8 @@ class Run(Section, frozen=True, kw_only=True):
         Section.__post_init__(self)
         if self.resume is not None and self.fork is not None:
             raise ValueError("--resume and --fork: give one of them")
+        if self.keep_every and not self.keep:
+            raise ValueError("--keep-every needs --keep, without which all checkpoints are kept")
         # They become folders' names.
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(
@@ -277,6 +297,11 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if replicas > 1 and not self.optimizer.distro:
             raise ValueError(
                 f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
+            )
+        if self.optimizer.refuse_outliers is not None and replicas < 3:
+            raise ValueError(
+                f"--refuse-outliers needs --replicas 3 or more, got {replicas}: of two nobody can "
+                "tell which is the outlier"
             )
         for name in ("total_batch", "total_batch_start"):
             rows = getattr(self.run, name)

@@ -16,6 +16,8 @@ from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import Console
 from psyche_fast.start.cluster import Launched, announce
+from psyche_fast.start.door import Door
+from psyche_fast.start.knock import read_secret
 from psyche_fast.start.network import listen, tcp_url, use_interface
 from psyche_fast.start.parent import TIMEOUT
 from psyche_fast.start.signals import StopRequest, stop_on_signal
@@ -57,15 +59,20 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
     """
     config, devices = plan.resolved, plan.devices
     world_size = config.parallelism.world_size
-    sock = listen(config.machines.host, config.machines.port)
+    machines = config.machines
+    sock = listen(machines.host, machines.port)
     host, port = sock.getsockname()[:2]
     use_interface(host)
-    environment = {TIMEOUT: str(config.machines.timeout)}
-    if config.machines.threads:
-        environment["OMP_NUM_THREADS"] = str(config.machines.threads)
-    address = tcp_url(host, port)
+    secret = None if machines.secret_file is None else read_secret(machines.secret_file)
+    # The door takes the address that is named; the store, and the ranks here, need none.
+    inner = sock if secret is None else listen("127.0.0.1", 0)
+    environment = {TIMEOUT: str(machines.timeout)}
+    if machines.threads:
+        environment["OMP_NUM_THREADS"] = str(machines.threads)
+    address = tcp_url(*inner.getsockname()[:2])
     with (
-        closing(sock),  # until the store takes it over
+        closing(sock),
+        closing(inner),  # until the store takes it over
         Sidecars(devices.backend, address, world_size, environment) as sidecars,
         stop_on_signal(console.message, sidecars.kill) as stop,
     ):
@@ -82,8 +89,13 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
                 f"--main-host {_reachable(host)} --port {port} --world-size {world_size} "
                 f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
                 f"--backend {devices.backend}"
+                + ("" if secret is None else f" --secret-file {machines.secret_file}")
             )
-        store = host_store(sock, world_size, timedelta(seconds=config.machines.timeout))
+        inside = inner.getsockname()[1]
+        store = host_store(inner, world_size, timedelta(seconds=machines.timeout))
+        door = None
+        if secret is not None:
+            door = Door(sock, inside, secret, str(output.resolve()), machines.timeout)
         try:
             yield Ranks(store, sidecars, stop)
             sidecars.join(_EXIT_SECONDS)
@@ -96,6 +108,14 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
                     raise
                 message = explain(error)
             raise SidecarFailed(message) from error
+        finally:
+            if door is not None:
+                door.close()
+                if door.refused:
+                    console.message(
+                        f"the door has refused {door.refused} knocks, most from "
+                        f"{door.busiest()}; logs/rank-0.log"
+                    )
 
 
 def _reachable(host: str) -> str:

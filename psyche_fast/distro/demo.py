@@ -23,6 +23,7 @@ from psyche_fast.distro.chunks import (
 )
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import GradientGuard, check_dense
+from psyche_fast.distro.verdict import agree
 from psyche_fast.kernels.apply import apply, subtract
 from psyche_fast.kernels.backends import checked_backend
 from psyche_fast.kernels.encode import encode
@@ -108,6 +109,7 @@ class DeMo(torch.optim.Optimizer):
         self.process_group = process_group
         self.data_transmit = 0
         self.data_receive = 0
+        self._number = 0  # of the last exchange: what is sent twice is refused
         self._plan: _Plan | None = None
         super().__init__(
             params,
@@ -251,13 +253,14 @@ class DeMo(torch.optim.Optimizer):
         """Everything but the plan and the process group, which cannot be copied."""
         self.flush()
         kept = {name: getattr(self, name) for name in _HYPERPARAMETERS[:-1]}
-        traffic = {"data_transmit": self.data_transmit, "data_receive": self.data_receive}
+        traffic = {n: getattr(self, n) for n in ("data_transmit", "data_receive", "_number")}
         return {**super().__getstate__(), **kept, **traffic, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; it exchanges with the default process group."""
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_number", 0)
         self._guard = self._new_guard()
         self._plan = None
 
@@ -280,8 +283,11 @@ class DeMo(torch.optim.Optimizer):
             return own
         group = self.process_group or dist.group.WORLD
         assert group is not None
-        pending = exchange.start(form.pack(own), group)
-        refused = exchange.agree(form.faults(pending.host()), peers, group)
+        self._number += 1
+        pending = exchange.start(form.pack(own, self._number, dist.get_rank(group)), group)
+        messages = pending.host()
+        found = form.faults(messages, self._number, range(peers))
+        refused, _ = agree(found | form.decode(messages, found)[1], messages, group)
         entries, faults = form.begin_unpack(pending.wait(), leave_out=refused).result()
         for peer, what in sorted((refused | faults).items()):
             logger.warning("DeMo: the result of peer %d is refused: %s", peer, what)

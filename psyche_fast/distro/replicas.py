@@ -47,8 +47,19 @@ class PendingCheck:
             )
 
 
+def hashed(tensors: Sequence[Tensor]) -> Tensor:
+    """What `start` compares of tensors: int64 `[n]`, on their device."""
+    hashes = [hash_bits(tensor) for tensor in tensors]
+    return torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
+
+
 def start(
-    tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int, who: str = "replicas"
+    tensors: Mapping[str, Tensor],
+    peers: dist.ProcessGroup,
+    step: int,
+    who: str = "replicas",
+    *,
+    hashes: Tensor | None = None,
 ) -> PendingCheck:
     """Begin to compare this rank's tensors with its counterparts in the other replicas.
 
@@ -61,7 +72,7 @@ def start(
         peers: the group to compare with.
         step: for the message.
         who: for the message, what the peers are.
+        hashes: of `hashed`, where they are known by now.
     """
-    hashes = [hash_bits(tensor) for tensor in tensors.values()]
-    own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
-    return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None), who)
+    own = hashed(list(tensors.values())) if hashes is None else hashes
+    return PendingCheck(step, list(tensors), exchange.start(own, peers if tensors else None), who)

@@ -174,12 +174,20 @@ class Parts:
                 parts[i] = own
         return parts
 
+    def shards(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What `of` made the parts of; a collective where chunks have been divided."""
+        shards = list(parts)
+        for members, moved in self._scattered:
+            given = moved.to_shards([parts[i] for i in members])
+            for i, shard in zip(members, given, strict=True):
+                shards[i] = shard
+        return shards
+
     def bring_back(self, parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Write divided chunks of `of` to the tensors that they came from; a collective."""
-        for members, moved in self._scattered:
-            shards = moved.to_shards([parts[i] for i in members])
-            for i, shard in zip(members, shards, strict=True):
-                local_tensor(tensors[i].detach()).copy_(shard)
+        shards = self.shards(parts)
+        for i in self._chunks:
+            local_tensor(tensors[i].detach()).copy_(shards[i])
 
     def pull(self) -> None:
         """Bring divided chunks up to date with the parameters; a collective."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +35,7 @@ FIRST_KEY = "psyche_fast"
 
 _PIECE = 4 << 20
 """The most bytes in one value: TCPStore refuses those of more than 8 MiB."""
+_MOST_PIECES = 1 << 10
 
 
 class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,6 +57,16 @@ class Train(msgspec.Struct, frozen=True, array_like=True, tag="train"):
     labels: bytes | None
     position_ids: bytes | None
     sequence_lengths: list[list[int]] | None
+
+    def __post_init__(self) -> None:
+        rows, length = self.shape
+        numbers = rows * length
+        for name in ("input_ids", "labels", "position_ids"):
+            packed = getattr(self, name)
+            if packed is None and name != "input_ids":
+                continue
+            if min(rows, length) < 1 or len(packed) not in (2 * numbers, 4 * numbers):
+                raise ValueError(f"{name}: {len(packed)} bytes for shape {list(self.shape)}")
 
     @staticmethod
     def of(step: int, batch: Batch) -> Train:
@@ -91,16 +102,22 @@ class Train(msgspec.Struct, frozen=True, array_like=True, tag="train"):
 
 
 class Save(msgspec.Struct, frozen=True, array_like=True, tag="save"):
-    """Ranks compare their parameters, and those of rank 0's replica are gathered."""
+    """Ranks compare their parameters and write their parts of a checkpoint."""
 
     step: int
+    at_once: bool = False
+    """Before anything else, rather than beside the next step."""
+
+
+class Gather(msgspec.Struct, frozen=True, array_like=True, tag="gather"):
+    """Ranks of rank 0's replica take part in gathering its plain parameters."""
 
 
 class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Exit
+Operation = Train | Save | Gather | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -177,10 +194,35 @@ def receive_run(client: StoreClient) -> tuple[RunConfig, FilesSource]:
     Raises:
         ValueError: it is another version's.
     """
-    what = f"store key {FIRST_KEY!r}"
-    handshake = strict.read(client.get(FIRST_KEY), Handshake, what)
-    client.seconds = handshake.config.machines.timeout
+    config, source = read_run(client.get(FIRST_KEY))
+    client.seconds = config.machines.timeout
+    return config, source
+
+
+def read_run(text: str) -> tuple[RunConfig, FilesSource]:
+    """Understands what `Sender.publish_run` left; as of `receive_run`."""
+    handshake = strict.read(text, Handshake, f"store key {FIRST_KEY!r}")
     return handshake.config, FilesSource.from_strings(handshake.files)
+
+
+def read_operation(first: bytes, further: Callable[[int], bytes]) -> Operation:
+    """Understands what `Sender.publish_parts` left.
+
+    Args:
+        first: the first piece, with the number of pieces before it.
+        further: gives the others by their numbers, from 1.
+
+    Raises:
+        ValueError: it is no operation.
+    """
+    count, _, head = first.partition(b"\n")
+    if not count.isdigit() or not 1 <= len(count) <= 4 or not 1 <= int(count) <= _MOST_PIECES:
+        raise ValueError(f"an operation of {count[:20]!r} pieces")
+    packed = b"".join([head, *(further(number) for number in range(1, int(count)))])
+    try:
+        return msgspec.msgpack.decode(packed, type=Operation)
+    except RecursionError as error:
+        raise ValueError(f"an operation that is nested too deep: {error}") from error
 
 
 class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -207,7 +249,7 @@ def collect_saved(store: dist.Store, step: int, ranks: int, timeout: timedelta) 
     except dist.DistStoreError:
         late = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         raise OSError(f"rank {', '.join(late)} has not written its state in time") from None
-    saved = [msgspec.json.decode(store.get(key), type=Saved) for key in keys]
+    saved = [strict.read(store.get(key), Saved, f"store key {key!r}") for key in keys]
     for key in keys:
         store.delete_key(key)
     return saved
@@ -267,11 +309,11 @@ class Inbox:
         operation: Operation | None = None
         try:
             while not isinstance(operation, Exit):
-                first = self._client.wait_for(store, _piece_keys(number, replica, 1)[0])
-                count, _, head = first.partition(b"\n")
-                further = _piece_keys(number, replica, int(count))[1:]
-                packed = b"".join([head, *(self._client.wait_for(store, k) for k in further)])
-                operation = msgspec.msgpack.decode(packed, type=Operation)
+                key = _piece_keys(number, replica, 1)[0]
+                operation = read_operation(
+                    self._client.wait_for(store, key),
+                    lambda piece, key=key: self._client.wait_for(store, f"{key}/{piece}"),  # type: ignore[misc]
+                )
                 self._arrived.put(operation)
                 number += 1
         except Exception as error:  # whoever receives raises it

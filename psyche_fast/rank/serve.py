@@ -108,9 +108,14 @@ def serve(client: StoreClient, device: torch.device) -> None:
                 totals = began
                 patience.took(time.monotonic() - started)
                 client.seconds = patience.seconds
-            case protocol.Save(step):
+            case protocol.Save(step, at_once):
                 beats.at(step, "checkpoint")
-                take_part_in_save(trainer, writer, step)
+                writer.save(trainer, step, at_once=at_once)
+            case protocol.Gather():
+                beats.at(step, "checkpoint")
+                if trainer.topology.replica == 0:
+                    for _ in trainer.model.full_state_dict_iter():
+                        pass  # this rank's part of each gather
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
@@ -118,22 +123,3 @@ def serve(client: StoreClient, device: torch.device) -> None:
                 # The store ends with rank 0: everybody has read it by now.
                 barrier(device, trainer.topology.everyone)
                 return
-
-
-def take_part_in_save(trainer: Trainer, writer: StateWriter, step: int) -> None:
-    """The further ranks' part of a checkpoint.
-
-    Args:
-        trainer: this rank's.
-        writer: likewise.
-        step: the step.
-
-    Raises:
-        ReplicasDiffer: there is nothing worth saving.
-    """
-    trainer.plain()
-    trainer.check_replicas(step)
-    writer.write(trainer, step)
-    if trainer.topology.replica == 0:
-        for _ in trainer.model.full_state_dict_iter():
-            pass  # this rank's part of each gather

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
+from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import let_libraries_speak
-from psyche_fast.start.network import tcp_url
+from psyche_fast.start.network import tcp_url, use_interface
 from psyche_fast.start.parent import SPAWNED
 from psyche_fast.start.signals import exit_now
 
@@ -44,6 +45,7 @@ class Sidecars:
     init_method: str
     world_size: int
     environment: dict[str, str] = field(default_factory=dict)
+    secret_file: str | None = None
     _children: list[_Child] = field(default_factory=list)
     _closing: threading.Event = field(default_factory=threading.Event)
     _failed: threading.Event = field(default_factory=threading.Event)
@@ -66,6 +68,8 @@ class Sidecars:
         command += ["--rank", str(rank)]
         if device_index is not None:
             command += ["--device", str(device_index)]
+        if self.secret_file is not None:
+            command += ["--secret-file", self.secret_file]
         environment = {**os.environ, **self.environment, SPAWNED: "1"}
         if log is not None:
             let_libraries_speak(environment)
@@ -193,6 +197,7 @@ def launch_host(
     start_device: int,
     num_local_ranks: int,
     backend: str,
+    secret_file: str | None = None,
 ) -> None:
     """Runs this machine's share of a run whose core is on another machine.
 
@@ -204,9 +209,10 @@ def launch_host(
         start_device: CUDA index of that rank (nccl).
         num_local_ranks: how many ranks run on this machine.
         backend: `nccl` or `gloo`.
+        secret_file: lets them in where the core has one.
 
     Raises:
-        ValueError: ranks out of range.
+        ValueError: ranks out of range, or no secret in that file.
         SidecarFailed: one of them failed.
     """
     last = start_rank + num_local_ranks - 1
@@ -219,12 +225,17 @@ def launch_host(
             f"ranks {start_rank} .. {last} do not fit --world-size {world_size}: the core is rank "
             "0, further machines have 1 and up (--start-rank, --num-local-ranks)"
         )
-    with Sidecars(backend, tcp_url(main_host, port), world_size) as sidecars:
+    if secret_file is not None:
+        read_secret(secret_file)
+    use_interface(main_host)
+    url = tcp_url(main_host, port)
+    with Sidecars(backend, url, world_size, secret_file=secret_file) as sidecars:
         stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, which the core acts on
-        arguments = (main_host, port)
-        threading.Thread(target=_say_if_alone, args=arguments, daemon=True, name="alone").start()
+        if secret_file is None:  # otherwise ranks say so, where a look would be a false knock
+            say = threading.Thread(target=_say_if_alone, args=(main_host, port), daemon=True)
+            say.start()
         for at in range(num_local_ranks):
             sidecars.spawn(
                 start_rank + at, start_device + at if backend == "nccl" else None, log=None

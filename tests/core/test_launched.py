@@ -259,13 +259,23 @@ def three_hosts() -> Iterator[list[str]]:
         yield names
 
 
-def run_on(names: list[str], run: list[str], timeout: int) -> list[Command]:
+@pytest.fixture
+def secret(tmp_path: Path) -> str:
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    path.write_text("0123456789abcdef" * 2)
+    return str(path)
+
+
+def run_on(names: list[str], run: list[str], timeout: int, secret: str) -> list[Command]:
     network = ["--host", "10.99.7.1", "--port", "34567", "--local-ranks", "1"]
+    network += ["--secret-file", secret]
     core = Command(*run, *network, "--timeout", str(timeout), host=names[0])
     return [core] + [
         Command(
             "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
-            str(len(names)), "--start-rank", str(rank), "--backend", "gloo", host=name,
+            str(len(names)), "--start-rank", str(rank), "--backend", "gloo",
+            "--secret-file", secret, host=name,
         )
         for rank, name in enumerate(names[1:], start=1)
     ]  # fmt: skip
@@ -273,8 +283,10 @@ def run_on(names: list[str], run: list[str], timeout: int) -> list[Command]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path: Path) -> None:
-    processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60)
+def test_three_hosts_make_one_run(
+    place: Path, three_hosts: list[str], secret: str, tmp_path: Path
+) -> None:
+    processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60, secret=secret)
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     run_command(*flags(place, tmp_path / "alone", 3), ranks=3)
@@ -284,11 +296,11 @@ def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
-    place: Path, three_hosts: list[str], tmp_path: Path
+    place: Path, three_hosts: list[str], secret: str, tmp_path: Path
 ) -> None:
     output, timeout = tmp_path / "run", 5
     run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
-    processes = run_on(three_hosts, run, timeout)
+    processes = run_on(three_hosts, run, timeout, secret)
     checkpoint = output / "checkpoints" / "step-000005"
     wait_until(lambda: processes[0].poll() is not None or checkpoint.exists(), 90)
     assert processes[0].poll() is None, processes[0].communicate()

@@ -67,6 +67,31 @@ def test_ranks_of_another_machine(place: Path, tmp_path: Path) -> None:
     )
 
 
+def test_ranks_come_in_by_a_secret(place: Path, tmp_path: Path) -> None:
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for path in (right, wrong):
+        path.touch(0o600)
+        path.write_text(path.name * 8)
+    port = free_port()
+    core = start(place, tmp_path / "run", port, "--secret-file", str(right))
+    wait_until(lambda: core.poll() is not None or "waiting for 1 ranks" in core.stderr())
+    assert f"--backend gloo --secret-file {right}" in core.stderr()
+    stranger = Command(*flags(port), "--secret-file", str(wrong))
+    _, errors = stranger.communicate()
+    assert stranger.returncode == 1
+    assert "does not let rank 2 in: is --secret-file the same there?" in errors
+    assert "Traceback" not in errors.split("rank 2 ERROR", 1)[1]
+    other = Command(*flags(port), "--secret-file", str(right))
+    _, said = core.communicate()
+    _, errors = other.communicate()
+    assert core.returncode == other.returncode == 0, said + errors
+    assert "the door has refused " in said
+    assert " knocks, most from 127.0.0.1; logs/rank-0.log" in said
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "the door: knock 1 from 127.0.0.1 is refused: it does not know the secret" in log
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_the_launcher_fails_with_its_core(place: Path, tmp_path: Path) -> None:
     port = free_port()
     core = start(place, tmp_path / "run", port, steps=100_000)

@@ -168,7 +168,7 @@ def minus_direction(plan, entries):
 
 
 def doubt_all(self):
-    return torch.full((len(self.c), 1), 1e30), 0.0
+    return torch.full((len(self.c), 1), math.inf), 0.0
 
 
 def nearly_zero(plan, entries):

@@ -275,7 +275,7 @@ def road() -> set[str]:
 
 def test_the_gradients_road_is_short() -> None:
     assert {part(module) for module in road()} == {"distro", "kernels", "sharding"}
-    assert len(road()) <= 18, sorted(road())
+    assert len(road()) <= 19, sorted(road())
     for package in ("kernels", "kernels.triton", "kernels.reference"):
         assert definitions(f"psyche_fast.{package}") == [], "a package that only hands on"
         assert imports(f"psyche_fast.{package}") == frozenset()
@@ -287,7 +287,7 @@ def test_the_package_stays_small() -> None:
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_500
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_200
-    assert sum(lines.values()) - methods < 22_000
+    assert sum(lines.values()) - methods < 24_000
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -6,6 +6,8 @@ element within it, and only there, the row is computed as the definition has it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +17,13 @@ from torch import Tensor
 from psyche_fast.integers import BITS, LIMB, integer_basis, limbs
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 from psyche_fast.kernels.reference.workspace import (
+    COEFFICIENTS,
+    COUNTS,
     DENSE,
+    LEAST,
     LEFT,
+    LIMBS,
+    MAGNITUDES,
     RESULT,
     RIGHT,
     SUMS,
@@ -24,9 +31,12 @@ from psyche_fast.kernels.reference.workspace import (
 )
 
 _CACHED = 1 << 17
-"""Elements that are worked on together where entries are many: they stay in a core's cache."""
-_EXACT = 1 << 15
-"""Elements of doubtful rows that are worked on together, for the same reason."""
+"""Elements that a thread works on at a time: they stay in a core's cache."""
+_LINE = 64
+"""The shortest rows that are looked through one by one: calls per row cost more than elements."""
+_FEW = 64
+"""Signs of so many peers have a mean that float32 rounds to the right integer: it differs from a
+half by 1/126 or more, and the quotient is off by less."""
 
 
 class Descent:
@@ -38,84 +48,137 @@ class Descent:
 
     def __init__(self, plan: ChunkPlan, entries: Entries, start: int, stop: int) -> None:
         self._plan, self._start = plan, start
-        index = entries.indices[start:stop].to(torch.int64)
-        self._index, self._unique = index, entries.unique
-        n, m = index.shape
+        index, values = entries.indices[start:stop], entries.values[start:stop]
+        m = index.shape[1]
+        self._entries, self._unique, self._named = m, entries.unique, 1
         self._is_vector = plan.h == 1 or plan.w == 1
-        self._is_dense = not entries.unique and 2 * m >= plan.totalk
-        words, factor = _words(entries.values[start:stop])
-        if entries.unique:
-            self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
+        self._is_dense = not entries.unique and 8 * m >= plan.totalk
+        self._is_low_rank = not self._is_vector and not self._is_dense and m <= plan.h // 2
+        if self._is_dense:
+            self._dense_means(index, values)
         else:
-            step = _chunks_of(_CACHED, plan)
-            means = [
-                self._mean(index[at : at + step], words[at : at + step], factor)
-                for at in range(0, n, step)
-            ] or [self._mean(index, words, factor)]
-            self.c, self._count = (torch.cat(parts) for parts in zip(*means, strict=True))
-            self.share = self.c if self._is_dense else self.c / self._count
+            self._index = index.to(torch.int64)
+            words, bits, factor = _words(values)
+            if entries.unique:
+                self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
+            else:
+                self._sparse_means(words, bits, factor)
+            self._total = self.share.abs().sum(1, keepdim=True)
         if plan.device.type == "cpu":
+            if self._is_low_rank:
+                self._row, self._column = _split(self._index, plan.w)
             self._limits, self._per_size = self._errors()
 
-    def _mean(self, index: Tensor, words: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Coefficients of some chunks, and how many entries name each."""
-        sums = scratch(SUMS, (len(index), self._plan.totalk), words).zero_()
-        sums.scatter_add_(1, index, words)
-        words = sums if self._is_dense else sums.gather(1, index)
-        count = words & 0xFFFF
-        mean = words.sub_(count).double().mul_(factor)
-        if self._is_dense:
-            count.clamp_(min=1)
-        return mean.div_(count).round_().float(), count
+    def _dense_means(self, index: Tensor, values: Tensor) -> None:
+        """All coefficients of chunks that have many entries, and a bound of sums of magnitudes."""
+        plan, n = self._plan, len(index)
+        self.c = scratch(COEFFICIENTS, (n, plan.totalk), _tables(plan.w, plan.device).side)
+        self._total = self.c.new_empty(n, 1)
+        step = _chunks_at_once(plan)
+        for at in range(0, n, step):
+            some = slice(at, at + step)
+            words, bits, factor = _words(values[some])
+            sums = scratch(SUMS, (len(words), plan.totalk), words).zero_()
+            sums.scatter_add_(1, index[some].to(torch.int64), words)
+            _mean(sums, bits, factor, self.c[some])
+        torch.linalg.vector_norm(self.c, dim=1, keepdim=True, out=self._total)
+        self._total.mul_(math.sqrt(min(self._entries, plan.totalk)))  # Cauchy and Schwarz
+
+    def _sparse_means(self, words: Tensor, bits: int, factor: float) -> None:
+        """The coefficient that each entry names, and the entry's share of it."""
+        step = _chunks_at_once(self._plan)
+        for at in range(0, len(words), step):
+            some, index = words[at : at + step], self._index[at : at + step]
+            sums = scratch(SUMS, (len(some), self._plan.totalk), words).zero_()
+            torch.gather(sums.scatter_add_(1, index, some), 1, index, out=some)
+        self.c = torch.empty(words.shape, device=words.device)
+        self._count = _mean(words, bits, factor, self.c).float()
+        self.share = self.c / self._count
+        if self._count.numel() > 0 and self._plan.device.type == "cpu":
+            self._named = int(self._count.max())
 
     def chunks(self, start: int, stop: int) -> Tensor:
         """Float32 `[stop - start, h, w]` of -1, 0, 1, good until the next call."""
         plan, part = self._plan, slice(start - self._start, stop - self._start)
         out = scratch(RESULT, (stop - start, plan.h, plan.w), self.c)
         if plan.device.type != "cpu":  # which would have to be waited for
-            dense = self._dense(part, exact=True)
-            z = dense if self._is_vector else _in_18_bits(_exact_left(plan, dense, None))
+            dense = self._dense_rows(torch.arange(part.start, part.stop, device=out.device))
+            z = dense if self._is_vector else _in_18_bits(_exact_left(plan, dense))
             return out.copy_(_right(z).view(out.shape))
-        lines = out.view(-1, max(plan.h, plan.w) if self._is_vector else plan.w)
-        low_rank = not self._is_vector and self._index.shape[1] <= plan.h // 2
-        step = stop - start if low_rank else _chunks_of(_CACHED, plan)
-        least, sizes = [], []
-        for first in range(0, stop - start, step):
-            to = out[first : first + step]
-            some = slice(part.start + first, part.start + first + len(to))
-            if self._is_vector:
-                minus = _tables(lines.shape[1], out.device).minus.t()
-                torch.mm(self._dense(some, exact=True), minus, out=to.view(-1, lines.shape[1]))
-            elif low_rank:
-                sizes.append(self._outer(some, to))
-            else:
-                sizes.append(self._sandwich(self._dense(some, exact=False), to))
-            magnitudes = torch.abs(to, out=scratch(LEFT, tuple(to.shape), to))
-            least.append(magnitudes.view(-1, lines.shape[1]).amin(1))
+        # Lines are rows, or some short ones of a chunk.
+        rows = 1 if self._is_vector else _rows_of_a_line(plan.h, plan.w)
+        length = rows * (plan.totalk if self._is_vector else plan.w)
+        least = scratch(LEAST, (out.numel() // length,), out)
+        blocks = out.split(_chunks_at_once(plan))
+        magnitudes = scratch(MAGNITUDES, tuple(blocks[0].shape), out)
+        lines, sizes = least.split(blocks[0].numel() // length), []
+        for to, line, size in zip(blocks, lines, self._products(part, blocks, length), strict=True):
+            some = magnitudes if len(to) == len(magnitudes) else magnitudes[: len(to)]
+            torch.amin(torch.abs(to, out=some).view(-1, length), 1, out=line)
             to.sign_()
+            sizes.append(size)
         limit = self._limits[part]
-        if sizes:
-            limit = torch.add(limit, torch.cat(sizes), alpha=self._per_size)
-        doubtful = (torch.cat(least).view(len(limit), -1) <= limit).view(-1).nonzero().view(-1)
+        if self._per_size > 0:
+            limit = torch.add(limit, torch.cat(sizes).view(len(limit), -1), alpha=self._per_size)
+        doubtful = (least.view(len(limit), -1) <= limit).view(-1).nonzero()
         if len(doubtful) > 0:
-            self._decide(part, doubtful, lines)
+            if rows > 1:
+                doubtful = doubtful.mul(rows).add(torch.arange(rows))
+            self._decide(part, doubtful.view(-1), out.view(-1, length // rows))
         return out
+
+    def _products(self, part: slice, blocks: Sequence[Tensor], length: int) -> Iterator[Tensor]:
+        """`-B_h C B_w^T / 2^36` as float32 has it, block by block.
+
+        Args:
+            part: chunks.
+            blocks: `[n, h, w]` each, of the same number but for the last; written.
+            length: of the lines whose largest magnitudes are asked for.
+
+        Yields:
+            The largest magnitudes of lines of `B_h C / 2^18`, where that hangs on more than the
+            chunk; whenever a block has been written.
+        """
+        n, h, w = blocks[0].shape
+        device = blocks[0].device
+        if self._is_low_rank:
+            for to, left, right in zip(
+                blocks, *(t.split(n) for t in self._factors(part)), strict=True
+            ):
+                yield torch.bmm(left.transpose(1, 2), right, out=to)
+            return
+        dense = self._dense(part, n)
+        if self._is_vector:
+            minus = _tables(h * w, device).minus.t()
+            for to, c in zip(blocks, dense, strict=True):
+                yield torch.mm(c, minus, out=to.view(c.shape))
+            return
+        left = _tables(h, device).side.expand(n, h, h)
+        right = _tables(w, device).minus.t().expand(n, w, w)
+        half = scratch(MAGNITUDES, (n, h, w), blocks[0])
+        for to, c in zip(blocks, dense, strict=True):
+            if len(to) < n:
+                n = len(to)
+                left, right, half = left[:n], right[:n], half[:n]
+            torch.bmm(left, c.view(to.shape), out=half)
+            torch.bmm(half, right, out=to)
+            yield half.abs_().view(-1, length).amax(1)
 
     def _decide(self, part: slice, doubtful: Tensor, lines: Tensor) -> None:
         """Write rows `doubtful` of a part's `lines` as the definition has them."""
         plan = self._plan
-        for some in doubtful.split(max(1, _EXACT // self.c.shape[1])):
-            if self._is_vector:
-                z = self._dense_rows(some.add(part.start))
-            else:
-                row = some.remainder(plan.h)
-                chunk = some.sub(row).floor_divide_(plan.h).add_(part.start)
-                if self._is_dense:
-                    left = _exact_left(plan, self._dense_rows(chunk), row)
-                else:
-                    left = self._exact_rows(chunk, row)
-                z = _in_18_bits(left)
-            lines.index_copy_(0, some, _right(z))
+        if self._is_vector:
+            z = self._dense_rows(doubtful.add(part.start))
+        else:
+            row = doubtful.remainder(plan.h)
+            chunk = doubtful.sub(row).floor_divide_(plan.h).add_(part.start)
+            exact, most = self._exact_of_entries, 1 << 14
+            if self._is_dense:
+                exact, most = self._exact_of_dense, _CACHED // 2
+            step = max(1, most // self.c.shape[1])
+            pairs = zip(chunk.split(step), row.split(step), strict=True)
+            z = _in_18_bits(torch.cat([exact(*pair) for pair in pairs]).float())
+        lines.index_copy_(0, doubtful, _right(z))
 
     def _dense_rows(self, chunk: Tensor) -> Tensor:
         """Coefficients `[len(chunk), h * w]`."""
@@ -125,57 +188,54 @@ class Descent:
         index = self._index.index_select(0, chunk)
         return c.new_zeros(len(c), self._plan.totalk).scatter_(1, index, c)
 
-    def _dense(self, part: slice, *, exact: bool) -> Tensor:
-        """Coefficients `[n, h * w]`; unless exact, off by 2^-24 for each entry that names one."""
+    def _dense(self, part: slice, n: int) -> Iterator[Tensor]:
+        """Coefficients `[n, h * w]`, off by 2^-24 for each entry that names one; `n` at a time."""
         if self._is_dense:
-            return self.c[part]
-        index, c = self._index[part], self.c[part]
-        dense = scratch(DENSE, (len(c), self._plan.totalk), c).zero_()
-        if exact:
-            return dense.scatter_(1, index, c)
-        return dense.scatter_add_(1, index, self.share[part])  # several times as fast
+            yield from self.c[part].split(n)
+            return
+        for index, share in zip(self._index[part].split(n), self.share[part].split(n), strict=True):
+            dense = scratch(DENSE, (len(share), self._plan.totalk), share)
+            yield dense.zero_().scatter_add_(1, index, share)
 
-    def _exact_rows(self, chunk: Tensor, row: Tensor) -> Tensor:
-        """As `_exact_left`, from entries.
+    def _exact_of_dense(self, chunk: Tensor, row: Tensor) -> Tensor:
+        """Rows `row` of `P(B_h, C)`, `C` of chunks `chunk`: `[.., w]`, not yet rounded to float32.
+
+        `P(A, D)` is `hi(A) lo(D) + lo(A) hi(D)` and 512 times `0 lo(D) + hi(A) hi(D)`.
+        """
+        plan, left = self._plan, _tables(self._plan.h, chunk.device).paired
+        both = scratch(LIMBS, (len(row), 2, plan.totalk), left)
+        c = self.c.index_select(0, chunk)
+        torch.div(c, LIMB, out=both[:, 1]).round_()
+        torch.sub(c, both[:, 1], alpha=LIMB, out=both[:, 0])
+        small, large = left.index_select(0, row).bmm(both.view(len(row), -1, plan.w)).unbind(1)
+        return small.add_(large, alpha=LIMB)
+
+    def _exact_of_entries(self, chunk: Tensor, row: Tensor) -> Tensor:
+        """As `_exact_of_dense`, from entries.
 
         Those of one coefficient add up to it but for float64's rounding, far below the last bit.
         """
         plan = self._plan
-        left = _tables(plan.h, chunk.device)
+        left = _tables(plan.h, chunk.device).both
         frequency, column = _split(self._index.index_select(0, chunk), plan.w)
-        frequency.add_(row.unsqueeze(1), alpha=plan.h)
-        c = self.c.index_select(0, chunk).double()
-        # 512 P(A, D) = A D - lo(A) lo(D)
-        terms = left.basis.take(frequency).mul_(c)
-        terms.sub_(left.low.take(frequency).mul_(limbs(c)[1]))
+        frequency.add_(row.unsqueeze(1), alpha=2 * plan.h)
+        c = self.c.index_select(0, chunk)
+        terms = left.take(frequency).mul_(c)
+        terms.addcmul_(left.take(frequency.add_(plan.h)), c.div_(LIMB).round_().double())
         if not self._unique:
-            terms.div_(self._count.index_select(0, chunk).double())
+            terms.div_(self._count.index_select(0, chunk))
         z = terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
-        return z.div_(LIMB).round_().float()
+        return z.round_()
 
-    def _sandwich(self, dense: Tensor, out: Tensor) -> Tensor:
-        """`-B_h C B_w^T / 2^36` into `out`; the largest magnitudes of rows of `B_h C / 2^18`."""
-        n, h, w = out.shape
-        left, right = _tables(h, out.device).side, _tables(w, out.device).minus.t()
-        half = scratch(LEFT, (n, h, w), out)
-        torch.bmm(left.expand(n, h, h), dense.view(n, h, w), out=half)
-        torch.bmm(half, right.expand(n, w, w), out=out)
-        return half.abs_().view(-1, w).amax(1).view(n, h)
-
-    def _outer(self, part: slice, out: Tensor) -> Tensor:
-        """As `_sandwich`, a term per entry, and a bound of the magnitudes."""
-        n, h, w = out.shape
-        value = self.share[part]
-        left = scratch(LEFT, (n, value.shape[1], h), out)
-        right = scratch(RIGHT, (n, value.shape[1], w), out)
-        row, column = _split(self._index[part], w)
-        torch.index_select(_tables(h, out.device).rows, 0, row.view(-1), out=left.view(-1, h))
-        minus = _tables(w, out.device).minus_rows
-        torch.index_select(minus, 0, column.view(-1), out=right.view(-1, w))
-        torch.bmm(left.mul_(value.unsqueeze(-1)).transpose(1, 2), right, out=out)
-        # A column's sum of magnitudes bounds them.
-        sums = value.new_zeros(n, w).scatter_add_(1, column, value.abs())
-        return sums.amax(1, keepdim=True)
+    def _factors(self, part: slice) -> tuple[Tensor, Tensor]:
+        """`U [n, m, h]` and `V [n, m, w]` with `U^T V` what `_products` is to come to."""
+        plan, value = self._plan, self.share[part]
+        left = scratch(LEFT, (*value.shape, plan.h), value)
+        right = scratch(RIGHT, (*value.shape, plan.w), value)
+        rows, minus = _tables(plan.h, value.device).rows, _tables(plan.w, value.device).minus_rows
+        torch.index_select(rows, 0, self._row[part].view(-1), out=left.view(-1, plan.h))
+        torch.index_select(minus, 0, self._column[part].view(-1), out=right.view(-1, plan.w))
+        return left.mul_(value.unsqueeze(-1)), right
 
     def _errors(self) -> tuple[Tensor, float]:
         """How far float32 may be from what the definition takes the sign of.
@@ -190,14 +250,12 @@ class Descent:
             For each chunk `[n, 1]`, and what is to be added for each unit of the largest magnitude
             of a row of `B_h C / 2^18`.
         """
-        plan = self._plan
-        total = self.share.abs().sum(1, keepdim=True)
-        named = 1 if self._unique or self._index.shape[1] == 0 else int(self._count.max())
-        m = min(self._index.shape[1], plan.totalk)
+        plan, total = self._plan, self._total
+        m = min(self._entries, plan.totalk)
         rows, columns = min(plan.h, m), min(plan.w, m)
-        per_total, per_size = (rows + named + 8) * 2.0**-24, 0.0
+        per_total, per_size = (rows + self._named + 8) * 2.0**-24, 0.0
         if self._is_vector:
-            per_total = (max(rows, columns) + named + 8) * 2.0**-24
+            per_total = (max(rows, columns) + self._named + 8) * 2.0**-24
         else:
             right = _tables(plan.w, plan.device)
             reach = min(columns, right.reach)
@@ -205,11 +263,41 @@ class Descent:
             per_size += min(256 * columns, right.low_reach) * 2.0**-27
         # 1.01 for products of errors, those of magnitudes included, and for this bound's own.
         limits = torch.where(total > 0, total * (1.01 * per_total) + 1.01 * m / 4, -1.0)
+        if (
+            self._is_low_rank
+        ):  # A column's sum of magnitudes bounds those of rows of `B_h C / 2^18`.
+            sums = total.new_zeros(len(total), plan.w)
+            sums.scatter_add_(1, self._column, self.share.abs())
+            limits.add_(sums.amax(1, keepdim=True), alpha=1.01 * per_size)
+            per_size = 0.0
         return limits, 1.01 * per_size
 
 
-def _chunks_of(elements: int, plan: ChunkPlan) -> int:
-    return max(1, elements // plan.totalk)
+def _chunks_at_once(plan: ChunkPlan) -> int:
+    if plan.device.type != "cpu":
+        return max(1, plan.chunks)
+    return max(1, torch.get_num_threads() * _CACHED // plan.totalk)
+
+
+def _rows_of_a_line(h: int, w: int) -> int:
+    return max(
+        rows for rows in range(1, h + 1) if h % rows == 0 and (rows == 1 or rows * w <= _LINE)
+    )
+
+
+def _mean(words: Tensor, bits: int, factor: float, out: Tensor) -> Tensor:
+    """Coefficients of sums of `_words`, which are overwritten, into `out`; counts, one at least."""
+    count = torch.bitwise_and(
+        words, (1 << bits) - 1, out=scratch(COUNTS, tuple(words.shape), words)
+    )
+    words.sub_(count)
+    count.clamp_(min=1)
+    is_few = words.dtype == torch.int32 and words.device.type == "cpu" and words.numel() > 0
+    if is_few and int(count.max()) <= _FEW:
+        out.copy_(words).div_(scratch(COUNTS, tuple(words.shape), out).copy_(count)).round_()
+    else:
+        out.copy_(words.double().mul_(factor).div_(count).round_())
+    return count
 
 
 @dataclass(frozen=True)
@@ -217,7 +305,8 @@ class _Tables:
     """The basis of one side.
 
     Attributes:
-        basis: `B`, float64.
+        both: `hi(B)` beside `lo(B)`, float64.
+        paired: by row `[[hi, lo], [0, hi]]`, `[n, 2, 2n]`.
         side: `B / 2^18`.
         minus: minus the same.
         rows: `side` transposed.
@@ -228,7 +317,8 @@ class _Tables:
         low_reach: the same of `low`.
     """
 
-    basis: Tensor
+    both: Tensor
+    paired: Tensor
     side: Tensor
     minus: Tensor
     rows: Tensor
@@ -242,11 +332,14 @@ class _Tables:
 @cache
 def _tables(n: int, device: torch.device) -> _Tables:
     basis = integer_basis(n).to(device)
-    high, low = (part.to(_exact_dtype(n)) for part in limbs(basis))
+    high, low = limbs(basis)
+    both = torch.cat((high, low), 1)
+    high, low = (part.to(_exact_dtype(n)) for part in (high, low))
+    paired = torch.stack((torch.cat((high, low), 1), torch.cat((0 * high, high), 1)), 1)
     side = (basis * 2.0**-BITS).float()
     rows = side.t().contiguous()
     reach, low_reach = (float(t.abs().sum(1).max()) for t in (side, low))
-    return _Tables(basis, side, -side, rows, -rows, high, low, reach, low_reach)
+    return _Tables(both, paired, side, -side, rows, -rows, high, low, reach, low_reach)
 
 
 def _exact_dtype(terms: int) -> torch.dtype:
@@ -254,20 +347,20 @@ def _exact_dtype(terms: int) -> torch.dtype:
     return torch.float32 if terms <= 64 else torch.float64
 
 
-def _words(values: Tensor) -> tuple[Tensor, float]:
-    """Values as integers above a count of one, and the factor to coefficients of words less counts.
+def _words(values: Tensor) -> tuple[Tensor, int, float]:
+    """Values as integers above so many bits of a count of one, and the factor to coefficients.
 
     Products with the factor are halves away from zero where they would be halves: they round so.
+    Means of signs are no halves, there not being 2^19 of them.
     """
     if values.dtype == torch.bool:
-        dtype = torch.int32 if values.shape[1] < 1 << 15 else torch.int64
-        minus, plus = (torch.tensor(n, dtype=dtype, device=values.device) for n in (-65535, 65537))
-        return torch.where(values, minus, plus), 2.0 ** (BITS - 16) * _AWAY
+        words = values.to(torch.int32 if values.shape[1] < 1 << 31 - BITS else torch.int64)
+        return words.mul_(-2 << BITS).add_((1 << BITS) + 1), BITS, 1.0
     values = values.double()
     largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
     exponent = torch.frexp(largest.float())[1].clamp_(min=-126)
     integers = (values * _power_of_two(30 - exponent)).to(torch.int64)
-    return integers.mul_(1 << 16).add_(1), 2.0 ** (-12 - 16) * _AWAY
+    return integers.mul_(1 << 16).add_(1), 16, 2.0 ** (-12 - 16) * _AWAY
 
 
 _AWAY = 1 + 2.0**-49
@@ -291,14 +384,11 @@ def exact_product(a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) 
     return (a_low @ b_high).add_(a_high @ b_low).add_(a_high @ b_high, alpha=LIMB)
 
 
-def _exact_left(plan: ChunkPlan, c: Tensor, row: Tensor | None) -> Tensor:
-    """`P(B_h, C)` of dense coefficients `[n, h * w]`, or its rows `row`: float32 `[.., w]`."""
+def _exact_left(plan: ChunkPlan, c: Tensor) -> Tensor:
+    """`P(B_h, C)` of dense coefficients `[n, h * w]`: float32 `[n * h, w]`."""
     left = _tables(plan.h, c.device)
     high, low = limbs(c.view(-1, plan.h, plan.w).to(left.high.dtype))
-    left_high, left_low = left.high, left.low
-    if row is not None:
-        left_high, left_low = left_high[row].unsqueeze(1), left_low[row].unsqueeze(1)
-    return exact_product(left_high, left_low, high, low).float().view(-1, plan.w)
+    return exact_product(left.high, left.low, high, low).float().view(-1, plan.w)
 
 
 def _right(z: Tensor) -> Tensor:

@@ -23,9 +23,12 @@ _local = threading.local()
 # are far shorter, and are done for a group at a time lest their calls cost more than their work.
 _GROUP_ELEMENTS = 1 << 21
 
-ROWS, RESULT, DENSE, LEFT, RIGHT, COEFFICIENTS, SUMS = range(7)
+ROWS, RESULT, DENSE, LEFT, RIGHT, COEFFICIENTS = range(6)
 """Slots: row products or magnitudes, decoded chunks, dense coefficients, factors of a product, a
-group's coefficients, sums of entries."""
+group's coefficients."""
+SUMS, COUNTS, MAGNITUDES, LEAST, LIMBS = range(6, 11)
+"""Those of `direction.py`: sums of entries and how many they are, magnitudes, the smallest of them,
+coefficients in two parts."""
 
 
 def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
