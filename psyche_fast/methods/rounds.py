@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from psyche_fast.distro import exchange
 from psyche_fast.distro.message import hash_bits
+from psyche_fast.distro.verdict import agree
 from psyche_fast.methods.replica import Faults, Replica
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,12 @@ class Rounds:
             self.bytes_sent += self._pending[-1].bytes_sent
         refused: Faults = {}
         while self._replica.due():
-            messages = self._pending.popleft().wait()
+            pending = self._pending.popleft()
+            messages = pending.host()
             damaged = self._replica.faults(messages)
             if self._group is not None:
-                damaged = exchange.agree(damaged, len(messages), self._group)
-            refused |= self._replica.receive(messages, damaged)
+                damaged, _ = agree(damaged, messages, self._group)
+            refused |= self._replica.receive(pending.wait(), damaged)
         for replica, what in sorted(refused.items()):
             log.warning("the result of replica %d is refused: %s", replica, what)
         return refused
