@@ -133,3 +133,20 @@ def _group_of_mesh(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def gathered_numbers(
+    numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
+    """As many numbers of each rank of a group; objects would travel pickled. A collective.
+
+    Args:
+        numbers: this rank's.
+        group: the ranks.
+        device: this rank's, where the group is not gloo's.
+    """
+    on_host = dist.get_backend(group) == "gloo"
+    own = torch.tensor(numbers, dtype=torch.int64, device="cpu" if on_host else device)
+    received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, own, group=group)
+    return [theirs.tolist() for theirs in received]

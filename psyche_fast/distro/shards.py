@@ -11,6 +11,7 @@ use of its gradients all ranks of a replica leave out alike (`GradientGuard`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from psyche_fast.distro.chunks import ParameterLayout
 from psyche_fast.sharding import (
     cuts,
+    gathered_numbers,
     local_gradient,
     local_tensor,
     part_of,
@@ -230,6 +232,11 @@ class Parts:
         return shard.to_local()
 
 
+def _slabs(numbers: list[int], dims: Sequence[int]) -> list[Slab]:
+    rest = iter(numbers)
+    return [Slab(*(tuple(itertools.islice(rest, n)) for _ in range(2))) for n in dims]
+
+
 class Scattered:
     """The way of several parameters' elements from shards to whole chunks and back.
 
@@ -255,8 +262,12 @@ class Scattered:
     ) -> None:
         self._wholes, self._group = list(wholes), group
         ranks, me = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[Slab]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(everyones, list(slabs), group=group)
+        everyones = [
+            _slabs(numbers, [len(s.start) for s in slabs])
+            for numbers in gathered_numbers(
+                [n for s in slabs for n in (*s.start, *s.shape)], group, device
+            )
+        ]
         self._shapes = [s.shape for s in slabs]
         self._bounds = _divide(wholes, ranks)
         self._runs = [bounds[me] for bounds in self._bounds]
