@@ -40,8 +40,8 @@ class DeMo(PeerOptimizer):
     with a gradient of zero, so that all ranks stay in step. Gradients of which an element is NaN or
     infinite are left out, all of the step's: delta would never be rid of it. Parameters that are
     frozen are left alone, and those that are unfrozen later join in, with what delta they had; all
-    peers have to do it alike. Under a `GradScaler` a step in which any rank has found gradients that
-    are not finite is left out on all.
+    peers have to do it alike. Under a `GradScaler` a step in which any rank has found gradients
+    that are not finite is left out on all.
 
     Groups with `method="adamw"` (norms, embeddings) are trained by torch's AdamW, with `betas` and
     `eps` as options, on the mean of the peers' gradients, which an all-reduce takes in float32. Of
