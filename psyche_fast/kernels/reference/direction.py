@@ -296,9 +296,7 @@ class Descent:
             per_size += min(256 * columns, right.low_reach) * 2.0**-27
         # 1.01 for products of errors, those of magnitudes included, and for this bound's own.
         limits = torch.where(total > 0, total * (1.01 * per_total) + 1.01 * m / 4, -1.0)
-        if (
-            self._is_low_rank
-        ):  # A column's sum of magnitudes bounds those of rows of `B_h C / 2^18`.
+        if self._is_low_rank:  # a column's sum of magnitudes bounds those of `B_h C / 2^18`
             sums = total.new_zeros(len(total), plan.w)
             sums.scatter_add_(1, self._column, self.share.abs())
             limits.add_(sums.amax(1, keepdim=True), alpha=1.01 * per_size)
@@ -313,9 +311,7 @@ def _chunks_at_once(plan: ChunkPlan) -> int:
 
 
 def _rows_of_a_line(h: int, w: int) -> int:
-    return max(
-        rows for rows in range(1, h + 1) if h % rows == 0 and (rows == 1 or rows * w <= _LINE)
-    )
+    return max(rows for rows in range(1, max(1, _LINE // w) + 1) if h % rows == 0)
 
 
 def _are_few(values: Tensor, count: Tensor) -> bool:
@@ -392,10 +388,8 @@ def _integers(values: Tensor, are_few: bool) -> tuple[Tensor, float]:
 def _unit(values: Tensor) -> Tensor:
     """What makes integers of a chunk's values: `2^(156 - e)`, float64 `[n, 1]`."""
     largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
-    exponent = largest.float().view(torch.int32) >> 23
-    return (
-        exponent.to(torch.int64).neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.double)
-    )
+    exponent = (largest.float().view(torch.int32) >> 23).to(torch.int64)
+    return exponent.neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.float64)
 
 
 def _split(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
