@@ -33,9 +33,11 @@ from benchmarks.common import environment, percentiles
 from psyche_fast.config import RunConfig
 from psyche_fast.core.plan import Plan, make_plan
 from psyche_fast.core.run import Core, steps
-from psyche_fast.core.saving import States
+from psyche_fast.core.saving import Checkpoints
+from psyche_fast.core.watch import Watch
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import Console, MetricsWriter, PhaseTimer
+from psyche_fast.rank.beats import Patience
 from psyche_fast.rank.protocol import Sender
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.topology import join
@@ -85,9 +87,12 @@ def compare(count: int = 30) -> dict[str, Any]:
 def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str, Any]:
     trainer = build_trainer(plan.resolved, plan.source, torch.device("cpu"))
     console = Console(count, 1)
+    sender, timer, patience = Sender(store, 1), PhaseTimer(), Patience(60.0)
     core = Core(
-        plan, folder, trainer, Sender(store, 1), States(plan, folder, store, console.message),
-        StopRequest(), console, PhaseTimer(),
+        plan, folder, trainer, sender,
+        Checkpoints(plan, folder, trainer, sender, store, console.message),
+        StopRequest(), console, timer,
+        Watch(store, 1, timer, patience, patience, folder, lambda: None),  # which looks on
     )  # fmt: skip
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         plan.config.model.model, dtype=torch.float32, attn_implementation="sdpa"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -51,15 +52,20 @@ def _step_ms(
 ) -> list[float]:
     output = folder / f"{name}-{ranks_per_host}"
     here = str(ranks_per_host)
+    secret = folder / "secret"
+    if not secret.exists():
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
     with wan.link(*link) as hosts:
         network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", here]
+        network += ["--secret-file", str(secret)]
         network += ["--data-parallelism", here]
         ranks = [start(hosts[0], "train", *flags, "--output", str(output), *network)]
         ranks.append(
             start(
                 hosts[1], "sidecar", "--main-host", "10.98.7.1", "--port", "34567",
                 "--world-size", str(2 * ranks_per_host), "--start-rank", here,
-                "--num-local-ranks", here, "--backend", "gloo",
+                "--num-local-ranks", here, "--backend", "gloo", "--secret-file", str(secret),
             )
         )  # fmt: skip
         try:

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psyche_fast.distro import DeMo, Distro, DistroResult, quantize_1bit
+    from psyche_fast.distro import DeMo, DisTrO, Distro, DistroResult, quantize_1bit
+    from psyche_fast.methods import LocalSteps
     from psyche_fast.schedules import LearningRateSchedule
 
 __version__ = "0.1.0"
@@ -22,17 +23,21 @@ if os.environ.get("PSYCHE_FAST_KERNELS") == "interpret":
 
 _LAZY = {
     "DeMo": "psyche_fast.distro",
+    "DisTrO": "psyche_fast.distro",
     "Distro": "psyche_fast.distro",
     "DistroResult": "psyche_fast.distro",
     "quantize_1bit": "psyche_fast.distro",
     "LearningRateSchedule": "psyche_fast.schedules",
+    "LocalSteps": "psyche_fast.methods",
 }
 
 __all__ = [
     "DeMo",
+    "DisTrO",
     "Distro",
     "DistroResult",
     "LearningRateSchedule",
+    "LocalSteps",
     "__version__",
     "quantize_1bit",
 ]

@@ -141,4 +141,18 @@ def diff(one: Path, other: Path) -> None:
     click.echo(f"the same, to the bit: {found.compared}")
 
 
-COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff)
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--save-dtype", type=click.Choice(["bfloat16", "float32"]),
+              help="the parameters' type; float32: the masters (default: the run's)")  # fmt: skip
+def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
+    """Make a Hugging Face folder of a checkpoint's state, whatever ranks have written it."""
+    quiet_terminal()
+    from psyche_fast.core.export import export as make
+
+    step = make(checkpoint, out, save_dtype)
+    click.echo(f"{out}: the model of step {step}")
+
+
+COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export)

@@ -33,6 +33,10 @@ from psyche_fast.options import (
 from psyche_fast.options import describe as _help
 from psyche_fast.schedules import BatchSizes, Schedule
 
+ARCHITECTURES = "PSYCHE_FAST_ARCHITECTURES"
+"""Environment variable: which `module:function`, one or several with commas between, rank 0 may
+have this rank import. Ranks that rank 0 starts have its own."""
+
 
 class Model(Section, frozen=True, kw_only=True):
     """What is trained, for `models`."""
@@ -142,6 +146,10 @@ class Optimizer(Section, frozen=True, kw_only=True):
     compression_topk: Annotated[Positive, _help("DisTrO: coefficients sent per chunk")] = 4
     compression_decay: Annotated[Share, _help("DisTrO: decay of the momentum")] = 0.999
     distro_quantization: Annotated[bool, _help("DisTrO: send signs only (1 bit)")] = False
+    refuse_outliers: Annotated[
+        Amount | None,
+        _help("DisTrO: robust standard deviations by which a result may exceed the others' norm"),
+    ] = None  # fmt: skip
     delta_dtype: Annotated[
         Literal["float32", "bfloat16"], _help("DisTrO: the momentum's type")
     ] = "float32"  # fmt: skip
@@ -152,6 +160,11 @@ class Optimizer(Section, frozen=True, kw_only=True):
         for name in ("distro_quantization", "offload_delta"):
             if getattr(self, name) and not self.distro:
                 raise ValueError(f"{flag(name)} needs --distro")
+        if self.refuse_outliers is not None and (not self.distro or self.distro_quantization):
+            raise ValueError(
+                "--refuse-outliers needs --distro without --distro-quantization: signs have all "
+                "the same norm"
+            )
 
 
 class Parallelism(Section, frozen=True, kw_only=True):
@@ -162,6 +175,12 @@ class Parallelism(Section, frozen=True, kw_only=True):
     ] = 1
     data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
     tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
+    elastic: Annotated[
+        bool, _help("go on without a replica that dies, and with one that comes back or joins")
+    ] = False  # fmt: skip
+    max_replicas: Annotated[
+        Count, _help("with --elastic: the most replicas, with those that join; 0 = --replicas")
+    ] = 0  # fmt: skip
     device_backend: Annotated[
         Literal["auto", "nccl", "split"],
         _help(
@@ -176,8 +195,26 @@ class Parallelism(Section, frozen=True, kw_only=True):
 
     @property
     def world_size(self) -> int:
-        """All ranks of the run, the core's own included."""
+        """All ranks that the run begins with, the core's own included."""
         return self.replicas * self.ranks_per_replica
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if not self.elastic:
+            if self.max_replicas:
+                raise ValueError("--max-replicas needs --elastic")
+            return
+        if self.replicas == 1:
+            raise ValueError("--elastic needs --replicas of at least 2: rank 0's own has to stay")
+        if 0 < self.max_replicas < self.replicas:
+            raise ValueError(
+                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
+            )
+        if self.device_backend == "nccl":
+            raise ValueError(
+                "--elastic with --device-backend nccl: what goes between replicas that may die "
+                "goes over gloo; leave it out"
+            )
 
 
 class Machines(Section, frozen=True, kw_only=True):
@@ -185,9 +222,12 @@ class Machines(Section, frozen=True, kw_only=True):
 
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
     threads: Annotated[Count, _help("CPU threads per rank; 0 = the cores shared evenly")] = 0
-    host: Annotated[str, _help("address on which the core listens; another one is opt-in")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str, _help("address on which the core listens; another one needs --secret-file")
+    ] = "127.0.0.1"  # fmt: skip
+    secret_file: Annotated[
+        str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
+    ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
@@ -214,7 +254,7 @@ class Run(Section, frozen=True, kw_only=True):
     ] = 0  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
-        str | None, _help("go on exactly: auto, a step, or the folder of a run or checkpoint")
+        str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
     ] = None  # fmt: skip
     fork: Annotated[
         str | None, _help("begin a run of its own, with other settings, from a checkpoint's state")
@@ -222,8 +262,14 @@ class Run(Section, frozen=True, kw_only=True):
     save_path: Annotated[str | None, _help("also write the final model to this folder")] = None
     checkpoint_every: Annotated[Count, _help("steps between checkpoints; 0 = only at the end")] = 0
     keep: Annotated[Count, _help("checkpoints to keep, the newest ones; 0 = all")] = 0
+    keep_every: Annotated[
+        Count, _help("with --keep: also keep those of steps that this divides; 0 = none")
+    ] = 0  # fmt: skip
     run_id: Annotated[
         str | None, _help("call checkpoints RUN_ID-stepN, as Psyche does")
+    ] = None  # fmt: skip
+    checkpoint_to: Annotated[
+        str | None, _help("also upload checkpoints, state and all, to this URL: s3://, gs://, hf://")
     ] = None  # fmt: skip
     push_to_hub: Annotated[
         str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
@@ -241,6 +287,8 @@ class Run(Section, frozen=True, kw_only=True):
         Section.__post_init__(self)
         if self.resume is not None and self.fork is not None:
             raise ValueError("--resume and --fork: give one of them")
+        if self.keep_every and not self.keep:
+            raise ValueError("--keep-every needs --keep, without which all checkpoints are kept")
         # They become folders' names.
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise ValueError(
@@ -278,13 +326,25 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
             )
+        if self.optimizer.refuse_outliers is not None and replicas < 3:
+            raise ValueError(
+                f"--refuse-outliers needs --replicas 3 or more, got {replicas}: of two nobody can "
+                "tell which is the outlier"
+            )
+        which = "--max-replicas" if self.parallelism.max_replicas else "--replicas"
+        most = self.parallelism.max_replicas or replicas
         for name in ("total_batch", "total_batch_start"):
             rows = getattr(self.run, name)
-            if rows is not None and rows < replicas:
+            if rows is not None and rows < most:
                 raise ValueError(
-                    f"{flag(name)} {rows} is less than --replicas {replicas}: "
+                    f"{flag(name)} {rows} is less than {which} {most}: "
                     "each needs a sequence to train on"
                 )
+        if self.parallelism.elastic and self.ranks_here % self.parallelism.ranks_per_replica:
+            raise ValueError(
+                f"--local-ranks {self.machines.local_ranks} with --elastic: a replica's "
+                f"{self.parallelism.ranks_per_replica} ranks are started together, on one machine"
+            )
         if self.machines.local_ranks > world_size:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} is more than the run's "

@@ -1,8 +1,8 @@
 """A sidecar: one rank after the first, driven by our own core or by Psyche's.
 
 `python -m psyche_fast.sidecar --parent-pid PID --backend nccl|gloo --init-method tcp://HOST:PORT
---world-size N --rank R [--device D]`; Psyche's core says `python -m psyche.sidecar`, which is
-`main_for_psyche`.
+--world-size N --rank R [--device D] [--secret-file FILE]`; Psyche's core says `python -m
+psyche.sidecar`, which is `main_for_psyche`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 from psyche_fast.errors import explain
 from psyche_fast.start import signals
+from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.parent import SPAWNED, TIMEOUT, die_with_parent
+from psyche_fast.start.parent import LIFE, SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True, help="1 .. world size - 1")
     parser.add_argument("--device", type=int, help="CUDA index; absent on CPU")
+    parser.add_argument("--secret-file", help="lets it in where the core has one")
     args = parser.parse_args(argv)
     if not 1 <= args.rank < args.world_size:
         parser.error(f"--rank must be in 1 .. {args.world_size - 1}, got {args.rank}")
@@ -70,6 +72,8 @@ def main_for_psyche(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """`main` for arguments that are parsed."""
     quiet_terminal()
+    # Whoever spawned it has set the interface: its own address need not be the store's.
+    args.chooses_interface = SPAWNED not in os.environ
     if SPAWNED in os.environ:
         signals.leave_to_core()
     elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -113,11 +117,22 @@ def serve(args: argparse.Namespace) -> None:
     address = urlsplit(args.init_method)
     if address.scheme != "tcp" or not address.hostname or not address.port:
         raise ValueError(f"--init-method: wanted tcp://HOST:PORT, got {args.init_method!r}")
-    use_interface(address.hostname)
+    if args.chooses_interface:
+        use_interface(address.hostname)
+    secret = None if args.secret_file is None else read_secret(args.secret_file)
     device = choose_device(args.backend, args.device, args.rank)
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
-    client = StoreClient(address.hostname, address.port, args.world_size, timeout)
-    introduce(client.store, args.rank, processor(device))
+    host, port = address.hostname, address.port
+    client = StoreClient(host, port, args.world_size, timeout, rank=args.rank, secret=secret)
+    life = os.environ.get(LIFE)
+    introduce(client.store, args.rank, processor(device), life or "")
+    if life is not None:
+        from psyche_fast.rank.elastic import Start
+        from psyche_fast.rank.serve import serve as serve_own
+
+        serve_own(client, device, Start(args.backend, args.rank, life, timeout))
+        dist.destroy_process_group()
+        return
     join(args.backend, client.store, args.world_size, args.rank, device, timeout)
     if client.first_of((OURS, PSYCHES)) == OURS:
         from psyche_fast.rank import serve as own

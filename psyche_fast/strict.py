@@ -43,7 +43,7 @@ def loads(text: str | bytes, what: str) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
 
 
@@ -57,7 +57,7 @@ def load_toml(path: str, what: str) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{what}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{what} is not TOML: {error}") from error
 
 
@@ -67,10 +67,13 @@ def convert(obj: Any, kind: type[T], what: str) -> T:
     Raises:
         ValueError: an unknown or missing field, or a value of the wrong type, named with its path.
     """
-    _refuse_non_finite(obj, what)  # 1e999 parses to inf without passing by `parse_constant`
+    try:
+        _refuse_non_finite(obj, what)  # 1e999 parses to inf without passing by `parse_constant`
+    except RecursionError as error:
+        raise ValueError(f"{what}: {error}") from error
     try:
         return msgspec.convert(obj, kind, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"{what}: {error}") from error
 
 

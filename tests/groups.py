@@ -380,7 +380,7 @@ def fork_ranks(programs: Mapping[str, str] = RANKS) -> None:
         for at, word in enumerate(args[1:4], start=1):
             if args[0] == sys.executable and word in programs:
                 arguments = list(args[at + 1 :])
-                options["preexec_fn"] = partial(_rank, programs[word], arguments, options)
+                options["preexec_fn"] = partial(_rank, programs[word], arguments, dict(options))
         plain(self, args, *more, **options)
 
     subprocess.Popen.__init__ = start  # type: ignore[assignment]
@@ -388,8 +388,13 @@ def fork_ranks(programs: Mapping[str, str] = RANKS) -> None:
 
 def _rank(program: str, arguments: list[str], options: Mapping[str, Any]) -> None:
     """What an exec does to a process, then the rank; the streams are its own already."""
-    os.environ.clear()
-    os.environ.update(options["env"])
+    if dist.is_initialized():
+        return  # started again by a core that trains: by the exec, as users' are
+    if (before := options.get("preexec_fn")) is not None:
+        before()
+    if (environment := options.get("env")) is not None:
+        os.environ.clear()
+        os.environ.update(environment)
     faulthandler.disable()
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():

@@ -30,6 +30,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "section.toml").write_text("[modle]\nmodel = 'x'\n")
     (folder / "elsewhere.toml").write_text("[model]\ntotal_batch = 3\n")
     (folder / "both.toml").write_text("total_batch = 3\n[run]\ntotal_batch = 3\n")
+    for name, size, mode in (("secret", 32, 0o600), ("short", 31, 0o600), ("open", 32, 0o640)):
+        (folder / name).write_bytes(b"s" * size + b"\n")
+        (folder / name).chmod(mode)
     return folder
 
 
@@ -100,7 +103,15 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--sequence-length", "1"], "--sequence-length must be at least 2, got 1"),
         (["--offload-delta"], "--offload-delta needs --distro"),
         (["--config", "{place}/nowhere.toml"], "No such file"),
-        (["--host", "192.0.2.1"], "cannot listen"),
+        (["--host", "192.0.2.1", "--secret-file", "{place}/secret"], "cannot listen"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines come in only by a secret"),
+        (["--secret-file", "{place}/nowhere"], "nowhere: No such file or directory; make one: "),
+        (["--secret-file", "{place}/short"], "wanted 32 to 65536 bytes, got 31; make one: "),
+        (
+            ["--secret-file", "{place}/open"],
+            "others than its owner may read or write it (mode 06",
+        ),
+        (["--secret-file", "{place}"], "wanted a file"),
         (["--no-such-flag"], "No such option"),
     ],
 )

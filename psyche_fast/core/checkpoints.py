@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from psyche_fast.config import Run
 from psyche_fast.models.source import FilesSource, weight_files
 
 
@@ -22,10 +23,8 @@ def step_of(path: Path) -> int | None:
     return None if match is None else int(match[1])
 
 
-def prune(
-    newest: Path, step: int, run_id: str | None, keep: int, spared: Collection[Path]
-) -> list[Path]:
-    """Removes a run's older checkpoints but for the last few.
+def prune(newest: Path, step: int, run: Run, spared: Collection[Path]) -> list[Path]:
+    """Removes a run's older checkpoints but for the last few, and those of every so many steps.
 
     What is not complete, is a link or is called otherwise is neither counted nor touched, and no
     more are checkpoints of later steps, which an earlier part of the run may have left.
@@ -33,8 +32,8 @@ def prune(
     Args:
         newest: the checkpoint that has just been written, which stays.
         step: its step.
-        run_id: as of `checkpoint_name`.
-        keep: how many stay, the newest included; 0 for all.
+        run: `keep` checkpoints stay, the newest included, or all if it is 0; and those of steps
+            that `keep_every` divides, unless it is 0.
         spared: folders that stay in any case, resolved.
 
     Returns:
@@ -43,7 +42,8 @@ def prune(
     Raises:
         OSError: one cannot be removed; the older ones are still there.
     """
-    if not keep:
+    run_id = run.run_id
+    if not run.keep:
         return []
     pattern = r"step-(\d{6,})" if run_id is None else re.escape(run_id) + r"-step(\d+)"
     older: dict[int, Path] = {}
@@ -54,9 +54,10 @@ def prune(
         if path.name == checkpoint_name(int(match[1]), run_id) and _complete(path):
             older[int(match[1])] = path
     removed = []
-    for number in sorted(older, reverse=True)[keep - 1 :]:
+    for number in sorted(older, reverse=True)[run.keep - 1 :]:
         path = older[number]
-        if path.resolve() in spared:
+        lasts = run.keep_every > 0 and number % run.keep_every == 0
+        if lasts or path.resolve() in spared:
             continue
         # One that is half removed must not look like a checkpoint. The next save removes these.
         going = path.with_name(f".{path.name}.tmp-{os.getpid()}")

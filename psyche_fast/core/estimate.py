@@ -56,6 +56,8 @@ class Estimate:
         activations: what forward and backward of one micro-batch hold beside the above at most.
         workspace: of DisTrO's kernels on a CPU, which they keep; on a GPU they have none.
         unsharded: FSDP2's whole blocks, and the whole gradient of one.
+        snapshot: host memory beside the above while a checkpoint is written: copies of what a rank
+            of the first replica writes; of further ones it is the optimizer's own part alone.
         sent: what this rank hands to the other replicas in a step; 0 for one replica.
         dense: the same for a dense exchange of the gradient.
         received: from the other replicas in a step.
@@ -69,6 +71,7 @@ class Estimate:
     activations: int
     workspace: int
     unsharded: int
+    snapshot: int
     sent: int
     dense: int
     received: int
@@ -76,7 +79,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """All of it at once."""
+        """All of it at once, but for the snapshot."""
         kept = self.parameters + self.gradients + self.optimizer
         return kept + self.activations + self.workspace + self.unsharded
 
@@ -184,6 +187,8 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         elements = own // dtype.itemsize
         master = max(getattr(torch, run.model.master_dtype).itemsize, dtype.itemsize)
         sent = optimizer = workspace = 0
+        kept = 0  # of the optimizer's state
+        copies = master * elements if master > dtype.itemsize else 0
         if run.optimizer.distro:
             wholes = [_layout(n, p, run, device) for n, p in named.items()]
             layouts, shared = own_layouts(list(named.values()), wholes)
@@ -192,8 +197,12 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
                 layout, ["torch"] * len(layout.plans), signs=run.optimizer.distro_quantization
             ).size
             sent = size if run.parallelism.replicas > 1 else 0
+            delta = getattr(torch, run.optimizer.delta_dtype).itemsize
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
-            optimizer = chunks * (master + getattr(torch, run.optimizer.delta_dtype).itemsize)
+            optimizer = chunks * (master + delta)
+            # Momentum, and entries of two bytes and four: own ones, and those of all replicas.
+            entries = 6 * sum(plan.chunks * plan.k for plan in layout.plans)
+            kept = chunks * delta + entries * (1 + run.parallelism.replicas)
             if device_type == "cpu":
                 workspace = max(
                     (_workspace(plan, run.parallelism.replicas) for plan in layout.plans), default=0
@@ -206,8 +215,8 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
                 held = local_tensor(list(named.values())[at].detach()).numel()
                 optimizer += 8 * (part + held) + part * dtype.itemsize
         else:
-            copies = master * elements if master > dtype.itemsize else 0
-            optimizer = copies + 2 * master * elements
+            kept = 2 * master * elements
+            optimizer = copies + kept
     sharded = run.parallelism.data_parallelism > 1
     # The block at work and the next one, and embedding and head beside them; gradients of a block
     # whole, and in fp32 on their way to the ranks.
@@ -221,6 +230,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         activations=activations,
         workspace=workspace,
         unsharded=unsharded,
+        snapshot=sum(map(_bytes, everything)) + copies + kept,
         sent=sent,
         dense=own if run.parallelism.replicas > 1 else 0,
         received=sent * (run.parallelism.replicas - 1),

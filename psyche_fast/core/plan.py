@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from psyche_fast.config import Parallelism, RunConfig, flag
 from psyche_fast.core.hub import check_hub
+from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
@@ -31,6 +32,7 @@ from psyche_fast.models.source import (
     text_config,
     vocabulary_size,
 )
+from psyche_fast.start import knock
 from psyche_fast.start.devices import Devices, choose_devices, cores
 
 
@@ -46,6 +48,7 @@ class Plan:
         data: what tells it from other data.
         devices: of the ranks on this machine.
         summary: lines for the user.
+        trackers: what trackers call the run that goes on, by their names.
     """
 
     config: RunConfig
@@ -55,6 +58,7 @@ class Plan:
     data: dict[str, Any]
     devices: Devices
     summary: tuple[str, ...]
+    trackers: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) -> Plan:
@@ -67,6 +71,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
+    knock.check(config.machines.host, config.machines.secret_file)
     start = find_start(config)
     if config.run.output is not None and config.run.resume is None:
         _check_output(Path(config.run.output), config)
@@ -77,6 +82,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     check_tracker(run.tracker)
     if run.push_to_hub is not None:
         check_hub(run.push_to_hub)
+    if run.checkpoint_to is not None:
+        open_remote(run.checkpoint_to, "--checkpoint-to")
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)
@@ -105,7 +112,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         if wanted and on_cpu:
             raise ValueError(f"{flag(name)} needs a CUDA device")
     sharing = ranks_on_this_machine or config.ranks_here
-    split = _splits(parallelism, on_cpu, sharing)
+    split = parallelism.elastic or _splits(parallelism, on_cpu, sharing)
     threads = config.machines.threads or (max(1, cores() // sharing) if on_cpu else 0)
     resolved = config.replace(
         attn_implementation=attention,
@@ -114,10 +121,11 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     )
     summary = _summary(config, resolved, model, dataset, devices)
     if start is not None:
-        summary += check_start(start, resolved, dataset)
+        summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
         summary += (_kernels(config, devices.devices[0], tensor_shapes(source).values()),)
-    return Plan(config, resolved, source, dataset, identity(dataset), devices, summary)
+    trackers = start.manifest.tracker if start is not None and run.fork is None else {}
+    return Plan(config, resolved, source, dataset, identity(dataset), devices, summary, trackers)
 
 
 def _summary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,21 @@ import transformers
 from psyche_fast import __version__
 from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.checkpoints import step_of
+from psyche_fast.core.remote import fetched, is_url
 from psyche_fast.data import Dataset
+from psyche_fast.kernels.backends import explain
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
 
 _FREE = {
-    *("output", "save_path", "checkpoint_every", "keep", "run_id", "push_to_hub", "tracker"),
-    *("metric_names", "resume", "fork", "start_step", "model", "data_path", "save_dtype", "device"),
-    *("threads", "host", "port", "local_ranks", "timeout", "device_backend", "check_every"),
-    *("optim_stats", "attn_implementation", "data_cache", "data_cache_gb", "cold_start_step"),
+    *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id"),
+    *("push_to_hub", "checkpoint_to"),
+    *("tracker", "metric_names", "resume", "fork", "start_step", "model", "data_path"),
+    *("save_dtype", "device", "threads", "host", "secret_file", "port", "local_ranks", "timeout"),
+    *("device_backend", "check_every", "optim_stats", "attn_implementation"),
+    *("data_cache", "data_cache_gb", "cold_start_step"),
+    *("elastic", "max_replicas"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
 _NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
@@ -62,33 +68,41 @@ def find_start(config: RunConfig) -> Start | None:
             raise ValueError(f"{which} {name} needs --output, the run directory to go on in")
         if name == "auto" and not Path(output, "checkpoints").exists():
             return None
+    if is_url(name) and output is None:
+        raise ValueError(f"{which} {name} needs --output, where the checkpoint is downloaded to")
     root = Path(output or "") if name == "auto" or name.isdigit() else Path(name)
     step = int(name) if name.isdigit() else None
     notes: list[str] = []
-    for folder in _candidates(root, which):
+    if is_url(name):
+        # A fork's are no checkpoints of its own.
+        place = Path(output or "", "checkpoints" if which == "--resume" else "downloads")
+        candidates = fetched(name, place, which)
+    else:
+        candidates = _candidates(root, which)
+    for folder in candidates:
         try:
             manifest = state.read_manifest(folder)
             if step is not None and manifest.step != step:
                 continue
             state.check_sums(folder, manifest)
         except ValueError as error:
-            notes.append(f"{which}: passed over {error}")
+            said = str(error)
+            if is_url(name):  # what has come is of no use
+                shutil.rmtree(folder, ignore_errors=True)
+                there = name.rstrip("/").removesuffix(f"/{folder.name}")
+                said = said.replace(str(folder), f"{there}/{folder.name}")
+            notes.append(f"{which}: passed over {said}")
             continue
-        if which == "--resume" and (step is not None or folder == root):  # not simply the newest
+        named = step is not None or folder == root or is_url(name)
+        if which == "--resume" and named:  # not simply the newest
             _check_latest(folder.resolve(), manifest.step, output)
         return Start(folder.resolve(), manifest, tuple(notes))
-    if name == "auto" and (not notes or _ended_in_first_save(root)):
+    if name == "auto" and not notes:
         return None
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise ValueError(
         "; ".join([f"{which} {name}: {wanted} that can be gone on from in {root}", *notes])
     )
-
-
-def _ended_in_first_save(run: Path) -> bool:
-    """Whether a run has models but no state, and was writing one when it ended."""
-    checkpoints = run / "checkpoints"
-    return any(checkpoints.glob(".state-*")) and not any(checkpoints.glob("*/" + state.FOLDER))
 
 
 def _candidates(root: Path, which: str) -> Iterator[Path]:
@@ -119,13 +133,16 @@ def _check_latest(folder: Path, step: int, output: str | None) -> None:
         )
 
 
-def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
+def check_start(
+    start: Start, config: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[str, ...]:
     """Checks that a run can go on where its checkpoint is.
 
     Args:
         start: the checkpoint.
         config: the run, resolved.
         dataset: opened.
+        device: rank 0's.
 
     Returns:
         Lines for the user: where it goes on, and what changes the bits of what follows.
@@ -151,7 +168,7 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         if not forks:
             raise ValueError(
                 f"--resume: --data-path is not the data that {start.folder} was trained on "
-                f"({manifest.data['sequences']} sequences then, {data['sequences']} now)"
+                f"({manifest.data.get('sequences')} sequences then, {data['sequences']} now)"
             )
         different.append("other data")
     lines = [*start.notes, f"{which[2:]:8} {start.folder}, from step {manifest.step + 1}"]
@@ -161,8 +178,9 @@ def check_start(start: Start, config: RunConfig, dataset: Dataset) -> tuple[str,
         lines.append(
             "warning  the optimizer's state has another form: only parameters are taken up"
         )
-    machine = machine_of(config)
-    other = [f"{k} {v} -> {machine[k]}" for k, v in manifest.machine.items() if machine[k] != v]
+    machine = machine_of(config, device)
+    before = {name: manifest.machine.get(name, value) for name, value in machine.items()}
+    other = [f"{k} {v} -> {machine[k]}" for k, v in before.items() if machine[k] != v]
     if other and not forks:
         lines.append(f"warning  {', '.join(other)}: the state is exact, what follows need not be")
     return tuple(lines)
@@ -178,18 +196,26 @@ def identity(dataset: Dataset) -> dict[str, Any]:
     return {"sequences": count, "sample": digest.hexdigest()}
 
 
-def machine_of(config: RunConfig) -> dict[str, str]:
-    """On what the bits of a step hang beside the run's configuration."""
+def machine_of(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """On what the bits of a step hang beside the run's configuration.
+
+    Args:
+        config: resolved.
+        device: rank 0's.
+    """
+    on_gpu = device.type == "cuda"
     return {
         "psyche_fast": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "processor": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        "processor": torch.cuda.get_device_name(device)
+        if on_gpu
         else torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.machines.threads),
         "attention": config.model.attn_implementation,
+        "kernels": explain(device)[0],
+        "backend": config.parallelism.device_backend if on_gpu else "gloo",
     }
 
 

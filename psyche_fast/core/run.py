@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch.distributed as dist
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
-from psyche_fast.core.checkpoints import checkpoint_name, prune
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.feed import Feed
-from psyche_fast.core.hub import HubUploads, uploads
+from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
-from psyche_fast.core.saving import States
+from psyche_fast.core.remote import RemoteUploads
+from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
 from psyche_fast.metrics import (
@@ -35,11 +38,12 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.metrics.trackers import Names
-from psyche_fast.models.building import tied_names
 from psyche_fast.models.source import vocabulary_size
-from psyche_fast.rank.checkpoint import atomic_folder, save_model, under_all_names
+from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
-from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.members import Joiner
+from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.state import FOLDER
@@ -47,6 +51,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
@@ -80,24 +85,24 @@ class Core:
         output: the run directory.
         trainer: rank 0's own.
         sender: takes what the other ranks are told.
-        states: writes what `--resume` needs.
+        checkpoints: writes them.
         stop: whether the user wants the run to end.
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
-        hub: takes checkpoints, with `--push-to-hub`.
+        members: of an elastic run.
     """
 
     plan: Plan
     output: Path
     trainer: Trainer
     sender: Sender
-    states: States
+    checkpoints: Checkpoints
     stop: StopRequest
     console: Console
     timer: PhaseTimer
     watch: Watch
-    hub: HubUploads | None = None
+    members: Members | None = None
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -119,14 +124,19 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     with rank_log(output / "logs" / "rank-0.log", rank=0):
         # Within: standard error is then apart from what libraries write to its descriptor.
         console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with (
-            console,
-            uploads(config.run.push_to_hub, console.message) as hub,
-            started(plan, output, launch, console) as ranks,
-        ):
-            result = _train(plan, output, ranks, console, hub)
-        if hub is not None and result.checkpoint is not None:  # which its uploads have let go of
-            _prune(plan, result.checkpoint, result.last_step, hub, console, {result.checkpoint})
+        with console, ExitStack() as stack:
+            uploads: list[Uploads] = []
+            if config.run.push_to_hub is not None:
+                uploads.append(HubUploads(config.run.push_to_hub, console.message))
+            if config.run.checkpoint_to is not None:
+                uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
+            for one in uploads:
+                stack.enter_context(waited_for(one))
+            with started(plan, output, launch, console) as ranks:
+                result = _train(plan, output, ranks, console, uploads)
+        last = result.checkpoint
+        if uploads and last is not None:  # which the uploads have let go of
+            keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
         try:
             plot_run(output)
         except OSError as error:  # the run is complete without them
@@ -142,7 +152,7 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, hub: HubUploads | None
+    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -153,13 +163,22 @@ def _train(
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
-    join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
-    trainer = build_trainer(config, plan.source, device)
+    members, backend = None, plan.devices.backend
+    if isinstance(ranks.sidecars, ReplicaSidecars):
+        members = Members(config, ranks.store, ranks.sidecars, device, console.message)
+        join_own(ranks.store, backend, members.epochs.place, device, timeout)
+    else:
+        join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
+    trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     restore(trainer, config)
-    states = States(plan, output, ranks.store, console.message)
+    if members is not None:
+        members.begin(trainer)
+    checkpoints = Checkpoints(
+        plan, output, trainer, sender, ranks.store, console.message, uploads, members
+    )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs")
-    core = Core(plan, output, trainer, sender, states, stop, console, timer, watch, hub)
+    watch = watching(ranks, config, timer, output / "logs", members)
+    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -170,25 +189,41 @@ def _train(
     with (
         MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
-        make_tracker(run.tracker, output, plan.config.to_dict(), names) as tracker,
+        make_tracker(
+            run.tracker,
+            output,
+            plan.config.to_dict(),
+            names,
+            id=plan.trackers.get(run.tracker),
+            first_step=first,
+        ) as tracker,
         also_at_exit_now(tracker.finish),
         watch,
     ):
+        checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
 
         def report(line: dict[str, Any]) -> None:
             writer.write(line)
             tracker.log(line["step"], line)
             console.step(line)
 
-        for last_step, saved in steps(core, batches, report):  # noqa: B007 - used below
-            checkpoint = saved or checkpoint
+        try:
+            for last_step, checkpoint in steps(core, batches, report):  # noqa: B007 - used below
+                pass
+        except BaseException:
+            checkpoints.leave()
+            raise
     unsaved = _save(run.save_path, checkpoint)
     stopped = stop.signal if last_step < total else None
     stop.has_work = False
     ranks.sidecars.expect_exit()
     sender.publish(Exit())
     hand_on(Exit(), trainer.topology)
-    barrier(device, trainer.topology.everyone)
+    if members is not None:
+        members.epochs.close()
+        members.end()
+    else:
+        barrier(device, trainer.topology.everyone)
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
@@ -225,7 +260,7 @@ def steps(
         report: takes the steps' lines of `metrics.jsonl` in turn.
 
     Yields:
-        each step when it is done, and its checkpoint, if any.
+        each step when it is done, and the last one's checkpoint.
 
     Raises:
         ValueError: a batch cannot be read or has a token that the model does not know.
@@ -235,7 +270,8 @@ def steps(
     config, trainer, sender, timer = core.plan.resolved, core.trainer, core.sender, core.timer
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
-    feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
+    feed, lines = Feed(batches, sender, vocabulary, timer), Lines(report, timer)
+    members = core.members
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
@@ -244,15 +280,23 @@ def steps(
         began = time.perf_counter()
         core.watch.begins(step)
         last = step == schedule.total_steps or core.stop.signal is not None
-        every = config.run.checkpoint_every
-        saves = last or (every > 0 and step % every == 0)
         try:
             sent = feed.take()
         except (ValueError, OSError):
             lines.write()
+            with timer.phase("checkpoint"):
+                core.checkpoints.hurry()
             raise
+        saves = last or core.checkpoints.is_due(step)
+        joiner = None
+        if members is not None:
+            sender.others = [replica for replica in members.replicas if replica]
+            wants = None if saves else members.joiner()
+            if wants is not None:
+                joiner = Joiner(*wants, sender.publish(Join(step)) + 1)
+                sender.others = [*sender.others, joiner.replica]
         if saves:  # in the order in which the ranks carry it out
-            sender.publish(Save(step))
+            sender.publish(Save(step, at_once=last))
         if not last:
             feed.send(step + 1)
         hand_on(sent.mine, trainer.topology)
@@ -277,69 +321,27 @@ def steps(
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
+            **trainer.refusals,
         }
+        if members is not None:
+            fields["rows"] = sent.rows
         lines.hold(totals, fields)
         checkpoint = None
-        if saves:
-            checkpoint = _checkpoint(core, step, must=last)
+        if last:
+            try:
+                with timer.phase("checkpoint"):
+                    checkpoint = core.checkpoints.write(step)
+            except OSError:  # the step itself is done
+                lines.write(checkpoint=True)
+                raise
             lines.write(checkpoint=True)
+        elif saves:
+            core.checkpoints.begin(step)
+        if members is not None and joiner is not None:
+            hand_on(Join(step), trainer.topology)
+            with timer.phase("join"):
+                welcome(trainer, joiner)
+            members.joined(joiner)
         yield step, checkpoint
         if last:
             return
-
-
-def _checkpoint(core: Core, step: int, *, must: bool) -> Path | None:
-    """Writes a checkpoint folder; all ranks take part.
-
-    Raises:
-        OSError: it cannot be written, and `must` be; the ranks are in step all the same.
-        ReplicasDiffer: no replica is worth writing.
-    """
-    run, trainer = core.plan.config.run, core.trainer
-    path = core.output / "checkpoints" / checkpoint_name(step, run.run_id)
-    hand_on(Save(step), trainer.topology)
-    try:
-        with core.timer.phase("checkpoint"):
-            trainer.plain()
-            trainer.check_replicas(step)
-            core.states.begin(trainer, step)
-            tensors = trainer.model.full_state_dict_iter()
-            if run.run_id is not None:
-                tensors = under_all_names(tensors, tied_names(trainer.model.module))
-            save_model(path, trainer.model, tensors, core.plan.source.side_files)
-    except OSError as error:
-        core.states.complete(step, None, lambda: None)
-        if must:
-            raise
-        # A full disk is no reason to lose the run: older checkpoints are untouched.
-        core.console.message(f"checkpoint of step {step} not written: {error}; going on")
-        log.warning("checkpoint of step %d not written: %s", step, error)
-        return None
-    if core.hub is not None:
-        core.hub.push(step, path)
-    core.states.complete(
-        step, path, lambda: _prune(core.plan, path, step, core.hub, core.console, core.states.whole)
-    )
-    if must:
-        core.states.wait()
-    return path
-
-
-def _prune(
-    plan: Plan,
-    newest: Path,
-    step: int,
-    hub: HubUploads | None,
-    console: Console,
-    whole: set[Path],
-) -> None:
-    """Carries out `--keep`; what is being uploaded stays, and `whole`, which has a state."""
-    # Of the model that the run began with, files go into each checkpoint.
-    spared = whole | {file.parent.resolve() for file in plan.source.files}
-    if hub is not None:
-        spared |= {path.resolve() for path in hub.busy}
-    try:
-        prune(newest, step, plan.config.run.run_id, plan.config.run.keep, spared)
-    except OSError as error:
-        console.message(f"--keep: an older checkpoint is still there: {error}")
-        log.warning("--keep: %s", error)

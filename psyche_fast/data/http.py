@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 SECONDS = 30.0
 """How long a server may say nothing."""
 _DATA = (".bin", ".ds", ".npy", ".parquet")
+_LONGEST_PAGE = 1 << 26
 _PASSING = (408, 425, 429)
 """Statuses below 500 that another attempt may not have."""
 
@@ -70,7 +71,10 @@ class HttpFiles:
             OSError: what `info` raises.
         """
         with _get(url, None) as response:
-            page, base = response.read().decode("utf-8", "replace"), response.url
+            if (response.length or 0) > _LONGEST_PAGE:
+                raise ValueError(f"{url}: a list of {response.length} bytes")
+            page = response.read(_LONGEST_PAGE).decode("utf-8", "replace")
+            base = response.url
         links = {urljoin(base, unescape(link)) for link in re.findall(r'href="([^"#?]+)"', page)}
         below = sorted(one for one in links if one.startswith(base) and one.endswith(_DATA))
         return {one: self.info(one) for one in below}

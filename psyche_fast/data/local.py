@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -167,12 +169,9 @@ class LocalDataset:
 
     def _npy_offset(self, path: Path | RemoteFile, head: bytes, size: int) -> int:
         try:
-            if isinstance(path, Path):
-                array = np.load(path, mmap_mode="r")
-                dtype, in_c_order, offset = array.dtype, array.flags.c_contiguous, array.offset
-            else:
-                dtype, in_c_order, offset = _npy_header(head, size)
-        except ValueError as error:
+            dtype, in_c_order, offset = _npy_header(head, size)
+        # NumPy reads it with Python's own parser, which has errors of its own.
+        except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
             raise ValueError(f"{path} is damaged, or no .npy file of integers: {error}") from None
         if dtype != self._dtype:
             raise ValueError(
@@ -270,12 +269,14 @@ class LocalDataset:
 def _npy_header(head: bytes, size: int) -> tuple[np.dtype, bool, int]:
     """Type, whether it is in C order, and the first byte of the array in a file's head."""
     file = io.BytesIO(head)
-    read = np.lib.format.read_array_header_2_0
-    if np.lib.format.read_magic(file) == (1, 0):
+    read, version = np.lib.format.read_array_header_2_0, np.lib.format.read_magic(file)
+    if version == (1, 0):
         read = np.lib.format.read_array_header_1_0
+    elif version not in ((2, 0), (3, 0)):
+        raise ValueError(f"format version {version} is unknown")
     shape, in_fortran_order, dtype = read(file)
-    length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if dtype.hasobject or size - file.tell() < length:
+    length = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or size - file.tell() < length:
         raise ValueError(f"it cannot hold {dtype} of shape {shape}")
     return dtype, not in_fortran_order or len(shape) < 2, file.tell()
 

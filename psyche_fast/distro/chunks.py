@@ -134,6 +134,7 @@ class Layout:
         parameters: see above.
         delta_dtype: dtype of `delta`; float64 parameters have float64 whatever it is.
         max_elements: a class of more is cut into several plans, between parameters.
+        transform: False for plans without a basis, whose coefficients are the chunks themselves.
     """
 
     def __init__(
@@ -142,8 +143,10 @@ class Layout:
         *,
         delta_dtype: torch.dtype = torch.float32,
         max_elements: int | None = None,
+        transform: bool = True,
     ) -> None:
         self.parameters = tuple(parameters)
+        self._transform = transform
         classes: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
         for position, p in enumerate(self.parameters):
             classes.setdefault((p.h, p.w, p.k, p.dtype, p.device), []).append(position)
@@ -178,8 +181,11 @@ class Layout:
         compute = torch.float64 if first.dtype == torch.float64 else torch.float32
         on_cpu = first.device.type == "cpu"
         limit = MAX_SLICE_ELEMENTS_CPU if on_cpu else MAX_SLICE_ELEMENTS
-        basis_h = dct_basis(first.h, compute, first.device)
-        basis_w = dct_basis(first.w, compute, first.device)
+        if self._transform:
+            basis_h = dct_basis(first.h, compute, first.device)
+            basis_w = dct_basis(first.w, compute, first.device)
+        else:
+            basis_h = basis_w = torch.empty(0, 0, dtype=compute, device=first.device)
         return ChunkPlan(
             h=first.h,
             w=first.w,

@@ -1,4 +1,4 @@
-"""All-gather of one flat message per rank, asynchronous, and what all ranks refuse of it.
+"""All-gather of one flat message per rank, asynchronous; what all refuse is `distro.verdict`'s.
 
 A message costs as much as many KiB (on gloo 150 messages of 4 KiB take 160 times as long as one
 of the same bytes), so that whatever peers exchange travels as one, cut only where it is larger than
@@ -15,13 +15,16 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.devices import message_for
 from psyche_fast.distro.message import MessageFormat, Unpacking
+from psyche_fast.distro.verdict import Standing, Verdict, agree, left_out
 from psyche_fast.kernels.plan import Entries
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,16 @@ log = logging.getLogger(__name__)
 BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
 few MiB gain nothing from being larger on gloo; NCCL has buffers and rings to fill."""
+
+
+class Arriving(Protocol):
+    """Messages under way."""
+
+    def wait(self) -> Tensor:
+        """All peers' messages, as `Pending.wait` gives them."""
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages these are, in order."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,10 @@ class Pending:
         self._synchronize()
         parts = [part.to(self._device, non_blocking=True) for part in self._received]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages `wait` gives, in its order."""
+        return range(len(self._received[0]))
 
     def host(self) -> Tensor:
         """What `wait` gives, in host memory; nothing else that the device does is waited for."""
@@ -84,7 +101,7 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     """
     if peers is None:
         return Pending(0, message.device, [], [message.unsqueeze(0)], [])
-    staged = message.cpu() if dist.get_backend(peers) == "gloo" else message
+    staged = message_for(peers, message)
     limit = BUCKET_BYTES[staged.device.type] // message.element_size()
     sent = staged.split(limit)
     ranks = dist.get_world_size(peers)
@@ -103,35 +120,6 @@ def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dis
     return work
 
 
-def agree(faults: dict[int, str], messages: int, group: dist.ProcessGroup) -> dict[int, str]:
-    """Which messages any rank of a group refuses; a collective that waits for the other ranks.
-
-    Each rank tells every other at once, where a reduction would go round a ring: over a slow link
-    that takes one way instead of two for every rank.
-
-    Args:
-        faults: what is wrong with the messages that this rank refuses, by their numbers.
-        messages: how many there are.
-        group: the ranks.
-
-    Returns:
-        The same numbers on every rank, in order, each with what is wrong or who refuses it.
-    """
-    ranks = dist.get_world_size(group)
-    on_host = dist.get_backend(group) == "gloo"
-    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([number in faults for number in range(messages)], dtype=torch.uint8)
-    sent = own.repeat(ranks).to(device)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    refused: dict[int, str] = {}
-    for number, by in enumerate(received.view(ranks, messages).t().tolist()):
-        if any(by):
-            who = ", ".join(str(rank) for rank, refuses in enumerate(by) if refuses)
-            refused[number] = faults.get(number, f"it has arrived damaged at rank {who}")
-    return refused
-
-
 class Exchange:
     """The peers' results of step after step: sent, checked, and refused by all or by none.
 
@@ -148,6 +136,10 @@ class Exchange:
 
     Attributes:
         bytes_sent: size of this rank's last message; 0 where there is nobody to send it to.
+        number: exchanges that there have been, those before a checkpoint too.
+        standing: whose results are left out for a while.
+        refused: replicas whose results among the last that were received have been refused, each
+            with 1, and how many further ones will be left out unseen.
     """
 
     def __init__(
@@ -159,8 +151,15 @@ class Exchange:
         assert (peers is None) == (agreement is None)
         self.bytes_sent = 0
         self._form, self._peers, self._agreement = form, peers, agreement
-        self._under_way: deque[tuple[Pending, Future[dict[int, str]]]] = deque()
-        self._unpacking: tuple[Unpacking, dict[int, str]] | None = None
+        self.number = 0
+        self._rank, replicas = 0, 1
+        if peers is not None:
+            self._rank, replicas = dist.get_rank(peers), dist.get_world_size(peers)
+        self.standing = Standing(replicas)
+        self.refused: dict[int, int] = {}
+        self.left_out: dict[int, int] = {}
+        self._under_way: deque[tuple[Arriving, Future[Verdict], int]] = deque()
+        self._unpacking: tuple[Unpacking, Verdict, Sequence[int], int] | None = None
         self._kept: tuple[list[Entries] | None] | None = None
 
     def __len__(self) -> int:
@@ -170,17 +169,20 @@ class Exchange:
 
     def send(self, entries: Sequence[Entries]) -> None:
         """Send this rank's entries on their way."""
-        pending = start(self._form.pack(entries), self._peers)
+        pending = start(self._form.pack(entries, self.number, self._rank), self._peers)
         self.bytes_sent = pending.bytes_sent
-        check: Future[dict[int, str]] = Future()
+        check: Future[Verdict] = Future()
         if self._agreement is None:
-            check.set_result({})
+            check.set_result(Verdict())
         else:
             # Agreements are collectives: one at a time, in the order of steps.
             before = self._under_way[-1][1] if self._under_way else None
-            arguments = check, before, pending, self._form, self._agreement
-            threading.Thread(target=_check, args=arguments, name="results", daemon=True).start()
-        self._under_way.append((pending, check))
+            arguments = check, before, pending, self.number
+            threading.Thread(
+                target=self._check, args=arguments, name="results", daemon=True
+            ).start()
+        self._under_way.append((pending, check, self.number))
+        self.number += 1
 
     def poll(self) -> None:
         """Begin to unpack the oldest results if they have arrived; waits for nothing."""
@@ -204,16 +206,21 @@ class Exchange:
         if self._unpacking is None:
             self._unpack()
         assert self._unpacking is not None
-        unpacking, refused = self._unpacking
+        unpacking, verdict, senders, number = self._unpacking
         self._unpacking = None
         entries, faults = unpacking.result()
-        for peer, what in sorted((refused | faults).items()):
-            log.warning("the result of replica %d is refused: %s", peer, what)
+        refused = {senders[row]: what for row, what in {**verdict.refused, **faults}.items()}
+        unseen = {senders[row] for row in verdict.left_out}
+        self.refused = dict.fromkeys(sorted(refused), 1)
+        self.left_out = {r: n - number for r, n in self.standing.left_out(number).items()}
+        for replica, what in sorted(refused.items()):
+            if replica not in unseen:
+                log.warning("the result of replica %d is refused: %s", replica, what)
         return entries
 
     def settle(self) -> None:
         """Wait until nothing is under way any more; results stay to be received."""
-        for _, check in self._under_way:
+        for _, check, _ in self._under_way:
             check.result()
 
     def arrived(self) -> list[Entries] | None:
@@ -232,23 +239,45 @@ class Exchange:
         self._kept = (arrived,)
 
     def _unpack(self) -> None:
-        pending, check = self._under_way.popleft()
-        refused = check.result()
-        self._unpacking = self._form.begin_unpack(pending.wait(), leave_out=refused), refused
+        pending, check, number = self._under_way.popleft()
+        verdict = check.result()
+        unpacking = verdict.decoded
+        if unpacking is None:
+            unpacking = self._form.begin_unpack(pending.wait(), leave_out=verdict.refused)
+        self._unpacking = unpacking, verdict, pending.senders(), number
 
+    def _check(
+        self,
+        check: Future[Verdict],
+        before: Future[Verdict] | None,
+        pending: Pending,
+        number: int,
+    ) -> None:
+        """Check messages that arrive, and agree on them; what fails is raised by `check`."""
+        try:
+            if before is not None:
+                before.result()
+            check.set_result(self._judge(pending.host(), number))
+        except Exception as error:
+            check.set_exception(error)
 
-def _check(
-    check: Future[dict[int, str]],
-    before: Future[dict[int, str]] | None,
-    pending: Pending,
-    form: MessageFormat,
-    agreement: dist.ProcessGroup,
-) -> None:
-    """Check messages once they have arrived, and agree on them; what fails is raised by `check`."""
-    try:
-        if before is not None:
-            before.result()
-        messages = pending.host()
-        check.set_result(agree(form.faults(messages), len(messages), agreement))
-    except Exception as error:
-        check.set_exception(error)
+    def _note(self, number: int, offenders: set[int]) -> None:
+        for replica, until in self.standing.note(number, offenders).items():
+            log.warning(
+                "replica %d is left out for %d steps: too many of its results were refused",
+                replica, until - number - 1,
+            )  # fmt: skip
+
+    def _judge(self, messages: Tensor, number: int) -> Verdict:
+        assert self._agreement is not None
+        pauses = self.standing.left_out(number)
+        faults = {r: left_out(until) for r, until in pauses.items()}
+        found = self._form.faults(messages, number, range(len(messages)))
+        faults = {**found, **faults}
+        decoded, further = self._form.decode(messages, faults)
+        refused, offenders = agree(faults | further, messages, self._agreement)
+        self._note(number, offenders - pauses.keys())
+        # What is decoded already serves where nothing but the malformed is refused beyond it.
+        if decoded is not None and refused.keys() != faults.keys():
+            decoded = self._form.begin_unpack(messages, leave_out=refused)
+        return Verdict(refused, frozenset(pauses), decoded)

@@ -174,6 +174,11 @@ class DistroStep:
         self.parts.push()
         self._looking_ahead, self._ahead_rate = True, prev_lr
 
+    def plain_shards(self) -> dict[str, Tensor]:
+        """In the look-ahead, until `compress`: plain shards by name, wide ones; a collective."""
+        assert self._looking_ahead and self._shrink is None
+        return dict(zip(self.names, self.parts.shards(self._master), strict=True))
+
     @torch.no_grad()
     def plain(self) -> None:
         """Make the parameters the plain ones, weight decay done.

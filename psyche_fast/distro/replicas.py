@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
+from psyche_fast.distro.gathers import Gathers, Numbers
 from psyche_fast.distro.message import hash_bits
 
 
@@ -27,7 +28,7 @@ class PendingCheck:
 
     step: int
     _names: Sequence[str]
-    _hashes: exchange.Pending
+    _hashes: exchange.Pending | Numbers
     _who: str
 
     def finish(self) -> None:
@@ -47,8 +48,19 @@ class PendingCheck:
             )
 
 
+def hashed(tensors: Sequence[Tensor]) -> Tensor:
+    """What `start` compares of tensors: int64 `[n]`, on their device."""
+    hashes = [hash_bits(tensor) for tensor in tensors]
+    return torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
+
+
 def start(
-    tensors: Mapping[str, Tensor], peers: dist.ProcessGroup, step: int, who: str = "replicas"
+    tensors: Mapping[str, Tensor],
+    peers: dist.ProcessGroup | Gathers,
+    step: int,
+    who: str = "replicas",
+    *,
+    hashes: Tensor | None = None,
 ) -> PendingCheck:
     """Begin to compare this rank's tensors with its counterparts in the other replicas.
 
@@ -61,7 +73,9 @@ def start(
         peers: the group to compare with.
         step: for the message.
         who: for the message, what the peers are.
+        hashes: of `hashed`, where they are known by now.
     """
-    hashes = [hash_bits(tensor) for tensor in tensors.values()]
-    own = torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64)
-    return PendingCheck(step, list(tensors), exchange.start(own, peers if hashes else None), who)
+    own = hashed(list(tensors.values())) if hashes is None else hashes
+    if isinstance(peers, Gathers):
+        return PendingCheck(step, list(tensors), Numbers.begin(own, peers), who)
+    return PendingCheck(step, list(tensors), exchange.start(own, peers if tensors else None), who)

@@ -30,7 +30,10 @@ from psyche_fast.kernels.plan import ChunkPlan, Entries
 Values = Literal["sign"] | torch.dtype
 """What is sent of a value: its sign, or all of it in a floating-point dtype."""
 
-__all__ = ["IndexCode", "Values", "index_code", "pack", "size", "unpack", "unpack_checked"]
+__all__ = [
+    "IndexCode", "Values", "index_code", "pack", "size", "squares", "unpack", "unpack_checked",
+    "well_formed",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,57 @@ def unpack_checked(
     return entries, valid
 
 
+_CHUNKS_AT_ONCE = 1 << 12
+
+
+def well_formed(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
+    """Which peers' results are well-formed, as `unpack_checked` says of each chunk.
+
+    In slices that stay in the processor's cache, and nothing is kept: for a host that only looks.
+
+    Args:
+        plan: the chunk class, of any device.
+        data: uint8 `[peers, size]` in host memory, rows contiguous.
+        values: what `pack` was told.
+
+    Returns:
+        bool `[peers]`.
+    """
+    code, at = index_code(plan.totalk, plan.k), _value_bytes(plan, values)
+    good = torch.ones(len(data), dtype=torch.bool)
+    if isinstance(values, torch.dtype):
+        good &= _numbers(plan, data, values).isfinite().all(dim=1)
+    if code.bits == 0:
+        return good
+    planes = data[:, at:].unflatten(1, (_groups(plan), _bits(plan, values)))
+    for group, part in enumerate(planes.split(_CHUNKS_AT_ONCE // 8, dim=1)):
+        chunks = min(plan.chunks - group * _CHUNKS_AT_ONCE, _CHUNKS_AT_ONCE)
+        indices = torch.empty(chunks, len(data), plan.k, dtype=plan.index_dtype)
+        valid = torch.ones(len(data), chunks, dtype=torch.bool)
+        implementation("torch", "pack").unpack(code, part, indices, None, valid)
+        good &= valid.all(dim=1)
+    return good
+
+
+def squares(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
+    """Sums of the squares of peers' values: float64 `[peers]`.
+
+    Args:
+        plan: the chunk class, of any device.
+        data: uint8 `[peers, size]` in host memory, rows contiguous.
+        values: the dtype in which they are sent.
+    """
+    assert isinstance(values, torch.dtype), "signs have no norm"
+    return _numbers(plan, data, values).double().square().sum(dim=1)
+
+
+def _numbers(plan: ChunkPlan, data: Tensor, values: torch.dtype) -> Tensor:
+    """The values of each peer, `[peers, chunks * k]`."""
+    # A copy is aligned, wherever in a buffer the bytes lie.
+    raw = data[:, : _value_bytes(plan, values)].clone(memory_format=torch.contiguous_format)
+    return raw.flatten().view(values).view(len(data), plan.chunks * plan.k)
+
+
 def _unpack(
     plan: ChunkPlan, data: Tensor, values: Values, backend: str, *, check: bool
 ) -> tuple[Entries, Tensor | None]:
@@ -196,9 +250,7 @@ def _unpack(
     valid = torch.ones(peers, chunks, dtype=torch.bool, device=rows.device) if check else None
     value_bytes = _value_bytes(plan, values)
     if isinstance(values, torch.dtype):
-        # A copy is aligned, wherever in a buffer the bytes lie.
-        raw = rows[:, :value_bytes].clone(memory_format=torch.contiguous_format)
-        numbers = raw.flatten().view(values).view(peers, chunks, k)
+        numbers = _numbers(plan, rows, values).view(peers, chunks, k)
         if valid is not None:
             valid &= numbers.isfinite().all(dim=2)
         result, signs = numbers.transpose(0, 1), None

@@ -102,7 +102,8 @@ class ChunkPlan:
         dtype: dtype of the parameters, and of the values sent.
         compute_dtype: dtype of the arithmetic, float32 (float64 for float64 parameters).
         device: where parameters, state and basis live; always with its index.
-        basis_h: DCT-II basis `[h, h]` in `compute_dtype`.
+        basis_h: DCT-II basis `[h, h]` in `compute_dtype`; both empty where nothing is transformed,
+            which the plain backend alone can do.
         basis_w: DCT-II basis `[w, w]` in `compute_dtype`.
         rows_h: `basis_h` transposed, contiguous: one row per frequency, to be gathered.
         rows_w: `basis_w` transposed, contiguous.
@@ -137,6 +138,11 @@ class ChunkPlan:
     def chunks(self) -> int:
         """Chunks of the class."""
         return self.members[-1].start + self.members[-1].count
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether what is selected of a chunk are its DCT's coefficients."""
+        return self.basis_w.numel() > 0
 
     @property
     def index_dtype(self) -> torch.dtype:

@@ -25,7 +25,13 @@ class Tracker:
     """Receives the metrics of each step; this one records nothing.
 
     Use as a context manager: however the run ends, the tracker is finished.
+
+    Attributes:
+        id: What it calls the run, by which a later part of the run goes on with it; None where
+            there is nothing to go on with.
     """
+
+    id: str | None = None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records one step's metrics, as they are written to `metrics.jsonl`."""
@@ -70,7 +76,10 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 class _RunTracker(Tracker):
     """wandb and trackio: `init` returns a run, whose `finish` takes `failure` after an error."""
 
-    def __init__(self, run: Any, names: Names, failure: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, run: Any, names: Names, id: str | None, failure: Mapping[str, Any] | None = None
+    ) -> None:
+        self.id = id
         self._run = run
         self._names = names
         self._failure = failure or {}
@@ -110,8 +119,11 @@ def make_tracker(
     run_dir: str | os.PathLike[str],
     config: Mapping[str, Any],
     names: Names = flatten,
+    *,
+    id: str | None = None,
+    first_step: int = 1,
 ) -> Tracker:
-    """Starts a tracker.
+    """Starts a tracker, or goes on with what an earlier part of the run has begun.
 
     Args:
         name: `none` (records nothing), `wandb`, `trackio` or `tensorboard`.
@@ -119,6 +131,8 @@ def make_tracker(
             their local files in it.
         config: The resolved configuration, shown beside the run; anything JSON can hold.
         names: What the metrics are called; those of `metrics.jsonl` unless another one is given.
+        id: What it called the run before; None for a new one.
+        first_step: Where this part of the run begins.
 
     Returns:
         The tracker, a context manager that finishes it.
@@ -136,12 +150,19 @@ def make_tracker(
             f"tracker: {name} cannot be imported ({error}); pip install 'psyche-fast[trackers]'"
         ) from error
     if name == "tensorboard":
-        writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
+        # Steps that are gone through again are not shown twice.
+        again = {"purge_step": first_step} if first_step > 1 else {}
+        writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"), **again)
         text = json.dumps(dict(config), indent=2, default=str)
         # Markdown shows text as it is when every line is indented by four spaces.
         writer.add_text("config", indent(text, "    "))
         return _TensorBoard(writer, names)
-    run = {"project": _PROJECT, "name": folder.name, "config": dict(config)}
+    run: dict[str, Any] = {"project": _PROJECT, "name": folder.name, "config": dict(config)}
     if name == "wandb":
-        return _RunTracker(module.init(dir=str(folder), **run), names, failure={"exit_code": 1})
-    return _RunTracker(module.init(**run), names)
+        if id is not None:
+            run |= {"id": id, "resume": "allow"}
+        started = module.init(dir=str(folder), **run)
+        return _RunTracker(started, names, started.id, failure={"exit_code": 1})
+    if id is not None:  # which is the name
+        run |= {"name": id, "resume": "allow"}
+    return _RunTracker(module.init(**run), names, run["name"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -378,11 +378,25 @@ class CausalLM:
             )
         )  # fmt: skip
 
+    def kept(self) -> dict[str, Tensor]:
+        """All that training changes: `parameter/NAME` (tied ones once), `master/`, `buffer/`."""
+        buffers, parameters = dict(self.module.named_buffers()), self.named_parameters()
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "parameter": parameters, "master": self.masters, "buffer": buffers,
+        }  # fmt: skip
+        return {f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in ts.items()}
+
     @torch.no_grad()
-    def full_state_dict_iter(self) -> Iterator[tuple[str, Tensor | None]]:
+    def full_state_dict_iter(
+        self, read: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[str, Tensor | None]]:
         """Gathers the whole model, piece by piece, in the form of the checkpoint it came from.
 
         Every rank of the replica has to go through all of it.
+
+        Args:
+            read: gives the tensors instead of the ranks: takes a name of `kept` and what is called
+                so, and returns the whole of it on the CPU. One rank alone then goes through them.
 
         Yields:
             checkpoint name, and on `is_root` the full tensor on the CPU, None elsewhere; tied
@@ -404,7 +418,12 @@ class CausalLM:
             masters = ((n, widened[id(tensors[n])]) for n in casts)
             tensors.update((n, master) for n, master in masters if master is not None)
         groups = list(self._groups(names))
-        whole = gather_whole([tensors[name] for group in groups for name in group], self._group)
+        wanted = [tensors[name] for group in groups for name in group]
+        if read is None:
+            whole = gather_whole(wanted, self._group)
+        else:
+            kept = {id(tensor): name for name, tensor in self.kept().items()}
+            whole = (read(kept[id(tensor)], tensor) for tensor in wanted)
         yielded: set[str] = set()
         for group in groups:
             for name, tensor in self._in_checkpoint_form(group, whole, casts):

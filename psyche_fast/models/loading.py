@@ -153,6 +153,41 @@ def load_configured(
     )
 
 
+def without_weights(source: ModelSource, options: ModelOptions) -> CausalLM:
+    """A model of which there are names, sizes, types and configuration, but no numbers.
+
+    What is read of it comes from elsewhere: `CausalLM.full_state_dict_iter(read)`.
+
+    Args:
+        source: the model's files, of which the headers are looked at: in their form it is saved.
+        options: the run's.
+
+    Raises:
+        ValueError: the model cannot be built.
+    """
+    config = read_config(source)
+    dtype: torch.dtype = getattr(torch, options.param_dtype)
+    module = _build(config, options.python_arch, dtype, "eager", options.sequence_length)
+    _plan(module, weights.ShapesReader(tensor_shapes(source)))  # sets in which form
+    class_name, aliases = type(module).__name__, building.tied_names(module)
+    module.to("meta")
+    building.tie(module, aliases)
+    if isinstance(module, PreTrainedModel):
+        config = module.config.to_dict()
+    wide = options.master_dtype == "float32"
+    return CausalLM(
+        module,
+        config=config,
+        device=torch.device("meta"),
+        attn_implementation="eager",
+        architecture=options.python_arch,
+        class_name=class_name,
+        blocks=parallel.blocks(module),
+        masters=building.master_copies(module) if wide else {},
+        saved_as=(dtype, getattr(torch, options.save_dtype or options.param_dtype)),
+    )
+
+
 def check_fit(
     source: ModelSource,
     architecture: str = "HfAuto",

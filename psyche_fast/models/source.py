@@ -47,8 +47,15 @@ class FilesSource:
 
     @staticmethod
     def from_strings(files: list[str]) -> FilesSource:
-        """From paths as text; `~/` is this machine's home directory."""
-        return FilesSource(tuple(Path(file).expanduser() for file in files))
+        """From paths as text; `~/` is this machine's home directory.
+
+        Raises:
+            ValueError: there is no such directory.
+        """
+        try:
+            return FilesSource(tuple(Path(file).expanduser() for file in files))
+        except RuntimeError as error:  # `~` of a user whom this machine does not know
+            raise ValueError(f"the model's files, {files}: {error}") from error
 
     def named(self, name: str) -> Path | None:
         """The file called `name`, or None."""
@@ -181,7 +188,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
             raise ValueError(f"--model: {path} cannot be read: {error}") from error
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--model: {what} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--model: {what}: wanted a JSON object, got {type(config).__name__}")
@@ -237,7 +244,9 @@ def weight_files(source: FilesSource) -> list[Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (
+            OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError
+        ) as error:  # fmt: skip
             raise ValueError(f"--model: {index} is no safetensors index: {error!r}") from error
         found = [(shard, source.named(shard)) for shard in shards]
         missing = [shard for shard, path in found if path is None or not path.is_file()]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
 from psyche_fast.distro import DistroStep
+from psyche_fast.distro.elastic import ElasticExchange
 from psyche_fast.distro.exchange import Exchange
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.state import (
     by_name,
@@ -41,6 +44,21 @@ class Optimizer:
     def bytes_sent(self) -> int:
         """Bytes of this rank's contribution to the last exchange."""
         return 0
+
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """Replicas whose results were refused in the last `step`, each with 1."""
+        return {}
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """Replicas whose results are left out unseen, each with for how many steps yet."""
+        return {}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """The replicas whose results of the last step count; None where it is all, always."""
+        return None
 
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
@@ -81,8 +99,30 @@ class Optimizer:
         """The momentum by parameter name, for statistics."""
         return {}
 
+    def plain_shards(self) -> Mapping[str, Tensor]:
+        """Between `look_ahead` and `after_backward`: this rank's parts of the plain parameters.
+
+        By name, those alone that the parameters themselves are not; or of their masters, where
+        these are wider. A collective of the replica's ranks.
+        """
+        return {}
+
     def state(self) -> dict[str, Piece]:
-        """What this rank has beside the parameters, after `plain` and `settle`; not copies."""
+        """What this rank has beside the parameters, but for `arrived`; not copies.
+
+        It does not change until `after_backward`.
+        """
+        return {}
+
+    def keep_arrived(self) -> None:
+        """Have what the next `step` takes up from other ranks stay, once, for `arrived`."""
+
+    def arrived(self) -> dict[str, Piece]:
+        """The rest of `state`: what has come from other ranks.
+
+        After `settle` what the next step takes up; after `keep_arrived` and a step what that one
+        has, which changes no more.
+        """
         return {}
 
     def load(self, reader: Reader, *, is_new: bool) -> None:
@@ -241,11 +281,11 @@ class DistroOptimizer(DistroStep, Optimizer):
         self,
         parameters: Mapping[str, Tensor],
         options: config.Optimizer,
-        peers: dist.ProcessGroup | None,
+        peers: dist.ProcessGroup | Gathers | None,
         masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
     ) -> None:
-        """Take the parameters by name; a collective of all ranks where there are peers.
+        """Take the parameters by name; a collective of all ranks where there is a group of peers.
 
         Args:
             parameters: by name.
@@ -261,18 +301,43 @@ class DistroOptimizer(DistroStep, Optimizer):
             undecayed=undecayed,
             **distro_options(options),
         )
-        form = MessageFormat(self.layout, self.backends, signs=options.distro_quantization)
-        # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
-        agreement = None if peers is None else dist.new_group(backend="gloo")
-        assert agreement is None or isinstance(agreement, dist.ProcessGroup)
-        self._exchange = Exchange(form, peers, agreement)
+        form = MessageFormat(
+            self.layout,
+            self.backends,
+            signs=options.distro_quantization,
+            outliers=options.refuse_outliers,
+        )
+        if isinstance(peers, Gathers):
+            self._exchange: Exchange = ElasticExchange(form, peers)
+        else:
+            # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
+            agreement = None if peers is None else dist.new_group(backend="gloo")
+            assert agreement is None or isinstance(agreement, dist.ProcessGroup)
+            self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
+        self._keeps = False
+        self._taken: tuple[list[Entries] | None] | None = None
         self._chunks: tuple[dict[str, Tensor], dict[str, int]] | None = None
 
     @property
     def bytes_sent(self) -> int:
         """Size of this rank's last message."""
         return self._exchange.bytes_sent
+
+    @property
+    def refused_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.refused
+
+    @property
+    def left_out_results(self) -> dict[int, int]:
+        """See `Optimizer`."""
+        return self._exchange.left_out
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """See `Optimizer`; of an elastic run."""
+        return self._exchange.senders if isinstance(self._exchange, ElasticExchange) else None
 
     def receive(self) -> None:
         """Begin to unpack the previous step's results as soon as they have arrived.
@@ -297,6 +362,8 @@ class DistroOptimizer(DistroStep, Optimizer):
         if len(self._exchange) < 2:
             return
         entries = self._exchange.receive()
+        if self._keeps:
+            self._taken, self._keeps = (entries,), False
         if entries is not None:
             self.update(entries, lr)
 
@@ -305,16 +372,32 @@ class DistroOptimizer(DistroStep, Optimizer):
         self._exchange.settle()
 
     def state(self) -> dict[str, Piece]:
-        """Delta, own entries, and the results that the next step applies, by chunks."""
+        """Delta and own entries by chunks, and whether there are results of a step to apply."""
         state = {f"delta/{n}": d for n, d in by_name(self, self.plan_deltas()).items()}
         if self._own is not None:
             state |= entries_by_name(self, self._own, "own")
         under_way = torch.tensor(len(self._exchange))
-        arrived = self._exchange.arrived()
-        if arrived is not None:
-            state |= entries_by_name(self, arrived, "arrived")
         pieces = {name: self._piece(name, tensor) for name, tensor in state.items()}
-        return {**pieces, "refused": Piece(self.refused), "under_way": Piece(under_way)}
+        return {
+            **pieces,
+            "refused": Piece(self.refused),
+            "under_way": Piece(under_way),
+            "exchanges": Piece(torch.tensor(self._exchange.number)),
+            "standing": Piece(self._exchange.standing.state()),
+        }
+
+    def keep_arrived(self) -> None:
+        """See `arrived`."""
+        self._keeps = True
+
+    def arrived(self) -> dict[str, Piece]:
+        """The results that the next step applies, or has applied after `keep_arrived`."""
+        if self._taken is None:
+            entries = self._exchange.arrived()
+        else:
+            (entries,), self._taken = self._taken, None
+        named = {} if entries is None else entries_by_name(self, entries, "arrived")
+        return {name: self._piece(name, tensor) for name, tensor in named.items()}
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         """A part by the chunks of the parameter that `KIND/NAME` or `KIND/NAME/...` is of."""
@@ -336,6 +419,9 @@ class DistroOptimizer(DistroStep, Optimizer):
             reader.fill({**pieces, "optimizer/refused": Piece(self.refused)})
             if any(name.startswith("own/") for name in names):
                 self._own = self._read_entries(reader, "own")
+        if "exchanges" in names:  # earlier versions knew neither
+            self._exchange.number = int(reader.tensor("optimizer/exchanges"))
+            self._exchange.standing.load(reader.tensor("optimizer/standing"))
         if int(reader.tensor("optimizer/under_way")):
             there = any(name.startswith("arrived/") for name in names)
             self._exchange.load(self._read_entries(reader, "arrived") if there else None)
@@ -371,7 +457,7 @@ def distro_options(options: config.Optimizer) -> dict[str, Any]:
 def make_optimizer(
     options: config.Optimizer,
     parameters: Mapping[str, Tensor],
-    peers: dist.ProcessGroup | None,
+    peers: dist.ProcessGroup | Gathers | None,
     masters: Mapping[str, Tensor] | None = None,
     undecayed: Container[str] = (),
 ) -> Optimizer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,8 +33,9 @@ def state_folder(output: str | Path, step: int) -> Path:
 class StateWriter:
     """Writes this rank's part of states in a thread, one after the other.
 
-    Training waits for the copy to host memory alone. No collective is in the thread: what was
-    written, or what went wrong, goes to rank 0 through the store.
+    Training waits for nothing: copies are made during the next step's forward and backward. No
+    collective is in the thread: what was written, or what went wrong, goes to rank 0 through the
+    store.
 
     Args:
         store: where rank 0 hears of it; a connection of its own.
@@ -44,22 +46,39 @@ class StateWriter:
         self._store, self._output = store, output
         self._thread: threading.Thread | None = None
 
-    def write(self, trainer: Trainer, step: int) -> None:
-        """Begins to write the state after a step; waits for the one before.
+    def save(self, trainer: Trainer, step: int, *, at_once: bool) -> None:
+        """Begins to write the state after a step; all ranks take part.
 
         Args:
-            trainer: its parameters are plain.
+            trainer: this rank's.
             step: the step.
+            at_once: not during the next step but now, and nothing is trained until `wait` returns.
+
+        Raises:
+            ReplicasDiffer: there is nothing worth saving. Where it is not `at_once` the trainer's
+                next `optimize` raises that.
         """
         self.wait()
-        rank = dist.get_rank()
-        parts = {state.rank_file(rank): _copied(trainer.state())}
-        if trainer.topology.replica == 0:
-            parts[state.parameters_file(rank)] = _copied(trainer.parameter_state())
+        rank = trainer.topology.rank
+        if not at_once:
+            trainer.take_snapshot(step, partial(self._begin, rank, step))
+            return
+        trainer.drop_snapshot()
+        trainer.plain()
+        trainer.check_replicas(step)
+        self._begin(rank, step, trainer.files())
+
+    def _begin(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
+        arguments = rank, step, parts
         self._thread = threading.Thread(
-            target=self._write, args=(rank, step, parts), daemon=True, name="state"
+            target=self._write, args=arguments, daemon=True, name="state"
         )
         self._thread.start()
+
+    def close(self) -> None:
+        """Waits until nothing is being written, when rank 0 is done with all checkpoints."""
+        self.wait()
+        self._sweep(dist.get_rank())
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -67,20 +86,31 @@ class StateWriter:
             self._thread.join()
             self._thread = None
 
-    def _write(self, rank: int, step: int, parts: dict[str, state.State]) -> None:
+    def _write(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
         folder = state_folder(self._output, step)
+        files: list[state.StateFile] = []
+        error: str | None = None
         try:
-            files = [state.write_part(folder, name, pieces) for name, pieces in parts.items()]
-            saved = Saved(files=files)
-        except OSError as error:
-            log.warning("state of step %d not written: %s", step, error)
-            saved = Saved(error=str(error))
-        parts.clear()
-        report_saved(self._store, step, rank, saved)
+            self._sweep(rank)
+            if isinstance(parts, Exception):
+                raise OSError(f"no copy of the state: {parts}") from parts
+            for name, pieces in sorted(parts.items()):  # of parameters first: they are the model
+                files.append(state.write_part(folder, name, pieces))
+        except OSError as failed:
+            log.warning("state of step %d not written: %s", step, failed)
+            error = str(failed)
+        report_saved(self._store, step, rank, Saved(files=files, error=error))
 
+    def _sweep(self, rank: int) -> None:
+        """Removes what this rank has written earlier and rank 0, on another machine, did not see.
 
-def _copied(pieces: state.State) -> state.State:
-    return {n: replace(p, tensor=p.tensor.to("cpu", copy=True)) for n, p in pieces.items()}
+        Where it did, it is in its checkpoint by now, or gone.
+        """
+        for name in (state.rank_file(rank), state.parameters_file(rank)):
+            for path in Path(self._output, "checkpoints").glob(f".state-*/{name}"):
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # not the last one
+                    path.parent.rmdir()
 
 
 def restore(trainer: Trainer, config: RunConfig) -> None:
@@ -96,18 +126,20 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     manifest = state.read_manifest(folder)
     before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
     ranks = before["data_parallelism"] * before["tensor_parallelism"]
-    place = dist.get_rank() % config.parallelism.ranks_per_replica
-    replica = dist.get_rank() // config.parallelism.ranks_per_replica
+    replica, place = divmod(trainer.topology.rank, config.parallelism.ranks_per_replica)
     likely = min(place, ranks - 1)  # the very same where the ranks are placed alike
+    written, files = folder / state.FOLDER, manifest.files
     parameters = state.Reader(
-        folder, manifest, state.parameters_file(likely), [*map(state.parameters_file, range(ranks))]
+        written, files, state.parameters_file(likely), [*map(state.parameters_file, range(ranks))]
     )
     if not parameters:
         raise ValueError(f"{folder} has no {state.parameters_file(0)}")
-    is_new = replica >= before["replicas"]
+    # An elastic run may have written without a replica, and with further ones.
+    kept = {file.name for file in files}
+    is_new = state.rank_file(replica * ranks) not in kept
     first = 0 if is_new else replica * ranks
     own = state.Reader(
-        folder, manifest, state.rank_file(first + likely),
+        written, files, state.rank_file(first + likely),
         [*map(state.rank_file, range(first, first + ranks))],
     )  # fmt: skip
     if not own:

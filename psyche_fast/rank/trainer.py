@@ -7,7 +7,9 @@ the step's counts are read, during the step after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from psyche_fast import config
 from psyche_fast.batch import Batch, upload
 from psyche_fast.distro import replicas
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models import CausalLM
 from psyche_fast.rank.gradients import (
     Fp32Accumulator,
@@ -27,7 +30,8 @@ from psyche_fast.rank.gradients import (
     local_parts,
 )
 from psyche_fast.rank.optimizers import Optimizer
-from psyche_fast.rank.state import Piece, Reader, piece_of
+from psyche_fast.rank.snapshot import Snapshot
+from psyche_fast.rank.state import Piece, Reader, State, parameters_file, piece_of, rank_file
 from psyche_fast.rank.topology import Topology
 from psyche_fast.schedules import LearningRates
 from psyche_fast.sharding import is_cut_over
@@ -96,6 +100,7 @@ class Trainer:
         # slice's) parameters, in fp32.
         self._defers = options.defer_grad_sync and isinstance(model.module, FSDPModule)
         self._checks: list[replicas.PendingCheck] = []
+        self._snapshot: Snapshot | None = None
         self.stats: dict[str, Tensor] = {}
         """Norms of gradient and momentum per parameter, with `optim_stats`: 0-d, on the device."""
         model.train()
@@ -104,6 +109,24 @@ class Trainer:
     def bytes_sent(self) -> int:
         """Bytes of this rank's contribution to the last exchange."""
         return self._optimizer.bytes_sent
+
+    @property
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """Of the results that the last step applied, by replica; only what there is.
+
+        `refused_results` has 1 for each that was refused, `left_out_results` for how many further
+        steps a replica's are left out unseen.
+        """
+        kinds = {
+            "refused_results": self._optimizer.refused_results,
+            "left_out_results": self._optimizer.left_out_results,
+        }
+        return {kind: {str(r): n for r, n in by.items()} for kind, by in kinds.items() if by}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """As of the optimiser."""
+        return self._optimizer.senders
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""
@@ -123,6 +146,7 @@ class Trainer:
         batch = self.model.prepare(batch)  # checked before anything changes
         drop_gradients(self.parameters.values())
         self._optimizer.look_ahead(prev_lr)
+        snapshot = self._begin_snapshot()
         losses, weights = self._forward_backward(batch)
         if self._accumulator is not None:
             norm = self._accumulator.finish()
@@ -134,6 +158,9 @@ class Trainer:
         if self._options.optim_stats:
             self.stats = self._statistics()
         factor = clip_factor(norm, self._clip).where(usable, torch.nan)
+        if snapshot is not None:
+            snapshot.wait()
+            self._compare(snapshot.step, snapshot.hashes)
         self._optimizer.after_backward(prev_lr, lr, factor)
         return TrainOutput(
             step,
@@ -189,6 +216,9 @@ class Trainer:
         """
         self._optimizer.step(self.learning_rate(step))
         self._finish_check()
+        if self._snapshot is not None:
+            snapshot, self._snapshot = self._snapshot, None
+            snapshot.hand_over(rank_file(self._rank()), self._prefixed(self._optimizer.arrived()))
         if self._options.check_every and step % self._options.check_every == 0:
             self._start_check(step)
 
@@ -204,21 +234,77 @@ class Trainer:
 
     def parameter_state(self) -> dict[str, Piece]:
         """This rank's part of all parameters, masters and buffers, after `plain`; not copies."""
-        model = self.model
-        kinds: dict[str, dict[str, Tensor]] = {
-            "parameter": dict(model.named_parameters()),
-            "master": model.masters,
-            "buffer": dict(model.module.named_buffers()),
-        }
-        return {f"{kind}/{n}": piece_of(t) for kind, ts in kinds.items() for n, t in ts.items()}
+        return {name: piece_of(tensor) for name, tensor in self.model.kept().items()}
 
     def state(self) -> dict[str, Piece]:
         """What this rank alone has, after `plain`: the optimiser's state and random numbers'."""
-        state = {f"optimizer/{name}": piece for name, piece in self._optimizer.state().items()}
-        state["random/cpu"] = Piece(torch.get_rng_state())
+        optimizer = self._prefixed({**self._optimizer.state(), **self._optimizer.arrived()})
+        return {**optimizer, **self._random_numbers()}
+
+    def files(self) -> dict[str, State]:
+        """What this rank writes of a checkpoint by file, after `plain`; not copies."""
+        rank = self._rank()
+        files: dict[str, State] = {rank_file(rank): self.state()}
+        if self.topology.replica == 0:
+            files[parameters_file(rank)] = self.parameter_state()
+        return files
+
+    def take_snapshot(
+        self, step: int, then: Callable[[dict[str, State] | Exception], None]
+    ) -> None:
+        """Has `files` copied, as they are now, during the next step; all ranks call it alike.
+
+        Replicas are compared as by `check_replicas`, which the next `optimize` tells of.
+
+        Args:
+            step: the step that has been trained.
+            then: called at the end of the next `optimize` with the copies by file, or with what
+                has kept them from being made.
+        """
+        rank = self._rank()
+        early = {rank_file(rank): self._random_numbers()}  # what the next forward changes
+        if self.topology.replica == 0:
+            buffers = {n: p for n, p in self.parameter_state().items() if n.startswith("buffer/")}
+            early[parameters_file(rank)] = {n: p.on_host(copy=True) for n, p in buffers.items()}
+        self._snapshot = Snapshot(step, then, early)
+
+    def drop_snapshot(self) -> bool:
+        """Forgets one that was to be taken in the next step; whether there was one."""
+        wanted, self._snapshot = self._snapshot is not None, None
+        return wanted
+
+    def _begin_snapshot(self) -> Snapshot | None:
+        """In the look-ahead; all ranks take part."""
+        snapshot, rank = self._snapshot, self._rank()
+        if snapshot is None:
+            return None
+        plain = self._optimizer.plain_shards()
+        files: dict[str, State] = {rank_file(rank): self._prefixed(self._optimizer.state())}
+        if self.topology.replica == 0:
+            files[parameters_file(rank)] = {
+                name: piece
+                if (tensor := plain.get(name.partition("/")[2])) is None
+                else replace(piece, tensor=tensor, dtype=piece.tensor.dtype)
+                for name, piece in self.parameter_state().items()
+                if not name.startswith("buffer/")
+            }
+        self._optimizer.keep_arrived()
+        hashed = [list(parts.values()) for _, parts, _ in self._comparisons(plain)]
+        snapshot.begin(files, hashed if self._options.check_every else [], self.model.device)
+        return snapshot
+
+    def _rank(self) -> int:
+        return self.topology.rank
+
+    def _random_numbers(self) -> dict[str, Piece]:
+        numbers = {"random/cpu": Piece(torch.get_rng_state())}
         if self.model.device.type == "cuda":
-            state["random/cuda"] = Piece(torch.cuda.get_rng_state(self.model.device))
-        return state
+            numbers["random/cuda"] = Piece(torch.cuda.get_rng_state(self.model.device))
+        return numbers
+
+    @staticmethod
+    def _prefixed(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+        return {f"optimizer/{name}": piece for name, piece in pieces.items()}
 
     @torch.no_grad()
     def load(self, parameters: Reader, own: Reader | None, *, is_new: bool = False) -> None:
@@ -258,18 +344,37 @@ class Trainer:
             self._finish_check()
 
     def _start_check(self, step: int) -> None:
-        kept = {**self.parameters, **self.model.masters}  # what decides what they become
-        place, parts = self.topology, local_parts(kept)
+        place = self.topology
         if place.peers is None and place.tensor_mesh is None:
             return
         self._optimizer.plain()
+        for group, parts, who in self._comparisons({}):
+            self._checks.append(replicas.start(parts, group, step, who))
+
+    def _compare(self, step: int, hashes: list[Tensor]) -> None:
+        """Starts the checks of a snapshot's hashes, one for each of `_comparisons`."""
+        compared = self._comparisons({}) if hashes else []
+        for (group, parts, who), own in zip(compared, hashes, strict=True):
+            self._checks.append(replicas.start(parts, group, step, who, hashes=own))
+
+    def _comparisons(
+        self, plain: Mapping[str, Tensor]
+    ) -> list[tuple[dist.ProcessGroup | Gathers, dict[str, Tensor], str]]:
+        """What this rank has alike with others: the ranks, its parts, and who they are.
+
+        Args:
+            plain: this rank's parts of those parameters that are not plain.
+        """
+        kept = {**self.parameters, **self.model.masters}  # what decides what they become
+        place, parts = self.topology, {**local_parts(kept), **plain}
+        found: list[tuple[dist.ProcessGroup | Gathers, dict[str, Tensor], str]] = []
         if place.peers is not None:
-            self._checks.append(replicas.start(parts, place.peers, step))
+            found.append((place.peers, parts, "replicas"))
         if place.tensor_mesh is not None:
             group = place.tensor_mesh.get_group()
             whole = {n: parts[n] for n, p in kept.items() if not is_cut_over(p, group)}
-            who = "tensor-parallel ranks"
-            self._checks.append(replicas.start(whole, group, step, who))
+            found.append((group, whole, "tensor-parallel ranks"))
+        return found
 
     def _finish_check(self) -> None:
         checks, self._checks = self._checks, []

@@ -57,15 +57,18 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
 def _torchrun(environ: Mapping[str, str]) -> Launched:
     world, local = _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_WORLD_SIZE")
     address = environ.get("MASTER_ADDR", "127.0.0.1")
+    port = _number(environ, "MASTER_PORT")
     prefix = f"psyche_fast/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # Otherwise the port is kept free for rank 0's (TORCH_DISABLE_SHARE_RDZV_TCP_STORE).
+    has_store = environ.get("TORCHELASTIC_USE_AGENT_STORE", "True") == "True"
     return Launched(
         rank=_number(environ, "RANK"),
         world_size=world,
         local_rank=_number(environ, "LOCAL_RANK"),
         local_world_size=local,
         host=address if world > local else None,
-        port=None,
-        meeting=(address, _number(environ, "MASTER_PORT"), prefix),
+        port=None if has_store else port,
+        meeting=(address, port, prefix) if has_store else None,
     )
 
 

@@ -19,6 +19,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from psyche_fast import strict
+from psyche_fast.start import knock, relay
 from psyche_fast.start.devices import Processor
 
 log = logging.getLogger("psyche_fast.sidecar")
@@ -51,8 +53,24 @@ def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> Non
     dist.barrier(group, device_ids=[device.index] if nccl else None)
 
 
-def introduce(store: dist.Store, rank: int, processor: Processor) -> None:
-    """Says what a further rank computes on; Psyche's core does not look at it."""
+def introduce(store: dist.Store, rank: int, processor: Processor, life: str = "") -> None:
+    """Says what a further rank computes on; Psyche's core does not look at it.
+
+    Args:
+        store: the core's.
+        rank: this one's.
+        processor: that it computes on.
+        life: which one this is of a rank that may come back while the others go on.
+
+    Raises:
+        RuntimeError: the rank has been here. What it said is still in the store, and those that
+            act on it would wait for a process that is gone.
+    """
+    if store.add(f"met/{rank}/{life}", 1) > 1:
+        raise RuntimeError(
+            f"rank {rank} is there already, or has been lost and its core is about to end "
+            "(--start-rank of two machines, or started again too soon)"
+        )
     store.set(_processor_key(rank), msgspec.json.encode(processor).decode())
 
 
@@ -68,7 +86,13 @@ def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[P
     except dist.DistStoreError:
         late = [str(rank) for rank, key in enumerate(keys, 1) if not store.check([key])]
         raise RuntimeError(f"timed out waiting for the start of rank {', '.join(late)}") from None
-    return [msgspec.json.decode(store.get(key), type=Processor) for key in keys]
+    return [read_processor(store, rank) for rank in range(1, world_size)]
+
+
+def read_processor(store: dist.Store, rank: int) -> Processor:
+    """What a rank that has introduced itself computes on."""
+    key = _processor_key(rank)
+    return strict.read(store.get(key), Processor, f"store key {key!r}")
 
 
 def _processor_key(rank: int) -> str:
@@ -86,12 +110,34 @@ class StoreClient:
         seconds: how long the store may take to answer.
     """
 
-    def __init__(self, host: str, port: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        world_size: int,
+        timeout: timedelta,
+        *,
+        rank: int = 0,
+        secret: bytes | None = None,
+    ) -> None:
         """Connects to the store, which has to answer within `timeout`.
 
+        Args:
+            host: where it listens, or the door before it.
+            port: likewise.
+            world_size: all ranks.
+            timeout: see above.
+            rank: this one, for the door.
+            secret: lets it in there; None where there is no door.
+
         Raises:
-            ValueError: no store answers.
+            ValueError: no store answers, or a door does not let this rank in.
         """
+        if secret is not None:
+            way = relay.Relay(host, port, secret, rank, timeout.total_seconds())
+            host, port = "127.0.0.1", way.local
+        elif not knock.is_own_machine(host) and host not in ("0.0.0.0", "::"):
+            relay.refuse_if_shut(host, port, timeout.total_seconds())
         try:
             self.store = dist.TCPStore(
                 host_name=host,

@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from psyche_fast.config import RunConfig
+from psyche_fast.config import Run, RunConfig
 from psyche_fast.core.checkpoints import checkpoint_name, prune
 from psyche_fast.models import load_model
 from psyche_fast.models.building import tied_names
@@ -39,10 +39,18 @@ def folder(parent: Path, name: str, *, complete: bool = True) -> Path:
 )
 def test_the_newest_are_kept(tmp_path: Path, run_id: str | None, keep: int, left: set[int]) -> None:
     paths = {step: folder(tmp_path, checkpoint_name(step, run_id)) for step in (2, 4, 6, 10)}
-    removed = prune(paths[10], 10, run_id, keep, set())
+    removed = prune(paths[10], 10, Run(run_id=run_id, keep=keep), set())
     assert {step for step, path in paths.items() if path.exists()} == left
     assert sorted(removed) == sorted(path for step, path in paths.items() if step not in left)
     assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_those_of_every_so_many_steps_stay(tmp_path: Path) -> None:
+    paths = {step: folder(tmp_path, checkpoint_name(step, None)) for step in (2, 4, 6, 8, 10)}
+    prune(paths[10], 10, Run(keep=2, keep_every=4), set())
+    assert {step for step, path in paths.items() if path.exists()} == {4, 8, 10}
+    with pytest.raises(ValueError, match="--keep-every needs --keep"):
+        Run(keep_every=4)
 
 
 def test_what_is_not_a_complete_checkpoint_of_this_run_is_not_touched(tmp_path: Path) -> None:
@@ -61,7 +69,7 @@ def test_what_is_not_a_complete_checkpoint_of_this_run_is_not_touched(tmp_path: 
     (shard / "model.safetensors.index.json").write_text(json.dumps(index))
     others += [shard, tmp_path / "step-000004" / "config.json", tmp_path / "step-000007"]
     uploading, older, old, newest = (folder(tmp_path, f"step-{n:06}") for n in (1, 2, 8, 9))
-    assert prune(newest, 9, None, 2, {uploading.resolve()}) == [older]
+    assert prune(newest, 9, Run(keep=2), {uploading.resolve()}) == [older]
     assert all(path.exists() for path in (*others, uploading, old, newest))
 
 

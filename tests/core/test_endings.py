@@ -50,7 +50,7 @@ def _three_runs(place: Path, output: Path) -> tuple[list[str], list[int]]:
             said.append(f"finished {failed}")
 
     with (
-        mock.patch.object(core, "make_tracker", side_effect=lambda *_: Recorder()),
+        mock.patch.object(core, "make_tracker", side_effect=lambda *_, **__: Recorder()),
         mock.patch.object(core, "plot_run"),
     ):
         for name, fails in (("first", True), ("well", False), ("badly", True)):  # noqa: B007

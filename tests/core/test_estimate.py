@@ -85,6 +85,31 @@ def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:
     assert not dist.is_initialized()
 
 
+def copied(rank: int, folder: Path, changes: dict[str, Any]) -> int:
+    """Bytes of a rank's snapshot."""
+    run = RunConfig.of(**{**BASE, **changes})
+    trainer = build_trainer(run, resolve_model(str(folder)), torch.device("cpu"))
+    given: list[Any] = []
+    for step in (1, 2):
+        trainer.train(step, Batch(torch.randint(2048, (4, 16))))
+        trainer.optimize(step)
+        if step == 1:
+            trainer.take_snapshot(step, given.append)
+    (files,) = given
+    return sum(p.tensor.nbytes for pieces in files.values() for p in pieces.values())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["adamw", "bf16", "shards"])
+def test_a_snapshot_is_as_large_as_estimated(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path / "model", "llama")
+    changes = {**RUNS[name], "sequence_length": 16}
+    run = RunConfig.of(**{**BASE, **changes})
+    found = estimate(read_config(resolve_model(str(folder))), run).snapshot
+    (size, *_) = run_ranks(copied, run.parallelism.world_size, folder, changes)
+    assert found == pytest.approx(size, rel=0.02)
+
+
 # Llama 3.1 405B with 2 of its 126 layers: each takes as long as the next.
 LAYER = 2 * 16384 * (16384 + 1024) + 3 * 16384 * 53248 + 2 * 16384
 PARAMETERS = 2 * 128256 * 16384 + 16384 + 2 * LAYER

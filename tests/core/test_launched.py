@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def test_torchruns_variables_are_understood_and_go_first() -> None:
     there = Launched(5, 8, 1, 4, "node1", None, ("node1", 29500, "psyche_fast/2"))
     assert launched(TORCHRUN) == launched({**SLURM, **TORCHRUN}) == there
     assert launched({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}).host is None  # type: ignore[union-attr]
+    alone = launched({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert alone == Launched(5, 8, 1, 4, "node1", 29500, None)
     with pytest.raises(ValueError, match="RANK: wanted a number in the environment, got 'x'"):
         launched({**TORCHRUN, "RANK": "x"})
 
@@ -165,6 +168,31 @@ def test_two_torchruns_make_one_run(place: Path, one_machine: list[float], tmp_p
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.parametrize("shared", [True, False])
+def test_torchrun_starts_ranks_again_that_go_on(place: Path, tmp_path: Path, shared: bool) -> None:
+    """Whether or not torchrun lends its store, which remembers the life before."""
+    run = tmp_path / "run"
+    agent = Command(
+        "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "psyche_fast",
+        *flags(place, run, steps=400), "--checkpoint-every", "10", "--resume", "auto",
+        program="torch.distributed.run:main",
+        environment={} if shared else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    lines = lambda: metrics.read_bytes().count(b"\n")  # noqa: E731
+    wait_until(lambda: metrics.exists() and lines() > 12, 90)
+    psutil.Process(agent.pid).children()[1].kill()
+    log = run / "logs" / "rank-0.log"
+    wait_until(lambda: log.read_text().count("training begins") == 2, 90)
+    wait_until(lambda: lines() > 30, 90)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(60)
+    steps = [json.loads(s)["step"] for s in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)), "none lost, none twice"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
 def test_srun_makes_one_run_and_counts_ranks(
     place: Path, one_machine: list[float], tmp_path: Path
 ) -> None:
@@ -231,13 +259,23 @@ def three_hosts() -> Iterator[list[str]]:
         yield names
 
 
-def run_on(names: list[str], run: list[str], timeout: int) -> list[Command]:
+@pytest.fixture
+def secret(tmp_path: Path) -> str:
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    path.write_text("0123456789abcdef" * 2)
+    return str(path)
+
+
+def run_on(names: list[str], run: list[str], timeout: int, secret: str) -> list[Command]:
     network = ["--host", "10.99.7.1", "--port", "34567", "--local-ranks", "1"]
+    network += ["--secret-file", secret]
     core = Command(*run, *network, "--timeout", str(timeout), host=names[0])
     return [core] + [
         Command(
             "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
-            str(len(names)), "--start-rank", str(rank), "--backend", "gloo", host=name,
+            str(len(names)), "--start-rank", str(rank), "--backend", "gloo",
+            "--secret-file", secret, host=name,
         )
         for rank, name in enumerate(names[1:], start=1)
     ]  # fmt: skip
@@ -245,8 +283,10 @@ def run_on(names: list[str], run: list[str], timeout: int) -> list[Command]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path: Path) -> None:
-    processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60)
+def test_three_hosts_make_one_run(
+    place: Path, three_hosts: list[str], secret: str, tmp_path: Path
+) -> None:
+    processes = run_on(three_hosts, flags(place, tmp_path / "run", 3), timeout=60, secret=secret)
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     run_command(*flags(place, tmp_path / "alone", 3), ranks=3)
@@ -256,11 +296,11 @@ def test_three_hosts_make_one_run(place: Path, three_hosts: list[str], tmp_path:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
-    place: Path, three_hosts: list[str], tmp_path: Path
+    place: Path, three_hosts: list[str], secret: str, tmp_path: Path
 ) -> None:
     output, timeout = tmp_path / "run", 5
     run = [*flags(place, output, 3, steps=1_000_000), "--checkpoint-every", "5"]
-    processes = run_on(three_hosts, run, timeout)
+    processes = run_on(three_hosts, run, timeout, secret)
     checkpoint = output / "checkpoints" / "step-000005"
     wait_until(lambda: processes[0].poll() is not None or checkpoint.exists(), 90)
     assert processes[0].poll() is None, processes[0].communicate()

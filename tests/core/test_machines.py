@@ -67,6 +67,61 @@ def test_ranks_of_another_machine(place: Path, tmp_path: Path) -> None:
     )
 
 
+def test_machines_that_share_no_folder_write_models(place: Path, tmp_path: Path) -> None:
+    """Each has an `--output` of its own by that name."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    port = free_port()
+    arguments = [
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
+        "--output", "run", "--device", "cpu", "--sequence-length", "16", "--micro-batch", "2",
+        "--total-batch", "6", "--total-steps", "4", "--threads", "1", "--distro", "--replicas", "2",
+        "--compression-chunk", "16", "--local-ranks", "1", "--port", str(port),
+        "--checkpoint-every", "2",
+    ]  # fmt: skip
+    core = Command(*arguments, folder=folders[0])
+    other = Command(
+        "sidecar", "--main-host", "127.0.0.1", "--port", str(port), "--world-size", "2",
+        "--start-rank", "1", "--backend", "gloo", folder=folders[1],
+    )  # fmt: skip
+    _, said = core.communicate()
+    _, errors = other.communicate()
+    assert core.returncode == other.returncode == 0, said + errors
+    for step in (2, 4):
+        assert f"--resume will not know the checkpoint of step {step}: rank 1 wrote" in said
+        model = folders[0] / "run" / "checkpoints" / f"step-{step:06d}"
+        assert not (model / "state").exists()
+        transformers.AutoModelForCausalLM.from_pretrained(model)
+    for folder in folders:
+        assert not list((folder / "run" / "checkpoints").glob(".*"))
+
+
+def test_ranks_come_in_by_a_secret(place: Path, tmp_path: Path) -> None:
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for path in (right, wrong):
+        path.touch(0o600)
+        path.write_text(path.name * 8)
+    port = free_port()
+    core = start(place, tmp_path / "run", port, "--secret-file", str(right))
+    wait_until(lambda: core.poll() is not None or "waiting for 1 ranks" in core.stderr())
+    assert f"--backend gloo --secret-file {right}" in core.stderr()
+    stranger = Command(*flags(port), "--secret-file", str(wrong))
+    _, errors = stranger.communicate()
+    assert stranger.returncode == 1
+    assert "does not let rank 2 in: is --secret-file the same there?" in errors
+    assert "Traceback" not in errors.split("rank 2 ERROR", 1)[1]
+    other = Command(*flags(port), "--secret-file", str(right))
+    _, said = core.communicate()
+    _, errors = other.communicate()
+    assert core.returncode == other.returncode == 0, said + errors
+    assert "the door has refused " in said
+    assert " knocks, most from 127.0.0.1; logs/rank-0.log" in said
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "the door: knock 1 from 127.0.0.1 is refused: it does not know the secret" in log
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_the_launcher_fails_with_its_core(place: Path, tmp_path: Path) -> None:
     port = free_port()
     core = start(place, tmp_path / "run", port, steps=100_000)

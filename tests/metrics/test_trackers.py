@@ -34,6 +34,8 @@ SCALARS = {
 
 
 class FakeRun:
+    id = "a1b2"
+
     def __init__(self):
         self.calls = []
 
@@ -88,12 +90,35 @@ def test_trackio_gets_the_scalars_by_step(tmp_path, monkeypatch):
     assert run.calls == [("log", SCALARS, 7), ("finish",)]
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "wanted"),
+    [
+        ("wandb", "a1b2", {"name": "run", "id": "a1b2", "resume": "allow"}),
+        ("trackio", "first", {"name": "first", "resume": "allow"}),
+        ("wandb", None, {"name": "run"}),
+        ("trackio", None, {"name": "run"}),
+    ],
+)
+def test_a_run_that_goes_on_is_the_same_one_there(tmp_path, monkeypatch, name, before, wanted):
+    started = {}
+
+    def init(**arguments):
+        started.update(arguments)
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+    tracker = make_tracker(name, tmp_path / "run", CONFIG, id=before, first_step=5)
+    started = {key: started[key] for key in started.keys() & {"name", "id", "resume"}}
+    assert started == wanted
+    assert tracker.id == ("a1b2" if name == "wandb" else wanted["name"])
+
+
 def test_tensorboard_gets_each_scalar_by_step(tmp_path, monkeypatch):
     calls = []
 
     class SummaryWriter:  # as in torch.utils.tensorboard
-        def __init__(self, log_dir=None):
-            calls.append(("open", log_dir))
+        def __init__(self, log_dir=None, purge_step=None):
+            calls.append(("open", log_dir, purge_step))
 
         def add_text(self, tag, text_string, global_step=None):
             calls.append(("text", tag, text_string))
@@ -111,11 +136,13 @@ def test_tensorboard_gets_each_scalar_by_step(tmp_path, monkeypatch):
     tracker.log(7, LINE)
     tracker.finish()
     opened, (kind, tag, text), *scalars, closed = calls
-    assert opened == ("open", str(tmp_path / "tensorboard"))
+    assert opened == ("open", str(tmp_path / "tensorboard"), None)
     assert (kind, tag) == ("text", "config")
     assert '"compression_topk": 4' in text
     assert scalars == [(name, value, 7) for name, value in SCALARS.items()]
     assert closed == ("close",)
+    make_tracker("tensorboard", tmp_path, CONFIG, first_step=5)
+    assert calls[-2] == ("open", str(tmp_path / "tensorboard"), 5)
 
 
 def test_psyches_names_and_what_they_stand_for(tmp_path, monkeypatch):
@@ -221,6 +248,8 @@ def test_a_tracker_is_finished_after_an_error_and_does_not_hide_it(
     calls = []
 
     class Run:
+        id = "a1b2"
+
         def finish(self, **arguments):
             calls.append(arguments)
             raise OSError("no network")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
+from psyche_fast.distro.message import MessageFormat
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import restore
@@ -98,6 +100,42 @@ def whole(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def lying(rank: int, model: Path, config: RunConfig, folder: Path, resumes: bool) -> int:
+    """Trains six steps, replica 1 lying in the first three; writes the fifth, and the last."""
+    trainer = build_trainer(config, resolve_model(str(model)), torch.device("cpu"))
+    pack = MessageFormat.pack
+    step = 0
+
+    def damaged(self: MessageFormat, *arguments: Any) -> Tensor:
+        message = pack(self, *arguments)
+        if rank == 1 and step < 4:
+            message[0] ^= 1
+        return message
+
+    if resumes:
+        restore(trainer, config)
+    with mock.patch.object(MessageFormat, "pack", damaged):
+        for step in range(6 if resumes else 1, 9):
+            trainer.train(step, Batch(random_tokens(4, 16, seed=step)))
+            trainer.optimize(step)
+            if step == 5 and not resumes:
+                write(rank, trainer, config, folder, 5)
+    write(rank, trainer, config, folder.with_name("resumed" if resumes else "last"), 8)
+    return trainer.refusals["left_out_results"]["1"]
+
+
+@pytest.mark.processes
+def test_who_is_left_out_stays_out(model: Path, tmp_path: Path) -> None:
+    config = settings("distro", 1, 1, replicas=2)
+    assert run_ranks(lying, 2, model, config, tmp_path / "fifth", False) == [46, 46]
+    again = config.replace(resume=str(tmp_path / "fifth"))
+    assert run_ranks(lying, 2, model, again, tmp_path / "fifth", True) == [46, 46]
+    one, other = whole(tmp_path / "last"), whole(tmp_path / "resumed")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "optimizer/standing" in one
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("state") / "model", vocab_size=102, hidden_size=24,
@@ -144,8 +182,7 @@ def reader(folder: Path, *pieces: dict[str, Piece]) -> state.Reader:
         state.write_part(folder / state.FOLDER, state.rank_file(n), own)
         for n, own in enumerate(pieces)
     ]
-    manifest = Manifest(version=1, step=1, config={}, data={}, machine={}, files=files)
-    return state.Reader(folder, manifest, files[0].name, [file.name for file in files])
+    return state.Reader(folder / state.FOLDER, files, files[0].name, [file.name for file in files])
 
 
 def part(start: int, stop: int) -> Piece:
@@ -186,9 +223,9 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
     manifest = Manifest(
         version=1, step=1, config={}, data={}, machine={}, files=[state.sealed(path)]
     )
-    read = state.Reader(tmp_path, manifest, path.name, [])
+    read = state.Reader(path.parent, manifest.files, path.name, [])
     with pytest.raises(ValueError, match="is no file of a state"):
         read.tensor("a")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
-        state.Reader(tmp_path, manifest, path.name, []).tensor("a")
+        state.Reader(path.parent, manifest.files, path.name, []).tensor("a")

@@ -24,7 +24,7 @@ from psyche_fast.batch import Batch
 from psyche_fast.distro import DistroStep, exchange
 from psyche_fast.distro.message import MessageFormat, Unpacking
 from psyche_fast.distro.replicas import ReplicasDiffer
-from psyche_fast.kernels.plan import Entries
+from psyche_fast.distro.verdict import Verdict
 from psyche_fast.models import load_model
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank.counts import Totals, warn_of_refusal
@@ -242,7 +242,7 @@ def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
-class Slow(Future[dict[int, str]]):
+class Slow(Future[Verdict]):
     """Results that are there, and agreed on, when that has been asked `asks` times, or waits."""
 
     def __init__(self, asks: float, said: list[str]) -> None:
@@ -253,9 +253,9 @@ class Slow(Future[dict[int, str]]):
         self._asks -= 1
         return self._asks < 0
 
-    def result(self, timeout: float | None = None) -> dict[int, str]:
+    def result(self, timeout: float | None = None) -> Verdict:
         self._said.append("there" if self._asks < 0 else "waits")
-        return {}
+        return Verdict()
 
 
 def _with_link(folder: Path, asks: float) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -378,8 +378,8 @@ def _lying(rank: int, folder: Path) -> tuple[list[str], bool]:
     logging.getLogger("psyche_fast").addHandler(handler)
     pack = MessageFormat.pack
 
-    def damaged(self: MessageFormat, entries: list[Entries]) -> torch.Tensor:
-        message = pack(self, entries)
+    def damaged(self: MessageFormat, *arguments: Any) -> torch.Tensor:
+        message = pack(self, *arguments)
         if rank == 1 and step == 2:
             message[-20] ^= 1
         return message

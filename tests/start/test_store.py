@@ -82,3 +82,12 @@ def test_whichever_key_comes_says_which_core_it_is(key: str) -> None:
     core.set(key, "x")
     waiting.join(10)
     assert found == [key]
+
+
+def test_a_rank_that_is_started_again_too_soon_does_not_join_what_its_past_left_behind() -> None:
+    _, client = pair()
+    here = Processor("cpu", "x86_64", "avx2")
+    introduce(client.store, 1, here)
+    with pytest.raises(RuntimeError, match="rank 1 is there already, or has been lost"):
+        introduce(client.store, 1, here)
+    introduce(client.store, 1, here, "2")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,8 @@ import pytest
 from psyche_fast.config import RunConfig
 from psyche_fast.start.supervise import arguments_of
 from tests.core.test_run import COMMON, DISTRO
-from tests.processes import command, is_there, wait_until
+from tests.groups import Command
+from tests.processes import free_port, is_there, wait_until
 from tests.tiny import save_llama, save_tokens
 
 PARENT = """
@@ -101,41 +100,44 @@ def test_flags_of_a_configuration_give_it_again() -> None:
     assert result.stdout.strip() == config.to_toml().strip(), result.stderr
 
 
-@pytest.mark.processes
-def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    """The core is killed in the middle: what comes out is what an undisturbed run gives."""
-    save_llama(tmp_path / "model")
-    save_tokens(tmp_path / "data")
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(
-            "train", "--model", str(tmp_path / "model"), "--data-path", str(tmp_path / "data"),
-            "--output", str(run), *COMMON, *DISTRO, "--replicas", "2", "--total-steps", "400",
-            "--checkpoint-every", "5", "--keep", "2", "--max-restarts", "2",
-        ),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics = run / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 12, 90)
-    (core,) = (int(line) for line in subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split())  # fmt: skip
-    os.kill(core, signal.SIGKILL)
-    wait_until(lambda: process.poll() is None and _lives(run) == 2, 90)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        steps = [json.loads(x)["step"] for x in metrics.read_bytes().splitlines()[:-1]]
-        if steps and steps[-1] > 30:
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.1)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "killed by SIGKILL after step" in err
-    assert "from step" in err
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1)), "none lost, none twice"
-
-
 def _lives(run: Path) -> int:
     return (run / "logs" / "rank-0.log").read_text().count("training begins")
+
+
+@pytest.mark.processes
+def test_a_run_on_two_machines_comes_back_on_both(tmp_path: Path) -> None:
+    """The core is killed, then the other machine's rank: each parent starts its own again."""
+    import psutil
+
+    save_llama(tmp_path / "model")
+    save_tokens(tmp_path / "data")
+    run, port = tmp_path / "run", str(free_port())
+    core = Command(
+        "train", "--model", str(tmp_path / "model"), "--data-path", str(tmp_path / "data"),
+        "--output", str(run), *COMMON, *DISTRO, "--replicas", "2", "--total-steps", "2000",
+        "--checkpoint-every", "5", "--keep", "2", "--max-restarts", "4", "--local-ranks", "1",
+        "--port", port, "--timeout", "60",
+    )  # fmt: skip
+    other = Command(
+        "sidecar", "--main-host", "127.0.0.1", "--port", port, "--world-size", "2",
+        "--start-rank", "1", "--backend", "gloo", "--max-restarts", "9",
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+
+    def steps() -> list[int]:
+        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    for life, victim in enumerate((core, other), start=1):
+        wait_until(lambda: len(steps()) > 12 * life and _lives(run) == life, 120)  # noqa: B023
+        (child,) = psutil.Process(victim.pid).children()
+        [*child.children(), child][0].kill()  # the core, or the sidecar's rank
+    wait_until(lambda: _lives(run) == 3 and steps()[-1] > 50, 120)
+    core.send_signal(signal.SIGTERM)
+    _, said = core.communicate(60)
+    assert core.returncode == 143
+    assert "killed by SIGKILL after step" in said
+    assert "from step" in said
+    assert other.wait(60) == 0
+    found = steps()
+    assert found == list(range(1, len(found) + 1)), "none lost, none twice"

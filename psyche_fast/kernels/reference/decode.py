@@ -28,7 +28,10 @@ class Decoder:
         m = index.shape[1]
         # So few entries that a sum of outer products is cheaper than the transform.
         self._low_rank = (
-            plan.h > 1 and m <= plan.h // 2 and (entries.unique or m <= _PAIRWISE_LIMIT)
+            plan.is_transformed
+            and plan.h > 1
+            and m <= plan.h // 2
+            and (entries.unique or m <= _PAIRWISE_LIMIT)
         )
         if self._low_rank:
             self._value = value if entries.unique else _shares(index, value)

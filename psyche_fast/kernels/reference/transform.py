@@ -31,11 +31,17 @@ def ieee_matmul() -> Iterator[None]:
 
 def forward(plan: ChunkPlan, chunks: Tensor, out: Tensor) -> None:
     """Coefficients `F_h^T X F_w` of chunks `[n, h, w]` (contiguous) into `out`, `[n, h * w]`."""
+    if not plan.is_transformed:
+        out.view(chunks.shape).copy_(chunks)
+        return
     _sandwich(plan.rows_h, chunks, plan.basis_w, out.view(chunks.shape))
 
 
 def inverse(plan: ChunkPlan, coefficients: Tensor, out: Tensor) -> None:
     """Chunks `F_h C F_w^T` into `out`, `[n, h, w]`, of coefficients `[n, h * w]` (contiguous)."""
+    if not plan.is_transformed:
+        out.copy_(coefficients.view(out.shape))
+        return
     _sandwich(plan.basis_h, coefficients.view(out.shape), plan.rows_w, out)
 
 

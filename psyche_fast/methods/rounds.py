@@ -1,0 +1,80 @@
+"""A replica among others: messages sent, waited for, and refused by all or by none."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import torch
+import torch.distributed as dist
+
+from psyche_fast.distro import exchange
+from psyche_fast.distro.message import hash_bits
+from psyche_fast.distro.verdict import agree
+from psyche_fast.methods.replica import Faults, Replica
+
+log = logging.getLogger(__name__)
+
+
+class Rounds:
+    """The exchanges of a replica; a collective of all replicas in the order of their steps.
+
+    Args:
+        replica: this rank's, after whose local steps `exchange` is called.
+        group: the ranks with the other replicas; None where there are none.
+
+    Raises:
+        ValueError: the replicas' methods or shared parameters differ at the start.
+    """
+
+    def __init__(self, replica: Replica, group: dist.ProcessGroup | None) -> None:
+        self._replica, self._group = replica, group
+        self._pending: deque[exchange.Pending] = deque()
+        self.bytes_sent = 0
+        self._compare()
+
+    @torch.no_grad()
+    def exchange(self) -> Faults:
+        """After a local step: send what it ends, and apply what is due, which is waited for.
+
+        Returns:
+            What has been refused, by replica; a warning has been written of each.
+        """
+        message = self._replica.send()
+        if message is not None:
+            self._pending.append(exchange.start(message, self._group))
+            self.bytes_sent += self._pending[-1].bytes_sent
+        refused: Faults = {}
+        while self._replica.due():
+            messages = self._pending.popleft().wait()
+            damaged = self._replica.faults(messages)
+            if self._group is not None:
+                damaged, _ = agree(damaged, messages.cpu(), self._group)
+            refused |= self._replica.receive(messages, damaged)
+        for replica, what in sorted(refused.items()):
+            log.warning("the result of replica %d is refused: %s", replica, what)
+        return refused
+
+    def resume(self) -> None:
+        """After the replica's `load_state_dict`: messages that were in flight are so again."""
+        for pending in self._pending:
+            pending.wait()
+        self._compare()
+        self._pending = deque(
+            exchange.start(message, self._group) for message in self._replica.in_flight()
+        )
+
+    def _compare(self) -> None:
+        """All replicas have the method, the step and the shared parameters alike."""
+        replica = self._replica
+        hashed = torch.stack([hash_bits(p).cpu() for p in replica.plain().values()])
+        method = replica.method.hash() - (1 << 63)  # as int64 has it
+        own = torch.tensor([method, replica.step, int(hash_bits(hashed))])
+        device = next(iter(replica.plain().values())).device
+        found = exchange.start(own.to(device), self._group).wait().cpu()
+        for what, column in zip(("method", "step", "parameters"), found.t(), strict=True):
+            for other in (column != column[0]).nonzero().view(-1).tolist():
+                raise ValueError(
+                    f"the {what} of replica {other} and of replica 0 differ; all have to begin "
+                    "with the same"
+                )

@@ -1,0 +1,22 @@
+"""Runs that are killed, stopped, filled up and damaged at random lose nothing: `soak.py`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.chaos.soak import WORLDS, soak
+
+SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "40"))
+"""That each of the runs is disturbed."""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.timeout(300 + 4 * SECONDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_nothing_is_lost_and_nothing_is_left(world: str) -> None:
+    report = soak(world, SECONDS, seed=int(os.environ.get("PSYCHE_FAST_CHAOS_SEED", "15")))
+    assert sum(report.faults.values()) > 3
+    assert report.lives > 1
