@@ -133,7 +133,9 @@ def sidecar(port: int, rank: int, ranks: int = 1, world: int = 3) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("split", ["--data-parallelism", "--tensor-parallelism"])
+@pytest.mark.parametrize(
+    "split", [pytest.param("--data-parallelism", marks=pytest.mark.slow), "--tensor-parallelism"]
+)
 def test_a_replica_of_two_ranks_joins_from_elsewhere(
     place: Path, tmp_path: Path, split: str
 ) -> None:
