@@ -20,7 +20,8 @@ from psyche_fast.rank import elastic, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
-from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.method import MethodOptimizer, method_of
+from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
@@ -57,17 +58,20 @@ def build_trainer(
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
     )
+    parameters, method = trainable(model), method_of(config)
+    undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
+    optimizer: Optimizer
+    if method is not None:
+        optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
+    else:
+        optimizer = make_optimizer(
+            config.optimizer, parameters, topology.peers, model.masters, undecayed
+        )
     return Trainer(
         model,
         topology,
         config.schedule.learning_rates(),
-        make_optimizer(
-            config.optimizer,
-            trainable(model),
-            topology.peers,
-            model.masters,
-            model.all_but_matrices() if config.optimizer.decay == "matrices" else (),
-        ),
+        optimizer,
         config.training,
         config.optimizer.max_grad_norm,
     )
@@ -103,40 +107,41 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
     step = 0
-    while True:
-        beats.at(step, "waiting")
-        match inbox.next():
-            case protocol.Train() as operation:
-                step, started = operation.step, time.monotonic()
-                beats.at(step, "train")
-                output = trainer.train(step, operation.batch())
-                began = Totals(output, trainer)
-                beats.at(step, "optimize")
-                trainer.optimize(step)
-                if totals is not None:
-                    beats.at(step, "counts")
-                    totals.wait()
-                totals = began
-                patience.took(time.monotonic() - started)
-                client.seconds = patience.seconds
-            case protocol.Save(step, at_once):
-                beats.at(step, "checkpoint")
-                writer.save(trainer, step, at_once=at_once)
-            case protocol.Gather():
-                beats.at(step, "checkpoint")
-                if trainer.topology.replica == 0:
-                    for _ in trainer.model.full_state_dict_iter():
-                        pass  # this rank's part of each gather
-            case protocol.Join():
-                beats.at(step, "join")
-                elastic.welcome(trainer)
-            case protocol.Exit():
-                if totals is not None:
-                    totals.wait()
-                writer.close()
-                # The store ends with rank 0: everybody has read it by now.
-                if epochs is not None:
-                    epochs.close()
-                else:
-                    barrier(device, trainer.topology.everyone)
-                return
+    with beats:
+        while True:
+            beats.at(step, "waiting")
+            match inbox.next():
+                case protocol.Train() as operation:
+                    step, started = operation.step, time.monotonic()
+                    beats.at(step, "train")
+                    output = trainer.train(step, operation.batch())
+                    began = Totals(output, trainer)
+                    beats.at(step, "optimize")
+                    trainer.optimize(step)
+                    if totals is not None:
+                        beats.at(step, "counts")
+                        totals.wait()
+                    totals = began
+                    patience.took(time.monotonic() - started)
+                    client.seconds = patience.seconds
+                case protocol.Save(step, at_once):
+                    beats.at(step, "checkpoint")
+                    writer.save(trainer, step, at_once=at_once)
+                case protocol.Gather():
+                    beats.at(step, "checkpoint")
+                    if trainer.topology.replica == 0:
+                        for _ in trainer.model.full_state_dict_iter():
+                            pass  # this rank's part of each gather
+                case protocol.Join():
+                    beats.at(step, "join")
+                    elastic.welcome(trainer)
+                case protocol.Exit():
+                    if totals is not None:
+                        totals.wait()
+                    writer.close()
+                    # The store ends with rank 0: everybody has read it by now.
+                    if epochs is not None:
+                        epochs.close()
+                    else:
+                        barrier(device, trainer.topology.everyone)
+                    return
