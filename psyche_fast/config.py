@@ -276,6 +276,13 @@ class Machines(Section, frozen=True, kw_only=True):
     secret_file: Annotated[
         str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
     ] = None  # fmt: skip
+    tls_key: Annotated[
+        str | None, _help("this machine's private key, for gloo by TLS; with --tls-cert, --tls-ca")
+    ] = None  # fmt: skip
+    tls_cert: Annotated[str | None, _help("this machine's certificate")] = None
+    tls_ca: Annotated[
+        str | None, _help("certificate of who has signed those of all machines")
+    ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
