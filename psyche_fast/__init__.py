@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psyche_fast.distro import DeMo, Distro, DistroResult, quantize_1bit
+    from psyche_fast.distro import DeMo, DisTrO, Distro, DistroResult, quantize_1bit
     from psyche_fast.methods import LocalSteps
     from psyche_fast.schedules import LearningRateSchedule
 
@@ -23,6 +23,7 @@ if os.environ.get("PSYCHE_FAST_KERNELS") == "interpret":
 
 _LAZY = {
     "DeMo": "psyche_fast.distro",
+    "DisTrO": "psyche_fast.distro",
     "Distro": "psyche_fast.distro",
     "DistroResult": "psyche_fast.distro",
     "quantize_1bit": "psyche_fast.distro",
@@ -32,6 +33,7 @@ _LAZY = {
 
 __all__ = [
     "DeMo",
+    "DisTrO",
     "Distro",
     "DistroResult",
     "LearningRateSchedule",

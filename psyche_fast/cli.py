@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from psyche_fast import __version__, commands
-from psyche_fast.config import FLAGS, Machines, RunConfig, flag, read_toml
+from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import knock, signals
 from psyche_fast.start.cluster import Launched, launched, meet
@@ -195,6 +195,11 @@ def _launched(config: RunConfig, launch: Launched) -> RunConfig:
             f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
             f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
         )
+    if parallelism.elastic:
+        raise ValueError(
+            "--elastic under torchrun or Slurm: they end all ranks with the first; start the core, "
+            "and `psyche-fast sidecar --elastic` for each further replica"
+        )
     changes: dict[str, Any] = {"local_ranks": 1}
     if launch.host is not None and machines.host == Machines().host:
         changes["host"] = launch.host
@@ -217,6 +222,7 @@ def _serve(config: RunConfig, launch: Launched) -> None:
     device, backend = device_of_launched(machines.device, launch)
     host, port = meet(dataclasses.replace(launch, port=machines.port or None), machines.timeout)
     os.environ.setdefault(TIMEOUT, str(machines.timeout))
+    os.environ[ARCHITECTURES] = config.model.python_arch
     sidecar.run(
         Namespace(
             parent_pid=None, backend=backend, init_method=tcp_url(host, port),
@@ -345,23 +351,31 @@ def schedule(
 @click.option("--num-local-ranks", type=int, help="ranks to run (default: one per GPU, 1 on CPU)")
 @click.option("--backend", type=click.Choice(["nccl", "gloo"]), default="nccl", show_default=True)
 @click.option("--secret-file", help="the core's, copied to this machine; see train")
+@click.option("--python-arch", metavar="MODULE:FUNCTION",
+              help="what the core may have these ranks import, if anything")  # fmt: skip
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="wait for the core again after a failure, as often")  # fmt: skip
+@click.option("--elastic", is_flag=True, help="replicas of an elastic run, all of their ranks here")
 def sidecar(
     num_local_ranks: int | None,
     start_device: int,
     backend: str,
     max_restarts: int,
+    python_arch: str | None,
     **options: Any,
 ) -> None:
     """Run this machine's ranks of a run whose core is on another machine."""
+    if python_arch is not None:  # these ranks', and those of later lives
+        os.environ[ARCHITECTURES] = python_arch
     if max_restarts:
         from psyche_fast.start.supervise import supervise
 
         given = {**options, "start_device": start_device, "backend": backend}
         if num_local_ranks is not None:
             given["num_local_ranks"] = num_local_ranks
+        elastic = given.pop("elastic")
         arguments = [word for n, v in given.items() if v is not None for word in (flag(n), str(v))]
+        arguments += ["--elastic"] if elastic else []
         sys.exit(supervise(lambda life: [*_OURSELVES, "sidecar", *arguments], max_restarts, None))
     from psyche_fast.start.spawn import launch_host
 

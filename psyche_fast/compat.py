@@ -68,6 +68,28 @@ def all_gather_single() -> Any:
     return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def all_gather_into(
+    group: Any, rows: torch.Tensor, sent: torch.Tensor, timeout: timedelta
+) -> dist.Work:
+    """Of a gloo group beside torch's own: stubs and `dist` lack what it takes (2.11 .. 2.13)."""
+    from torch.distributed import distributed_c10d
+
+    options = distributed_c10d.AllgatherOptions()
+    options.timeout = timeout
+    work: dist.Work = group.allgather([list(rows.unbind(0))], [sent], options)
+    return work
+
+
+def broadcast_from(group: Any, content: torch.Tensor, root: int, timeout: timedelta) -> dist.Work:
+    """As `all_gather_into`."""
+    from torch.distributed import distributed_c10d
+
+    options = distributed_c10d.BroadcastOptions()
+    options.rootRank, options.timeout = root, timeout
+    work: dist.Work = group.broadcast([content], options)
+    return work
+
+
 def set_default_timeout(timeout: timedelta) -> None:
     """Of the default process group and of all that are created from now on (2.11 .. 2.13).
 

@@ -33,6 +33,10 @@ from psyche_fast.options import (
 from psyche_fast.options import describe as _help
 from psyche_fast.schedules import BatchSizes, Schedule
 
+ARCHITECTURES = "PSYCHE_FAST_ARCHITECTURES"
+"""Environment variable: which `module:function`, one or several with commas between, rank 0 may
+have this rank import. Ranks that rank 0 starts have its own."""
+
 
 class Model(Section, frozen=True, kw_only=True):
     """What is trained, for `models`."""
@@ -219,6 +223,12 @@ class Parallelism(Section, frozen=True, kw_only=True):
     ] = 1
     data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
     tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
+    elastic: Annotated[
+        bool, _help("go on without a replica that dies, and with one that comes back or joins")
+    ] = False  # fmt: skip
+    max_replicas: Annotated[
+        Count, _help("with --elastic: the most replicas, with those that join; 0 = --replicas")
+    ] = 0  # fmt: skip
     device_backend: Annotated[
         Literal["auto", "nccl", "split"],
         _help(
@@ -233,8 +243,26 @@ class Parallelism(Section, frozen=True, kw_only=True):
 
     @property
     def world_size(self) -> int:
-        """All ranks of the run, the core's own included."""
+        """All ranks that the run begins with, the core's own included."""
         return self.replicas * self.ranks_per_replica
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if not self.elastic:
+            if self.max_replicas:
+                raise ValueError("--max-replicas needs --elastic")
+            return
+        if self.replicas == 1:
+            raise ValueError("--elastic needs --replicas of at least 2: rank 0's own has to stay")
+        if 0 < self.max_replicas < self.replicas:
+            raise ValueError(
+                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
+            )
+        if self.device_backend == "nccl":
+            raise ValueError(
+                "--elastic with --device-backend nccl: what goes between replicas that may die "
+                "goes over gloo; leave it out"
+            )
 
 
 class Machines(Section, frozen=True, kw_only=True):
@@ -354,13 +382,20 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 f"--refuse-outliers needs --replicas 3 or more, got {replicas}: of two nobody can "
                 "tell which is the outlier"
             )
+        which = "--max-replicas" if self.parallelism.max_replicas else "--replicas"
+        most = self.parallelism.max_replicas or replicas
         for name in ("total_batch", "total_batch_start"):
             rows = getattr(self.run, name)
-            if rows is not None and rows < replicas:
+            if rows is not None and rows < most:
                 raise ValueError(
-                    f"{flag(name)} {rows} is less than --replicas {replicas}: "
+                    f"{flag(name)} {rows} is less than {which} {most}: "
                     "each needs a sequence to train on"
                 )
+        if self.parallelism.elastic and self.ranks_here % self.parallelism.ranks_per_replica:
+            raise ValueError(
+                f"--local-ranks {self.machines.local_ranks} with --elastic: a replica's "
+                f"{self.parallelism.ranks_per_replica} ranks are started together, on one machine"
+            )
         if self.machines.local_ranks > world_size:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} is more than the run's "
@@ -378,6 +413,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 f"--method {method} wants whole replicas: no --data-parallelism or "
                 "--tensor-parallelism"
             )
+        if self.parallelism.elastic:
+            raise ValueError(f"--elastic wants --method distro, got {method}")
         if self.model.param_dtype != "float32":
             raise ValueError(
                 f"--method {method} adds to the parameters themselves: it wants --param-dtype "

@@ -1,8 +1,10 @@
-"""A device has one name."""
+"""A device has one name; and which one a group of processes talks from."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 def indexed(device: torch.device | str) -> torch.device:
@@ -18,3 +20,20 @@ def indexed(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         return device
     return torch.empty(0, device=device).device
+
+
+def message_for(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
+    """A tensor where a group can send it from: where it is, but in host memory for gloo.
+
+    A group may have a backend for each kind of device, as it has unless somebody chose one.
+    """
+    backends = backends_of(group)
+    if tensor.device.type in backends and backends[tensor.device.type] != "gloo":
+        return tensor
+    return tensor.cpu() if "cpu" in backends else tensor.to(next(iter(backends)))
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """A group's backends by kind of device."""
+    pairs = dist.get_backend_config(group).split(",")
+    return {device: name for device, _, name in (pair.partition(":") for pair in pairs)}

@@ -38,7 +38,7 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
         return f"{LOST_ANOTHER_RANK}: {text}"
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) or text.startswith(LOST_ANOTHER_RANK):
         return str(error)
     return f"{type(error).__name__}: {error}"
 

@@ -25,6 +25,20 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of a parameter's gradient, placed as the parameter is; None for none.
+
+    A collective where the gradient of a distributed parameter is placed otherwise.
+    """
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor):
+        assert isinstance(parameter, DTensor)
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = gradient.to_local()
+    return gradient
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, a collective; a plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -119,3 +133,20 @@ def _group_of_mesh(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def gathered_numbers(
+    numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
+    """As many numbers of each rank of a group; objects would travel pickled. A collective.
+
+    Args:
+        numbers: this rank's.
+        group: the ranks.
+        device: this rank's, where the group is not gloo's.
+    """
+    on_host = dist.get_backend(group) == "gloo"
+    own = torch.tensor(numbers, dtype=torch.int64, device="cpu" if on_host else device)
+    received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, own, group=group)
+    return [theirs.tolist() for theirs in received]

@@ -20,7 +20,7 @@ from psyche_fast.start import signals
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.parent import SPAWNED, TIMEOUT, die_with_parent
+from psyche_fast.start.parent import LIFE, SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,15 @@ def serve(args: argparse.Namespace) -> None:
     timeout = timedelta(seconds=int(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)))
     host, port = address.hostname, address.port
     client = StoreClient(host, port, args.world_size, timeout, rank=args.rank, secret=secret)
-    introduce(client.store, args.rank, processor(device))
+    life = os.environ.get(LIFE)
+    introduce(client.store, args.rank, processor(device), life or "")
+    if life is not None:
+        from psyche_fast.rank.elastic import Start
+        from psyche_fast.rank.serve import serve as serve_own
+
+        serve_own(client, device, Start(args.backend, args.rank, life, timeout))
+        dist.destroy_process_group()
+        return
     join(args.backend, client.store, args.world_size, args.rank, device, timeout)
     if client.first_of((OURS, PSYCHES)) == OURS:
         from psyche_fast.rank import serve as own

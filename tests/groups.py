@@ -388,6 +388,8 @@ def fork_ranks(programs: Mapping[str, str] = RANKS) -> None:
 
 def _rank(program: str, arguments: list[str], options: Mapping[str, Any]) -> None:
     """What an exec does to a process, then the rank; the streams are its own already."""
+    if dist.is_initialized():
+        return  # started again by a core that trains: by the exec, as users' are
     if (before := options.get("preexec_fn")) is not None:
         before()
     if (environment := options.get("env")) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +23,14 @@ class Sent:
         mine: what rank 0's own replica trains.
         tokens: of all replicas, padding included.
         bytes: what another replica is sent.
+        rows: of each replica.
     """
 
     number: int
     mine: Train
     tokens: int
     bytes: int
+    rows: Mapping[int, int]
 
 
 @dataclass
@@ -38,20 +40,18 @@ class Feed:
     Args:
         batches: gives the steps' batches in turn.
         sender: takes them.
-        replicas: of the run; each is sent its share.
         vocabulary: token ids that the model knows; None if that is not known.
         timer: reading is its phase `data`, sending `send`.
     """
 
     batches: Iterator[tuple[int, Batch]]
     sender: Sender
-    replicas: int
     vocabulary: int | None
     timer: PhaseTimer
     _next: Sent | ValueError | OSError | None = field(default=None, init=False)
 
     def send(self, step: int) -> None:
-        """Leaves a step for the other replicas; `take` raises what is wrong with it."""
+        """Leaves a step for the other replicas, each its share; `take` raises what is wrong."""
         try:
             with self.timer.phase("data"):
                 _, batch = next(self.batches)
@@ -60,11 +60,13 @@ class Feed:
             self._next = error
             return
         with self.timer.phase("send"):
-            share = lambda replica: Train.of(step, batch.share(replica, self.replicas))  # noqa: E731
-            number, size = self.sender.publish_parts(
-                {replica: share(replica) for replica in range(1, self.replicas)}
-            )
-            self._next = Sent(number, share(0), batch.input_ids.numel(), size)
+            members = [0, *sorted(self.sender.others)]
+            shares = {r: batch.share(at, len(members)) for at, r in enumerate(members)}
+            parts = {r: Train.of(step, share) for r, share in shares.items()}
+            mine = parts.pop(0)
+            number, size = self.sender.publish_parts(parts)
+            rows = {r: share.rows for r, share in shares.items()}
+            self._next = Sent(number, mine, batch.input_ids.numel(), size, rows)
 
     def take(self) -> Sent:
         """What was sent last.

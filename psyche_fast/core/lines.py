@@ -30,7 +30,8 @@ class Lines:
 
         Args:
             totals: the step's counts.
-            fields: further fields; 0-d tensors are read when the line is written.
+            fields: further fields; 0-d tensors are read when the line is written. Of an elastic
+                run `rows`, those of each replica, of which the lost ones are counted.
         """
         assert self._held is None, "one line at a time"
         self._held = totals, {**fields, "seconds": self.timer.take()}
@@ -50,6 +51,12 @@ class Lines:
             seconds = fields["seconds"]
             for phase, more in self.timer.take().items():
                 seconds[phase] = seconds.get(phase, 0.0) + more
+        rows = fields.pop("rows", None)
+        if rows is not None:
+            assert totals.replicas is not None
+            kept = sum(n for replica, n in rows.items() if replica in totals.replicas)
+            lost = sum(rows.values()) - kept
+            fields |= {"epoch": totals.epoch, "members": len(totals.replicas), "lost_rows": lost}
         self.report(_plain({"step": fields["step"], **asdict(counts), **fields}))
 
 

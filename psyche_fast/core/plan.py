@@ -114,7 +114,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         if wanted and on_cpu:
             raise ValueError(f"{flag(name)} needs a CUDA device")
     sharing = ranks_on_this_machine or config.ranks_here
-    split = _splits(parallelism, on_cpu, sharing)
+    split = parallelism.elastic or _splits(parallelism, on_cpu, sharing)
     threads = config.machines.threads or (max(1, cores() // sharing) if on_cpu else 0)
     resolved = config.replace(
         attn_implementation=attention,

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from psyche_fast.config import ARCHITECTURES, RunConfig
 from psyche_fast.core.plan import Plan
 from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import Console
+from psyche_fast.rank.elastic import most_replicas
 from psyche_fast.start.cluster import Launched, announce
 from psyche_fast.start.door import Door
+from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.network import listen, tcp_url, use_interface
 from psyche_fast.start.parent import TIMEOUT
@@ -66,14 +69,14 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
     secret = None if machines.secret_file is None else read_secret(machines.secret_file)
     # The door takes the address that is named; the store, and the ranks here, need none.
     inner = sock if secret is None else listen("127.0.0.1", 0)
-    environment = {TIMEOUT: str(machines.timeout)}
+    environment = {TIMEOUT: str(machines.timeout), ARCHITECTURES: config.model.python_arch}
     if machines.threads:
         environment["OMP_NUM_THREADS"] = str(machines.threads)
     address = tcp_url(*inner.getsockname()[:2])
     with (
         closing(sock),
         closing(inner),  # until the store takes it over
-        Sidecars(devices.backend, address, world_size, environment) as sidecars,
+        _sidecars(config, devices.backend, address, environment, console) as sidecars,
         stop_on_signal(console.message, sidecars.kill) as stop,
     ):
         for rank in range(1, config.ranks_here):
@@ -86,7 +89,9 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
         elif missing:
             console.message(
                 f"waiting for {missing} ranks from other machines: psyche-fast sidecar "
-                f"--main-host {_reachable(host)} --port {port} --world-size {world_size} "
+                f"{'--elastic ' if config.parallelism.elastic else ''}"
+                f"--main-host {_reachable(host)} --port {port} "
+                f"--world-size {sidecars.world_size} "
                 f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
                 f"--backend {devices.backend}"
                 + ("" if secret is None else f" --secret-file {machines.secret_file}")
@@ -116,6 +121,17 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
                         f"the door has refused {door.refused} knocks, most from "
                         f"{door.busiest()}; logs/rank-0.log"
                     )
+
+
+def _sidecars(
+    config: RunConfig, backend: str, address: str, environment: dict[str, str], console: Console
+) -> Sidecars:
+    options = config.parallelism
+    if not options.elastic:
+        return Sidecars(backend, address, options.world_size, environment)
+    size = options.ranks_per_replica
+    world = most_replicas(options) * size
+    return ReplicaSidecars(backend, address, world, environment, size=size, tell=console.message)
 
 
 def _reachable(host: str) -> str:

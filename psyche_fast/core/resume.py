@@ -30,6 +30,7 @@ _FREE = {
     *("save_dtype", "device", "threads", "host", "secret_file", "port", "local_ranks", "timeout"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
+    *("elastic", "max_replicas"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
 _NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")

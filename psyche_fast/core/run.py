@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
@@ -40,7 +41,9 @@ from psyche_fast.metrics.trackers import Names
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
-from psyche_fast.rank.protocol import Exit, Save, Sender, hand_on
+from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.members import Joiner
+from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
 from psyche_fast.rank.state import FOLDER
@@ -48,6 +51,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
@@ -86,6 +90,7 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
+        members: of an elastic run.
     """
 
     plan: Plan
@@ -97,6 +102,7 @@ class Core:
     console: Console
     timer: PhaseTimer
     watch: Watch
+    members: Members | None = None
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -157,13 +163,22 @@ def _train(
     parallelism = config.parallelism
     # Before the ranks meet, which those of different backends never would.
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
-    join(plan.devices.backend, ranks.store, parallelism.world_size, 0, device, timeout)
-    trainer = build_trainer(config, plan.source, device)
+    members, backend = None, plan.devices.backend
+    if isinstance(ranks.sidecars, ReplicaSidecars):
+        members = Members(config, ranks.store, ranks.sidecars, device, console.message)
+        join_own(ranks.store, backend, members.epochs.place, device, timeout)
+    else:
+        join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
+    trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     restore(trainer, config)
-    checkpoints = Checkpoints(plan, output, trainer, sender, ranks.store, console.message, uploads)
+    if members is not None:
+        members.begin(trainer)
+    checkpoints = Checkpoints(
+        plan, output, trainer, sender, ranks.store, console.message, uploads, members
+    )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs")
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch)
+    watch = watching(ranks, config, timer, output / "logs", members)
+    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -204,7 +219,11 @@ def _train(
     ranks.sidecars.expect_exit()
     sender.publish(Exit())
     hand_on(Exit(), trainer.topology)
-    barrier(device, trainer.topology.everyone)
+    if members is not None:
+        members.epochs.close()
+        members.end()
+    else:
+        barrier(device, trainer.topology.everyone)
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
@@ -251,7 +270,8 @@ def steps(
     config, trainer, sender, timer = core.plan.resolved, core.trainer, core.sender, core.timer
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
-    feed, lines = Feed(batches, sender, replicas, vocabulary, timer), Lines(report, timer)
+    feed, lines = Feed(batches, sender, vocabulary, timer), Lines(report, timer)
+    members = core.members
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
@@ -268,6 +288,13 @@ def steps(
                 core.checkpoints.hurry()
             raise
         saves = last or core.checkpoints.is_due(step)
+        joiner = None
+        if members is not None:
+            sender.others = [replica for replica in members.replicas if replica]
+            wants = None if saves else members.joiner()
+            if wants is not None:
+                joiner = Joiner(*wants, sender.publish(Join(step)) + 1)
+                sender.others = [*sender.others, joiner.replica]
         if saves:  # in the order in which the ranks carry it out
             sender.publish(Save(step, at_once=last))
         if not last:
@@ -296,6 +323,8 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
         }
+        if members is not None:
+            fields["rows"] = sent.rows
         lines.hold(totals, fields)
         checkpoint = None
         if last:
@@ -308,6 +337,11 @@ def steps(
             lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)
+        if members is not None and joiner is not None:
+            hand_on(Join(step), trainer.topology)
+            with timer.phase("join"):
+                welcome(trainer, joiner)
+            members.joined(joiner)
         yield step, checkpoint
         if last:
             return

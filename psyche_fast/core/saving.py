@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from psyche_fast.core.checkpoints import checkpoint_name, prune
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.export import Exporter
 from psyche_fast.core.plan import Plan
 from psyche_fast.core.resume import machine_of
@@ -25,6 +26,8 @@ from psyche_fast.rank.state import Manifest, StateFile
 from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger("psyche_fast.core")
+
+Who = tuple[Sequence[int], Callable[[int], bool]]
 
 
 class Checkpoints:
@@ -42,6 +45,7 @@ class Checkpoints:
         store: what the ranks say.
         tell: takes lines for the user, from any thread.
         uploads: take checkpoints.
+        members: of an elastic run.
 
     Attributes:
         trackers: what trackers call the run, by their names.
@@ -56,9 +60,10 @@ class Checkpoints:
         store: dist.TCPStore,
         tell: Callable[[str], None],
         uploads: Sequence[Uploads] = (),
+        members: Members | None = None,
     ) -> None:
         self._plan, self._output, self._trainer, self._sender = plan, output, trainer, sender
-        self._tell, self._uploads = tell, uploads
+        self._tell, self._uploads, self._members = tell, uploads, members
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # not in the stub
         self._writer = StateWriter(store.clone(), output)  # type: ignore[attr-defined]
         model, self._all_names = plan.resolved.model, plan.config.run.run_id is not None
@@ -95,7 +100,7 @@ class Checkpoints:
         self._begun = step
         self._writer.save(self._trainer, step, at_once=False)
         self._thread = threading.Thread(
-            target=self._work, args=(step,), daemon=True, name="checkpoint"
+            target=self._work, args=(step, self._who()), daemon=True, name="checkpoint"
         )
         self._thread.start()
 
@@ -114,7 +119,7 @@ class Checkpoints:
         self._raise()
         self._writer.save(trainer, step, at_once=True)
         try:
-            self._complete(step)
+            self._complete(step, self._who())
         except OSError as error:
             self._drop(step)
             self._tell(f"--resume will not know the checkpoint of step {step}: {error}")
@@ -149,9 +154,15 @@ class Checkpoints:
         if self._thread is not None and self._collected.is_set():
             self._thread.join()
 
-    def _work(self, step: int) -> None:
+    def _who(self) -> Who:
+        """The ranks that write, and whether one has left since."""
+        if self._members is not None:
+            return self._members.now()
+        return range(self._plan.resolved.parallelism.world_size), lambda rank: False
+
+    def _work(self, step: int, who: Who) -> None:
         try:
-            self._complete(step)
+            self._complete(step, who)
         except OSError as error:
             # A full disk is no reason to lose the run: older checkpoints are untouched.
             self._drop(step)
@@ -173,8 +184,11 @@ class Checkpoints:
     def _drop(self, step: int) -> None:
         shutil.rmtree(state_folder(self._output, step), ignore_errors=True)
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, who: Who) -> None:
         """Waits for what all ranks write, and makes a checkpoint of it.
+
+        It is the model alone, which is said, where the parameters are all here and other parts are
+        not: ranks of further replicas may write on machines of their own.
 
         Raises:
             OSError: a rank could not write, or not here; or the model cannot be written.
@@ -184,22 +198,33 @@ class Checkpoints:
         config, written = self._plan.resolved, state_folder(self._output, step)
         timeout = timedelta(seconds=config.machines.timeout)
         files: list[StateFile] = []
-        saved = collect_saved(self._store, step, config.parallelism.world_size, timeout)
+        saved = collect_saved(self._store, step, *who, timeout)
         self._collected.set()
-        for rank, own in enumerate(saved):
+        lacks: list[str] = []
+        for rank, own in saved.items():
             if own.error is not None:
-                raise OSError(f"rank {rank}: {own.error}")
+                lacks.append(f"rank {rank}: {own.error}")
             for part in own.files:
                 path = written / part.name
-                if not path.is_file() or path.stat().st_size != part.size:
-                    raise OSError(
+                if path.is_file() and path.stat().st_size == part.size:
+                    files.append(part)
+                else:
+                    lacks.append(
                         f"rank {rank} wrote its part on its own machine, or it is gone; --output "
                         "has to be a folder that all machines share"
                     )
-                files.append(part)
+        names = {part.name for part in files}
+        ranks = config.parallelism.ranks_per_replica
+        if lacks and not names.issuperset(map(state.parameters_file, range(ranks))):
+            raise OSError(lacks[0])
         path = self._path(step)
         with atomic_folder(path) as folder:
             self._exporter.write(folder, written, files, are_new=True)
+            if lacks:
+                self._drop(step)
+                self._tell(f"--resume will not know the checkpoint of step {step}: {lacks[0]}")
+                log.warning("state of step %d not complete: %s", step, "; ".join(lacks))
+                return
             manifest = Manifest(
                 version=state.VERSION, step=step, config=config.to_dict(), data=self._plan.data,
                 machine=machine_of(config, self._plan.devices.devices[0]), tracker=self.trackers,

@@ -11,18 +11,25 @@ import msgspec
 import torch.distributed as dist
 
 from psyche_fast.config import RunConfig
+from psyche_fast.core.elastic import Members
 from psyche_fast.core.ranks import Ranks
 from psyche_fast.metrics import PhaseTimer
 from psyche_fast.rank.beats import SECONDS, STACKS, Beat, Patience, beat_key, write_stacks
 from psyche_fast.start.signals import exit_now
 
-_LONG = {"data", "send", "checkpoint", None}
+_LONG = {"data", "send", "checkpoint", "join", None}
 """Phases of rank 0's in which others may have to wait: each has limits of its own."""
 _STOPPED = 5.0
 """Seconds between two looks, from which on nothing can be said of others."""
 
 
-def watching(ranks: Ranks, config: RunConfig, timer: PhaseTimer, logs: Path) -> Watch:
+def watching(
+    ranks: Ranks,
+    config: RunConfig,
+    timer: PhaseTimer,
+    logs: Path,
+    members: Members | None = None,
+) -> Watch:
     """The watch over a run.
 
     Args:
@@ -30,13 +37,17 @@ def watching(ranks: Ranks, config: RunConfig, timer: PhaseTimer, logs: Path) -> 
         config: the run, resolved.
         timer: says what rank 0 does.
         logs: takes what the ranks were doing.
+        members: of an elastic run, which goes on without the rank that is named.
     """
     most = config.machines.timeout
     # A new shape is compiled anew, while nothing is wrong.
     patience = Patience(most, most) if config.model.compile else Patience(most)
     store = ranks.store.clone()  # type: ignore[attr-defined]  # not in the stub
     world = config.parallelism.world_size
-    return Watch(store, world, timer, patience, Patience(most), logs, ranks.sidecars.kill)
+    if members is not None:
+        world = members.epochs.replicas * members.epochs.size
+    kill = ranks.sidecars.kill
+    return Watch(store, world, timer, patience, Patience(most), logs, kill, members)
 
 
 class Watch:
@@ -50,6 +61,7 @@ class Watch:
         silence: how long a rank may be silent.
         logs: takes what the ranks were doing.
         kill: ends those of this machine.
+        members: of an elastic run, which goes on without the rank that is named.
     """
 
     def __init__(
@@ -61,10 +73,11 @@ class Watch:
         silence: Patience,
         logs: Path,
         kill: Callable[[], None],
+        members: Members | None = None,
     ) -> None:
         self._store, self._ranks, self._timer = store, range(1, ranks), timer
         self._patience, self._silence = patience, silence
-        self._logs, self._kill = logs, kill
+        self._logs, self._kill, self._members = logs, kill, members
         self._step, self._since = 0, time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
@@ -100,6 +113,9 @@ class Watch:
                 heard.clear()
                 busy_since = now
             for rank, key in keys.items():
+                if self._members is not None and not self._members.has(rank):
+                    heard.pop(rank, None)
+                    continue
                 if not self._store.check([key]):
                     continue
                 beat = msgspec.json.decode(self._store.get(key), type=Beat)
@@ -107,16 +123,27 @@ class Watch:
                     heard[rank] = beat, now
             for rank, (beat, at) in heard.items():
                 if now - at > self._silence.seconds:
-                    return self._end(
+                    what = (
                         f"rank {rank} on {beat.host} has not been heard of for {now - at:.0f} s "
                         f"(it was at step {beat.step}, {beat.phase}): it is stopped or cut off"
                     )
+                    if not self._goes_on_without([rank], what):
+                        return self._end(what)
             if self._timer.current in _LONG:
                 busy_since = now
             if now - max(busy_since, self._since) > self._patience.seconds:
-                return self._end(self._slowest({rank: beat for rank, (beat, _) in heard.items()}))
+                late, what = self._slowest({rank: beat for rank, (beat, _) in heard.items()})
+                if not self._goes_on_without(late, what):
+                    return self._end(what)
+                busy_since = now
 
-    def _slowest(self, beats: dict[int, Beat]) -> str:
+    def _goes_on_without(self, ranks: list[int], what: str) -> bool:
+        """Has an elastic run leave ranks out; whether it can."""
+        members = self._members
+        return bool(ranks) and members is not None and members.lose(ranks, what, self._store)
+
+    def _slowest(self, beats: dict[int, Beat]) -> tuple[list[int], str]:
+        """The ranks that others wait for, and what to say of them."""
         phase = self._timer.current
         usual = f"step {self._step} has taken more than {self._patience.seconds:.0f} s"
         behind = [r for r, b in beats.items() if (b.step, b.phase) != (self._step, phase)]
@@ -125,7 +152,8 @@ class Watch:
             f"rank {r} on {beats[r].host} is at step {beats[r].step}, {beats[r].phase}"
             for r in late[:8]
         )
-        return f"{usual}: rank 0 is in {phase}" + (f", {who}" if who else ", and so are all others")
+        said = f"{usual}: rank 0 is in {phase}" + (f", {who}" if who else ", and so are all others")
+        return late, said
 
     def _end(self, what: str) -> None:
         with_stacks = f"{self._logs}/stacks-rank-*.txt say where the ranks were"

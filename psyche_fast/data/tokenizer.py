@@ -58,7 +58,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> transformers.PreTrainedTokeniz
         ValueError: if there is none, or it has no fast (`tokenizers`) form or no end-of-text token.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path_or_hub_id))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path_or_hub_id), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {path_or_hub_id}: {reason}") from error

@@ -15,14 +15,16 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_gather_single
+from psyche_fast.devices import message_for
 from psyche_fast.distro.message import MessageFormat, Unpacking
-from psyche_fast.distro.verdict import Standing, Verdict, agree
+from psyche_fast.distro.verdict import Standing, Verdict, agree, left_out
 from psyche_fast.kernels.plan import Entries
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,16 @@ log = logging.getLogger(__name__)
 BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """The most that one rank hands to one collective, by where the bytes lie. Messages of more than a
 few MiB gain nothing from being larger on gloo; NCCL has buffers and rings to fill."""
+
+
+class Arriving(Protocol):
+    """Messages under way."""
+
+    def wait(self) -> Tensor:
+        """All peers' messages, as `Pending.wait` gives them."""
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages these are, in order."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,10 @@ class Pending:
         self._synchronize()
         parts = [part.to(self._device, non_blocking=True) for part in self._received]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def senders(self) -> Sequence[int]:
+        """The replicas whose messages `wait` gives, in its order."""
+        return range(len(self._received[0]))
 
     def host(self) -> Tensor:
         """What `wait` gives, in host memory; nothing else that the device does is waited for."""
@@ -85,7 +101,7 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     """
     if peers is None:
         return Pending(0, message.device, [], [message.unsqueeze(0)], [])
-    staged = message.cpu() if dist.get_backend(peers) == "gloo" else message
+    staged = message_for(peers, message)
     limit = BUCKET_BYTES[staged.device.type] // message.element_size()
     sent = staged.split(limit)
     ranks = dist.get_world_size(peers)
@@ -142,8 +158,8 @@ class Exchange:
         self.standing = Standing(replicas)
         self.refused: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
-        self._under_way: deque[tuple[Pending, Future[Verdict], int]] = deque()
-        self._unpacking: tuple[Unpacking, Verdict, int] | None = None
+        self._under_way: deque[tuple[Arriving, Future[Verdict], int]] = deque()
+        self._unpacking: tuple[Unpacking, Verdict, Sequence[int], int] | None = None
         self._kept: tuple[list[Entries] | None] | None = None
 
     def __len__(self) -> int:
@@ -190,15 +206,16 @@ class Exchange:
         if self._unpacking is None:
             self._unpack()
         assert self._unpacking is not None
-        unpacking, verdict, number = self._unpacking
+        unpacking, verdict, senders, number = self._unpacking
         self._unpacking = None
         entries, faults = unpacking.result()
-        refused = {**verdict.refused, **faults}
+        refused = {senders[row]: what for row, what in {**verdict.refused, **faults}.items()}
+        unseen = {senders[row] for row in verdict.left_out}
         self.refused = dict.fromkeys(sorted(refused), 1)
         self.left_out = {r: n - number for r, n in self.standing.left_out(number).items()}
-        for peer, what in sorted(refused.items()):
-            if peer not in verdict.left_out:
-                log.warning("the result of replica %d is refused: %s", peer, what)
+        for replica, what in sorted(refused.items()):
+            if replica not in unseen:
+                log.warning("the result of replica %d is refused: %s", replica, what)
         return entries
 
     def settle(self) -> None:
@@ -227,7 +244,7 @@ class Exchange:
         unpacking = verdict.decoded
         if unpacking is None:
             unpacking = self._form.begin_unpack(pending.wait(), leave_out=verdict.refused)
-        self._unpacking = unpacking, verdict, number
+        self._unpacking = unpacking, verdict, pending.senders(), number
 
     def _check(
         self,
@@ -244,19 +261,22 @@ class Exchange:
         except Exception as error:
             check.set_exception(error)
 
+    def _note(self, number: int, offenders: set[int]) -> None:
+        for replica, until in self.standing.note(number, offenders).items():
+            log.warning(
+                "replica %d is left out for %d steps: too many of its results were refused",
+                replica, until - number - 1,
+            )  # fmt: skip
+
     def _judge(self, messages: Tensor, number: int) -> Verdict:
         assert self._agreement is not None
         pauses = self.standing.left_out(number)
-        faults = {r: f"it is left out before exchange {until}" for r, until in pauses.items()}
+        faults = {r: left_out(until) for r, until in pauses.items()}
         found = self._form.faults(messages, number, range(len(messages)))
         faults = {**found, **faults}
         decoded, further = self._form.decode(messages, faults)
         refused, offenders = agree(faults | further, messages, self._agreement)
-        for r, until in self.standing.note(number, offenders - pauses.keys()).items():
-            log.warning(
-                "replica %d is left out for %d steps: too many of its results were refused",
-                r, until - number - 1,
-            )  # fmt: skip
+        self._note(number, offenders - pauses.keys())
         # What is decoded already serves where nothing but the malformed is refused beyond it.
         if decoded is not None and refused.keys() != faults.keys():
             decoded = self._form.begin_unpack(messages, leave_out=refused)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
+from psyche_fast.distro.gathers import Gathers, Numbers
 from psyche_fast.distro.message import hash_bits
 
 
@@ -27,7 +28,7 @@ class PendingCheck:
 
     step: int
     _names: Sequence[str]
-    _hashes: exchange.Pending
+    _hashes: exchange.Pending | Numbers
     _who: str
 
     def finish(self) -> None:
@@ -55,7 +56,7 @@ def hashed(tensors: Sequence[Tensor]) -> Tensor:
 
 def start(
     tensors: Mapping[str, Tensor],
-    peers: dist.ProcessGroup,
+    peers: dist.ProcessGroup | Gathers,
     step: int,
     who: str = "replicas",
     *,
@@ -75,4 +76,6 @@ def start(
         hashes: of `hashed`, where they are known by now.
     """
     own = hashed(list(tensors.values())) if hashes is None else hashes
+    if isinstance(peers, Gathers):
+        return PendingCheck(step, list(tensors), Numbers.begin(own, peers), who)
     return PendingCheck(step, list(tensors), exchange.start(own, peers if tensors else None), who)

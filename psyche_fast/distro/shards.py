@@ -11,6 +11,7 @@ use of its gradients all ranks of a replica leave out alike (`GradientGuard`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ from torch.nn.utils import get_total_norm
 from psyche_fast.distro.chunks import ParameterLayout
 from psyche_fast.sharding import (
     cuts,
+    gathered_numbers,
+    local_gradient,
     local_tensor,
     part_of,
     placed_like,
@@ -138,15 +141,7 @@ class Parts:
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's part of each gradient; a collective where chunks have been divided."""
-        parts: list[Tensor | None] = []
-        for p in self.parameters:
-            gradient = p.grad
-            if isinstance(gradient, DTensor):
-                assert isinstance(p, DTensor)
-                if gradient.placements != p.placements:
-                    gradient = gradient.redistribute(placements=p.placements)
-                gradient = gradient.to_local()
-            parts.append(gradient)
+        parts = [local_gradient(p) for p in self.parameters]
         for members, moved in self._scattered:
             dtype = self.parameters[members[0]].dtype
             given = [g for i in members if (g := parts[i]) is not None]
@@ -199,6 +194,10 @@ class Parts:
         """Bring parameters up to date with their divided chunks; a collective."""
         self.bring_back(self.tensors(), self.parameters)
 
+    def lies_as_shard(self, position: int) -> bool:
+        """Whether this rank works on a parameter where it lies, and not on divided chunks."""
+        return position not in self._where
+
     def whole(self, position: int, part: Tensor) -> Tensor:
         """A tensor over all chunks of a parameter, of which each rank has its part.
 
@@ -233,6 +232,11 @@ class Parts:
         return shard.to_local()
 
 
+def _slabs(numbers: list[int], dims: Sequence[int]) -> list[Slab]:
+    rest = iter(numbers)
+    return [Slab(*(tuple(itertools.islice(rest, n)) for _ in range(2))) for n in dims]
+
+
 class Scattered:
     """The way of several parameters' elements from shards to whole chunks and back.
 
@@ -258,8 +262,12 @@ class Scattered:
     ) -> None:
         self._wholes, self._group = list(wholes), group
         ranks, me = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[Slab]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(everyones, list(slabs), group=group)
+        everyones = [
+            _slabs(numbers, [len(s.start) for s in slabs])
+            for numbers in gathered_numbers(
+                [n for s in slabs for n in (*s.start, *s.shape)], group, device
+            )
+        ]
         self._shapes = [s.shape for s in slabs]
         self._bounds = _divide(wholes, ranks)
         self._runs = [bounds[me] for bounds in self._bounds]
@@ -392,6 +400,7 @@ class GradientGuard:
 
     Attributes:
         refused: 0-d int64 on the device, in how many steps the gradients were left out.
+        groups: of the meshes that parameters are distributed over, by dimension.
 
     Args:
         parameters: all of them, in one order on all ranks; the first one's device has the counter.
@@ -402,7 +411,7 @@ class GradientGuard:
         device = parameters[0].device if parameters else torch.device("cpu")
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         meshes = {p.device_mesh: None for p in parameters if isinstance(p, DTensor)}
-        self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._what = what
         self._warned = False
         self._copy: Tensor | None = None
@@ -421,7 +430,7 @@ class GradientGuard:
         """
         local = [local_tensor(g) for g in gradients if g is not None]
         finite = _all_finite([g for g in local if g.numel()], self.refused.device)
-        for group in self._groups:
+        for group in self.groups:
             dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
         factor = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32)
         factor = factor.to(finite.device, non_blocking=True).where(finite > 0, torch.nan)

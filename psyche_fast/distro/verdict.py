@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.devices import backends_of
 from psyche_fast.distro.message import Unpacking
 
-_DIGEST = 16
+OPINION = 1 + 16
+"""Bytes of a rank's opinion on a message."""
 _OFFENCES = 3
 """So many refused results"""
 _WINDOW = 100
@@ -58,46 +60,83 @@ def agree(
         senders that more than half of the others refuse: what one refuses may be the link's fault.
     """
     ranks, senders = dist.get_world_size(group), len(messages)
-    on_host = dist.get_backend(group) == "gloo"
+    on_host = "cpu" in backends_of(group)
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    own = torch.stack(
-        [_opinion(row, refused=number in faults) for number, row in enumerate(messages)]
-    )
+    own = torch.stack([opinion(row, number in faults) for number, row in enumerate(messages)])
     sent = own.repeat(ranks, 1, 1).to(device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return conclude(faults, received.cpu(), senders)
 
 
-def _opinion(message: Tensor, *, refused: bool) -> Tensor:
-    digest = hashlib.blake2b(message.numpy().data, digest_size=_DIGEST).digest()
-    return torch.frombuffer(bytearray([refused, *digest]), dtype=torch.uint8)
+def opinion(message: Tensor, state: int) -> Tensor:
+    """What a rank says of a message: uint8 `[OPINION]`, its state and what has been got."""
+    digest = hashlib.blake2b(message.numpy().data, digest_size=OPINION - 1).digest()
+    return torch.frombuffer(bytearray([state, *digest]), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What ranks together say of one sender.
+
+    Attributes:
+        by: the ranks that refuse what they have got from it.
+        differs: whether others, in the same place, have got different things.
+        offends: whether more than half of the other replicas refuse it, in some place.
+    """
+
+    by: Sequence[int]
+    differs: bool
+    offends: bool
+
+    def why(self, own: str | None) -> str | None:
+        """What is wrong, if anything; `own` is what this rank has found."""
+        if self.by:
+            return own or f"it has arrived damaged at rank {', '.join(map(str, self.by))}"
+        return "not all have got the same from it" if self.differs else None
+
+
+def judge(opinions: Tensor, ranks: Sequence[int], sender: int, places: int, bad: int) -> Judgement:
+    """Puts opinions on one sender together.
+
+    Args:
+        opinions: uint8 `[ranks, OPINION]`.
+        ranks: whose they are; `rank = replica * places + place`.
+        sender: the replica.
+        places: ranks of a replica.
+        bad: the state of what is refused.
+    """
+    states = opinions[:, 0].tolist()
+    by = [rank for rank, state in zip(ranks, states, strict=True) if state == bad]
+    differs = offends = False
+    for place in range(places):
+        here = [at for at, rank in enumerate(ranks) if rank % places == place]
+        got = {bytes(opinions[at, 1:].tolist()) for at in here if states[at] != bad}
+        differs |= len(got) > 1
+        others = [at for at in here if ranks[at] // places != sender]
+        offends |= 2 * sum(states[at] == bad for at in others) > len(others)
+    return Judgement(by, differs, offends)
 
 
 def conclude(
     faults: Mapping[int, str], opinions: Tensor, senders: int
 ) -> tuple[dict[int, str], set[int]]:
-    """`agree` for what all ranks have said: uint8 `[ranks, senders, 1 + digest]`."""
-    places = len(opinions) // senders
+    """`agree` for what all ranks have said: uint8 `[ranks, senders, OPINION]`."""
+    ranks, places = range(len(opinions)), len(opinions) // senders
     refused: dict[int, str] = {}
     offenders = set()
     for sender in range(senders):
-        said = opinions[:, sender]
-        by = said[:, 0].nonzero().view(-1).tolist()
-        differ = False
-        for place in range(places):
-            at = range(place, len(opinions), places)
-            kept = {bytes(said[rank].tolist()) for rank in at if rank not in by}
-            differ |= len(kept) > 1
-            others = [rank for rank in at if rank // places != sender]
-            if 2 * sum(rank in by for rank in others) > len(others):
-                offenders.add(sender)
-        if by:
-            who = ", ".join(map(str, by))
-            refused[sender] = faults.get(sender, f"it has arrived damaged at rank {who}")
-        elif differ:
-            refused[sender] = "not all have got the same from it"
+        judgement = judge(opinions[:, sender], ranks, sender, places, True)
+        if (why := judgement.why(faults.get(sender))) is not None:
+            refused[sender] = why
+        if judgement.offends:
+            offenders.add(sender)
     return refused, offenders
+
+
+def left_out(until: int) -> str:
+    """What is wrong with a message that nobody looks at."""
+    return f"its replica is left out before exchange {until}"
 
 
 class Standing:

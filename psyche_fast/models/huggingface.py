@@ -86,7 +86,10 @@ def _construct(
     def constructed(dtype: torch.dtype) -> PreTrainedModel:
         with parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=False,  # and do not ask: what is in a folder is data
             )
             return model
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
+
+from psyche_fast.config import ARCHITECTURES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +82,20 @@ def resolve(architecture: str) -> Builder | None:
         f"--python-arch: wanted one of {', '.join(known())}, or module:function; "
         f"got {architecture!r}"
     )
+
+
+def check_named(architecture: str) -> None:
+    """Checks an architecture that another machine has named: what is imported is run.
+
+    Raises:
+        ValueError: it is a `module:function` that nobody has allowed here.
+    """
+    allowed = os.environ.get(ARCHITECTURES, "").split(",")
+    if ":" in architecture and architecture not in allowed:
+        raise ValueError(
+            f"rank 0 wants {architecture!r} to be imported, which nobody has allowed on this "
+            f"machine: give --python-arch {architecture} here too, or {ARCHITECTURES}"
+        )
 
 
 def _import(architecture: str, target: str) -> Builder:

@@ -47,8 +47,15 @@ class FilesSource:
 
     @staticmethod
     def from_strings(files: list[str]) -> FilesSource:
-        """From paths as text; `~/` is this machine's home directory."""
-        return FilesSource(tuple(Path(file).expanduser() for file in files))
+        """From paths as text; `~/` is this machine's home directory.
+
+        Raises:
+            ValueError: there is no such directory.
+        """
+        try:
+            return FilesSource(tuple(Path(file).expanduser() for file in files))
+        except RuntimeError as error:  # `~` of a user whom this machine does not know
+            raise ValueError(f"the model's files, {files}: {error}") from error
 
     def named(self, name: str) -> Path | None:
         """The file called `name`, or None."""

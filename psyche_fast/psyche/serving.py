@@ -8,6 +8,7 @@ import logging
 import torch
 import torch.distributed as dist
 
+from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import FilesSource
 from psyche_fast.psyche import interface, messages
 from psyche_fast.psyche.model import make_causal_lm
@@ -32,6 +33,7 @@ def serve(client: StoreClient, device: torch.device) -> None:
     """
     store = PsycheStore(client, device)
     architecture, own = store.receive_model()
+    check_named(architecture)
     source: interface.Source
     if isinstance(own, FilesSource):
         source = interface.PretrainedSourceRepoFiles([str(file) for file in own.files])

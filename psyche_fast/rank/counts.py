@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.rank.trainer import Trainer, TrainOutput
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,17 @@ class Totals:
         sent = torch.full((), trainer.bytes_sent, dtype=torch.float64, device=device)
         here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
         total = torch.stack([*(t.double() for t in here), sent])
+        self.replicas: list[int] | None = None
+        """After `wait`, in an elastic run: whose results of the step count."""
+        self.epoch = 0
+        """After `wait`, in an elastic run: the epoch in which that came to be known."""
+        self._senders, self._work = trainer.senders, None
+        self._gathered: Future[Gathered] | None = None
+        peers = self._topology.peers
+        if isinstance(peers, Gathers):
+            self._sum = total.cpu()
+            self._gathered = peers.gather(self._sum.view(torch.uint8), everyone=True)
+            return
         group = self._topology.everyone
         # Over gloo from the host: the exchange of results has waited for the device already.
         self._sum = total if group is None else total.cpu()
@@ -58,6 +71,15 @@ class Totals:
         """Waits for the other ranks and for the device."""
         if self._work is not None:
             self._work.wait()
+        replicas = self._topology.replicas
+        if self._gathered is not None:
+            assert self._senders is not None
+            self.replicas = self._senders.result()
+            gathered = self._gathered.result()
+            assert isinstance(self._topology.peers, Gathers)
+            self.epoch = self._topology.peers.epoch
+            self._sum = gathered.rows.view(torch.float64).sum(dim=0)
+            replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
         loss, kept, left_out, refused, sent = self._sum.tolist()
         warn_of_refusal(self._output)
         ranks = self._topology.dp * self._topology.tp
@@ -65,7 +87,7 @@ class Totals:
             loss / kept if kept else math.nan,
             round(left_out / ranks),
             round(refused / ranks),
-            round(sent / self._topology.replicas),
+            round(sent / replicas),
         )
 
 

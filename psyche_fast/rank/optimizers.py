@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast import config
 from psyche_fast.distro import DistroStep
+from psyche_fast.distro.elastic import ElasticExchange
 from psyche_fast.distro.exchange import Exchange
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.state import (
     by_name,
@@ -51,6 +54,11 @@ class Optimizer:
     def left_out_results(self) -> dict[int, int]:
         """Replicas whose results are left out unseen, each with for how many steps yet."""
         return {}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """The replicas whose results of the last step count; None where it is all, always."""
+        return None
 
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
@@ -273,11 +281,11 @@ class DistroOptimizer(DistroStep, Optimizer):
         self,
         parameters: Mapping[str, Tensor],
         options: config.Optimizer,
-        peers: dist.ProcessGroup | None,
+        peers: dist.ProcessGroup | Gathers | None,
         masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
     ) -> None:
-        """Take the parameters by name; a collective of all ranks where there are peers.
+        """Take the parameters by name; a collective of all ranks where there is a group of peers.
 
         Args:
             parameters: by name.
@@ -299,10 +307,13 @@ class DistroOptimizer(DistroStep, Optimizer):
             signs=options.distro_quantization,
             outliers=options.refuse_outliers,
         )
-        # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
-        agreement = None if peers is None else dist.new_group(backend="gloo")
-        assert agreement is None or isinstance(agreement, dist.ProcessGroup)
-        self._exchange = Exchange(form, peers, agreement)
+        if isinstance(peers, Gathers):
+            self._exchange: Exchange = ElasticExchange(form, peers)
+        else:
+            # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
+            agreement = None if peers is None else dist.new_group(backend="gloo")
+            assert agreement is None or isinstance(agreement, dist.ProcessGroup)
+            self._exchange = Exchange(form, peers, agreement)
         self._own: list[Entries] | None = None
         self._keeps = False
         self._taken: tuple[list[Entries] | None] | None = None
@@ -322,6 +333,11 @@ class DistroOptimizer(DistroStep, Optimizer):
     def left_out_results(self) -> dict[int, int]:
         """See `Optimizer`."""
         return self._exchange.left_out
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """See `Optimizer`; of an elastic run."""
+        return self._exchange.senders if isinstance(self._exchange, ElasticExchange) else None
 
     def receive(self) -> None:
         """Begin to unpack the previous step's results as soon as they have arrived.
@@ -441,7 +457,7 @@ def distro_options(options: config.Optimizer) -> dict[str, Any]:
 def make_optimizer(
     options: config.Optimizer,
     parameters: Mapping[str, Tensor],
-    peers: dist.ProcessGroup | None,
+    peers: dist.ProcessGroup | Gathers | None,
     masters: Mapping[str, Tensor] | None = None,
     undecayed: Container[str] = (),
 ) -> Optimizer:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from psyche_fast.start.store import StoreClient
 FIRST_KEY = "psyche_fast"
 """The key by which a core is known to be ours."""
 
+_SLICE = timedelta(seconds=0.5)
 _PIECE = 4 << 20
 """The most bytes in one value: TCPStore refuses those of more than 8 MiB."""
 _MOST_PIECES = 1 << 10
@@ -113,11 +116,17 @@ class Gather(msgspec.Struct, frozen=True, array_like=True, tag="gather"):
     """Ranks of rank 0's replica take part in gathering its plain parameters."""
 
 
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
+    """After a step, a replica joins an elastic run."""
+
+    step: int
+
+
 class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Gather | Exit
+Operation = Train | Save | Gather | Join | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:
@@ -132,11 +141,14 @@ class Sender:
     Args:
         store: the store that rank 0 hosts.
         replicas: of the run.
+
+    Attributes:
+        others: the replicas that are told.
     """
 
     def __init__(self, store: dist.Store, replicas: int) -> None:
         self._store = store
-        self._others = range(1, replicas)
+        self.others: Collection[int] = range(1, replicas)
         self._keys: deque[tuple[int, list[str]]] = deque()
         self._number = 0
 
@@ -157,15 +169,14 @@ class Sender:
 
     def publish(self, operation: Operation) -> int:
         """Leaves an operation for the other replicas; see `publish_parts`."""
-        return self.publish_parts(dict.fromkeys(self._others, operation))[0]
+        return self.publish_parts(dict.fromkeys(self.others, operation))[0]
 
     def publish_parts(self, parts: Mapping[int, Operation]) -> tuple[int, int]:
-        """Leaves each of the other replicas an operation of its own; waits for nobody.
+        """Leaves other replicas operations of their own; waits for nobody.
 
         Returns:
             its number, and the bytes of the largest.
         """
-        assert parts.keys() == set(self._others)
         number, keys, most = self._number, [], 0
         for replica, operation in parts.items():
             packed = msgspec.msgpack.encode(operation)
@@ -229,7 +240,9 @@ class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """What a rank says of its part of a checkpoint's state."""
 
     files: list[StateFile] = []
+    """What it has written."""
     error: str | None = None
+    """Why that is not all."""
 
 
 def report_saved(store: dist.Store, step: int, rank: int, saved: Saved) -> None:
@@ -237,21 +250,38 @@ def report_saved(store: dist.Store, step: int, rank: int, saved: Saved) -> None:
     store.set(_saved_key(step, rank), msgspec.json.encode(saved).decode())
 
 
-def collect_saved(store: dist.Store, step: int, ranks: int, timeout: timedelta) -> list[Saved]:
-    """Waits for what all ranks say of a checkpoint's state.
+def collect_saved(
+    store: dist.Store,
+    step: int,
+    ranks: Iterable[int],
+    is_gone: Callable[[int], bool],
+    timeout: timedelta,
+) -> dict[int, Saved]:
+    """Waits for what ranks say of a checkpoint's state.
+
+    Args:
+        store: where they say it.
+        step: the checkpoint's.
+        ranks: those.
+        is_gone: whether a rank has left an elastic run; it is not waited for then.
+        timeout: how long to wait.
 
     Raises:
         OSError: some have not written theirs in time.
     """
-    keys = [_saved_key(step, rank) for rank in range(ranks)]
-    try:
-        store.wait(keys, timeout)
-    except dist.DistStoreError:
-        late = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        raise OSError(f"rank {', '.join(late)} has not written its state in time") from None
-    saved = [strict.read(store.get(key), Saved, f"store key {key!r}") for key in keys]
-    for key in keys:
-        store.delete_key(key)
+    keys = {rank: _saved_key(step, rank) for rank in ranks}
+    until = time.monotonic() + timeout.total_seconds()
+    while late := [r for r, key in keys.items() if not store.check([key]) and not is_gone(r)]:
+        if time.monotonic() > until:
+            who = ", ".join(map(str, late))
+            raise OSError(f"rank {who} has not written its state in time")
+        with suppress(dist.DistStoreError):
+            store.wait([keys[rank] for rank in late], _SLICE)
+    saved = {}
+    for rank, key in keys.items():
+        if store.check([key]):
+            saved[rank] = strict.read(store.get(key), Saved, f"store key {key!r}")
+            store.delete_key(key)
     return saved
 
 
@@ -291,21 +321,21 @@ class Inbox:
     Args:
         client: the connection to the store.
         topology: this rank's place.
+        first: the first operation that is for it.
     """
 
-    def __init__(self, client: StoreClient, topology: Topology) -> None:
+    def __init__(self, client: StoreClient, topology: Topology, first: int = 0) -> None:
         self._client = client
         self._topology = topology
         self._arrived: queue.SimpleQueue[Operation | Exception] = queue.SimpleQueue()
         if topology.replica > 0 and topology.is_first:
             # A connection of its own: the process group goes on using the other one.
-            arguments = (client.clone(), topology.replica)
+            arguments = (client.clone(), topology.replica, first)
             threading.Thread(
                 target=self._read, args=arguments, daemon=True, name="operations"
             ).start()
 
-    def _read(self, store: dist.Store, replica: int) -> None:
-        number = 0
+    def _read(self, store: dist.Store, replica: int, number: int) -> None:
         operation: Operation | None = None
         try:
             while not isinstance(operation, Exit):

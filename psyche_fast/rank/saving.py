@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,20 +60,26 @@ class StateWriter:
                 next `optimize` raises that.
         """
         self.wait()
+        rank = trainer.topology.rank
         if not at_once:
-            trainer.take_snapshot(step, partial(self._begin, step))
+            trainer.take_snapshot(step, partial(self._begin, rank, step))
             return
         trainer.drop_snapshot()
         trainer.plain()
         trainer.check_replicas(step)
-        self._begin(step, trainer.files())
+        self._begin(rank, step, trainer.files())
 
-    def _begin(self, step: int, parts: dict[str, state.State] | Exception) -> None:
-        arguments = dist.get_rank(), step, parts
+    def _begin(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
+        arguments = rank, step, parts
         self._thread = threading.Thread(
             target=self._write, args=arguments, daemon=True, name="state"
         )
         self._thread.start()
+
+    def close(self) -> None:
+        """Waits until nothing is being written, when rank 0 is done with all checkpoints."""
+        self.wait()
+        self._sweep(dist.get_rank())
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -82,15 +89,29 @@ class StateWriter:
 
     def _write(self, rank: int, step: int, parts: dict[str, state.State] | Exception) -> None:
         folder = state_folder(self._output, step)
+        files: list[state.StateFile] = []
+        error: str | None = None
         try:
+            self._sweep(rank)
             if isinstance(parts, Exception):
                 raise OSError(f"no copy of the state: {parts}") from parts
-            files = [state.write_part(folder, name, pieces) for name, pieces in parts.items()]
-            saved = Saved(files=files)
-        except OSError as error:
-            log.warning("state of step %d not written: %s", step, error)
-            saved = Saved(error=str(error))
-        report_saved(self._store, step, rank, saved)
+            for name, pieces in sorted(parts.items()):  # of parameters first: they are the model
+                files.append(state.write_part(folder, name, pieces))
+        except OSError as failed:
+            log.warning("state of step %d not written: %s", step, failed)
+            error = str(failed)
+        report_saved(self._store, step, rank, Saved(files=files, error=error))
+
+    def _sweep(self, rank: int) -> None:
+        """Removes what this rank has written earlier and rank 0, on another machine, did not see.
+
+        Where it did, it is in its checkpoint by now, or gone.
+        """
+        for name in (state.rank_file(rank), state.parameters_file(rank)):
+            for path in Path(self._output, "checkpoints").glob(f".state-*/{name}"):
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # not the last one
+                    path.parent.rmdir()
 
 
 def restore(trainer: Trainer, config: RunConfig) -> None:
@@ -106,8 +127,7 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     manifest = state.read_manifest(folder)
     before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
     ranks = before["data_parallelism"] * before["tensor_parallelism"]
-    place = dist.get_rank() % config.parallelism.ranks_per_replica
-    replica = dist.get_rank() // config.parallelism.ranks_per_replica
+    replica, place = divmod(trainer.topology.rank, config.parallelism.ranks_per_replica)
     likely = min(place, ranks - 1)  # the very same where the ranks are placed alike
     written, files = folder / state.FOLDER, manifest.files
     parameters = state.Reader(
@@ -115,7 +135,9 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     )
     if not parameters:
         raise ValueError(f"{folder} has no {state.parameters_file(0)}")
-    is_new = replica >= before["replicas"]
+    # An elastic run may have written without a replica, and with further ones.
+    kept = {file.name for file in files}
+    is_new = state.rank_file(replica * ranks) not in kept
     first = 0 if is_new else replica * ranks
     own = state.Reader(
         written, files, state.rank_file(first + likely),

@@ -12,11 +12,14 @@ import torch.distributed as dist
 
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models.loading import load_configured
+from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
-from psyche_fast.rank import protocol
+from psyche_fast.rank import elastic, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
+from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
@@ -28,13 +31,16 @@ from psyche_fast.start.store import StoreClient, barrier
 log = logging.getLogger(__name__)
 
 
-def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) -> Trainer:
+def build_trainer(
+    config: RunConfig, source: ModelSource, device: torch.device, peers: Gathers | None = None
+) -> Trainer:
     """Loads this rank's part of the model and makes its trainer; all ranks take part.
 
     Args:
         config: the run, resolved.
         source: the model.
         device: this rank's.
+        peers: of an elastic run.
 
     Raises:
         ValueError: the model cannot be loaded, or the world is not the run's.
@@ -43,7 +49,7 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
     if config.machines.threads:
         # The same on every rank: a different split of a sum gives different bits.
         torch.set_num_threads(config.machines.threads)
-    topology = Topology.of(config.parallelism, device)
+    topology = Topology.of(config.parallelism, device, peers)
     model = load_configured(
         source,
         config.model,
@@ -56,6 +62,7 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
     if method is not None:
+        assert not isinstance(topology.peers, Gathers), "an elastic run's"
         optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
     else:
         optimizer = make_optimizer(
@@ -71,28 +78,33 @@ def build_trainer(config: RunConfig, source: ModelSource, device: torch.device) 
     )
 
 
-def serve(client: StoreClient, device: torch.device) -> None:
+def serve(client: StoreClient, device: torch.device, start: Start | None = None) -> None:
     """Loads the model and carries out what the core says until the end of the run.
 
     Nobody waits for the others but in the exchange of results and, a step late, for its counts.
 
     Args:
-        client: the connection to the store; the process group is there by now.
+        client: the connection to the store.
         device: this rank's.
+        start: of a rank of an elastic run; of others the process group is there by now.
 
     Raises:
         ValueError: what the core says is not understood, or the model cannot be loaded.
     """
     config, source = protocol.receive_run(client)
+    check_named(config.model.python_arch)
     assert config.run.output is not None, "resolved by the core"
-    rank = dist.get_rank()
+    epochs = None if start is None else start.epochs(client, config.parallelism, device)
+    rank = dist.get_rank() if epochs is None else epochs.rank
     logs = Path(config.run.output, "logs")
     keep_rank_log(logs / f"rank-{rank}.log", rank)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
-    trainer = build_trainer(config, source, device)
-    restore(trainer, config)
+    trainer = build_trainer(config, source, device, epochs)
+    if epochs is None or not epochs.joins:
+        restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)
-    inbox = protocol.Inbox(client, trainer.topology)
+    first = 0 if epochs is None else elastic.enter(epochs, client, trainer)
+    inbox = protocol.Inbox(client, trainer.topology, first)
     writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
     step = 0
@@ -120,10 +132,16 @@ def serve(client: StoreClient, device: torch.device) -> None:
                 if trainer.topology.replica == 0:
                     for _ in trainer.model.full_state_dict_iter():
                         pass  # this rank's part of each gather
+            case protocol.Join():
+                beats.at(step, "join")
+                elastic.welcome(trainer)
             case protocol.Exit():
                 if totals is not None:
                     totals.wait()
-                writer.wait()
+                writer.close()
                 # The store ends with rank 0: everybody has read it by now.
-                barrier(device, trainer.topology.everyone)
+                if epochs is not None:
+                    epochs.close()
+                else:
+                    barrier(device, trainer.topology.everyone)
                 return

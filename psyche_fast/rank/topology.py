@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import Parallelism
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.start.network import check_interfaces
 
 GRACE = timedelta(seconds=5)
@@ -53,11 +54,13 @@ class Topology:
         shard: this rank's index of `dp`.
         shard_mesh: mesh of the `dp` ranks; None where dp = 1.
         tensor_mesh: mesh of the `tp` ranks; None where tp = 1.
-        peers: group of the ranks with the same place in the other replicas; None for one replica.
+        peers: group of the ranks with the same place in the other replicas, or in an elastic run
+            what stands for one; None for one replica.
         copy: group of all ranks of this replica; None where it is one rank.
         everyone: group of all ranks, for what is small; None for the default group.
         host: group of all ranks of this replica that passes on what lies in host memory (gloo);
             None where it is one rank.
+        rank: this rank's number among those of all replicas.
     """
 
     replicas: int = 1
@@ -67,10 +70,11 @@ class Topology:
     shard: int = 0
     shard_mesh: DeviceMesh | None = None
     tensor_mesh: DeviceMesh | None = None
-    peers: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | Gathers | None = None
     copy: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
     host: dist.ProcessGroup | None = None
+    rank: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -78,16 +82,25 @@ class Topology:
         return self.copy is None or dist.get_rank(self.copy) == 0
 
     @staticmethod
-    def of(options: Parallelism, device: torch.device) -> Topology:
+    def of(options: Parallelism, device: torch.device, peers: Gathers | None = None) -> Topology:
         """Makes the groups of a run; every rank of the default process group takes part.
 
         Args:
             options: resolved: `device_backend` says what goes between replicas.
             device: this rank's.
+            peers: of an elastic run, in which the default process group is the replica's own.
 
         Raises:
             ValueError: the world is not the run's.
         """
+        if peers is not None:
+            alone = Topology.build(
+                options.data_parallelism, options.tensor_parallelism, device, host=True
+            )
+            replica = peers.rank // peers.size
+            return replace(
+                alone, replicas=peers.replicas, replica=replica, peers=peers, rank=peers.rank
+            )
         if dist.is_initialized() and dist.get_world_size() != options.world_size:
             raise ValueError(
                 f"--replicas {options.replicas} x --data-parallelism {options.data_parallelism} x "
@@ -169,6 +182,7 @@ class Topology:
             copy=copy,
             everyone=everyone,
             host=on_host,
+            rank=rank,
         )
 
 

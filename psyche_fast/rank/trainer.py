@@ -8,6 +8,7 @@ the step's counts are read, during the step after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from psyche_fast import config
 from psyche_fast.batch import Batch, upload
 from psyche_fast.distro import replicas
+from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models import CausalLM
 from psyche_fast.rank.gradients import (
     Fp32Accumulator,
@@ -120,6 +122,11 @@ class Trainer:
             "left_out_results": self._optimizer.left_out_results,
         }
         return {kind: {str(r): n for r, n in by.items()} for kind, by in kinds.items() if by}
+
+    @property
+    def senders(self) -> Future[list[int]] | None:
+        """As of the optimiser."""
+        return self._optimizer.senders
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""
@@ -287,7 +294,7 @@ class Trainer:
         return snapshot
 
     def _rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
+        return self.topology.rank
 
     def _random_numbers(self) -> dict[str, Piece]:
         numbers = {"random/cpu": Piece(torch.get_rng_state())}
@@ -352,7 +359,7 @@ class Trainer:
 
     def _comparisons(
         self, plain: Mapping[str, Tensor]
-    ) -> list[tuple[dist.ProcessGroup, dict[str, Tensor], str]]:
+    ) -> list[tuple[dist.ProcessGroup | Gathers, dict[str, Tensor], str]]:
         """What this rank has alike with others: the ranks, its parts, and who they are.
 
         Args:
@@ -360,7 +367,7 @@ class Trainer:
         """
         kept = {**self.parameters, **self.model.masters}  # what decides what they become
         place, parts = self.topology, {**local_parts(kept), **plain}
-        found = []
+        found: list[tuple[dist.ProcessGroup | Gathers, dict[str, Tensor], str]] = []
         if place.peers is not None:
             found.append((place.peers, parts, "replicas"))
         if place.tensor_mesh is not None:

@@ -20,6 +20,8 @@ import psutil
 
 SPAWNED = "PSYCHE_FAST_SPAWNED"
 """Environment variable: set where our own core, or `psyche-fast sidecar`, is the parent."""
+LIFE = "PSYCHE_FAST_LIFE"
+"""Environment variable: in an elastic run, which life of its replica a rank is of."""
 TIMEOUT = "PSYCHE_FAST_TIMEOUT"
 """Environment variable: seconds until a collective that a rank misses is an error."""
 

@@ -17,7 +17,7 @@ from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import let_libraries_speak
 from psyche_fast.start.network import tcp_url, use_interface
-from psyche_fast.start.parent import SPAWNED
+from psyche_fast.start.parent import LIFE, SPAWNED
 from psyche_fast.start.signals import exit_now
 
 _POLL_SECONDS = 0.05
@@ -27,7 +27,9 @@ _LAST_BYTES = 8192
 
 
 @dataclass
-class _Child:
+class Child:
+    """A sidecar that was spawned."""
+
     rank: int
     process: subprocess.Popen[bytes]
     log: Path | None
@@ -46,7 +48,7 @@ class Sidecars:
     world_size: int
     environment: dict[str, str] = field(default_factory=dict)
     secret_file: str | None = None
-    _children: list[_Child] = field(default_factory=list)
+    _children: list[Child] = field(default_factory=list)
     _closing: threading.Event = field(default_factory=threading.Event)
     _failed: threading.Event = field(default_factory=threading.Event)
     _message: str = ""
@@ -84,7 +86,7 @@ class Sidecars:
                 # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
                 start_new_session=True,
             )
-        self._children.append(_Child(rank, process, log, log_start))
+        self._children.append(Child(rank, process, log, log_start))
 
     def watch(self, grace: float) -> None:
         """Looks at the sidecars from a thread of its own.
@@ -103,13 +105,18 @@ class Sidecars:
             # A rank that only lost another one is not the one to name.
             time.sleep(_POLL_SECONDS)
             dead = [c for c in self._children if c.process.poll() is not None]
+            if not self._are_fatal(dead):
+                continue
             dead.sort(key=lambda c: any(LOST_ANOTHER_RANK in line for line in _last_words(c)))
-            self._message = _obituary(dead[0])
+            self._message = obituary(dead[0])
             self._failed.set()
             if not self._closing.wait(grace):
                 self.kill()
                 exit_now(1, f"error: {self._message}")
             return
+
+    def _are_fatal(self, dead: list[Child]) -> bool:
+        return bool(dead)
 
     def failure(self, wait: float) -> str | None:
         """Says which sidecar failed, waiting up to `wait` seconds for one to be noticed."""
@@ -135,7 +142,7 @@ class Sidecars:
                     f"rank {child.rank} (pid {child.process.pid}) did not exit within {timeout:g} s"
                 ) from None
             if code != 0:
-                raise SidecarFailed(_obituary(child))
+                raise SidecarFailed(obituary(child))
 
     def wait(self) -> None:
         """Waits until all have exited with status 0, or one has failed.
@@ -146,7 +153,7 @@ class Sidecars:
         while any(c.process.poll() is None for c in self._children):
             failed = [c for c in self._children if c.process.poll() not in (None, 0)]
             if failed:
-                raise SidecarFailed(_obituary(failed[0]))
+                raise SidecarFailed(obituary(failed[0]))
             time.sleep(_POLL_SECONDS)
         self.join(0.1)
 
@@ -167,7 +174,7 @@ class Sidecars:
         self.kill()
 
 
-def _last_words(child: _Child) -> list[str]:
+def _last_words(child: Child) -> list[str]:
     """The line in which a rank said what ended it, or else the last ones of its log."""
     if child.log is None:
         return []
@@ -180,7 +187,8 @@ def _last_words(child: _Child) -> list[str]:
     return lines[said[-1] :][:_LAST_LINES] if said else lines[-_LAST_LINES:]
 
 
-def _obituary(child: _Child) -> str:
+def obituary(child: Child) -> str:
+    """How a sidecar ended, and its last words."""
     how = describe_exit(child.process.wait())
     head = f"rank {child.rank} (pid {child.process.pid}) ended: {how}"
     lines = _last_words(child)
@@ -197,6 +205,7 @@ def launch_host(
     start_device: int,
     num_local_ranks: int,
     backend: str,
+    elastic: bool = False,
     secret_file: str | None = None,
 ) -> None:
     """Runs this machine's share of a run whose core is on another machine.
@@ -209,6 +218,7 @@ def launch_host(
         start_device: CUDA index of that rank (nccl).
         num_local_ranks: how many ranks run on this machine.
         backend: `nccl` or `gloo`.
+        elastic: whether these are replicas of an elastic run.
         secret_file: lets them in where the core has one.
 
     Raises:
@@ -229,7 +239,9 @@ def launch_host(
         read_secret(secret_file)
     use_interface(main_host)
     url = tcp_url(main_host, port)
-    with Sidecars(backend, url, world_size, secret_file=secret_file) as sidecars:
+    # All ranks here end together: a life that begins with this process.
+    environment = {LIFE: os.urandom(8).hex()} if elastic else {}
+    with Sidecars(backend, url, world_size, environment, secret_file) as sidecars:
         stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, which the core acts on

@@ -86,7 +86,13 @@ def processors(store: dist.Store, world_size: int, timeout: timedelta) -> list[P
     except dist.DistStoreError:
         late = [str(rank) for rank, key in enumerate(keys, 1) if not store.check([key])]
         raise RuntimeError(f"timed out waiting for the start of rank {', '.join(late)}") from None
-    return [strict.read(store.get(key), Processor, f"store key {key!r}") for key in keys]
+    return [read_processor(store, rank) for rank in range(1, world_size)]
+
+
+def read_processor(store: dist.Store, rank: int) -> Processor:
+    """What a rank that has introduced itself computes on."""
+    key = _processor_key(rank)
+    return strict.read(store.get(key), Processor, f"store key {key!r}")
 
 
 def _processor_key(rank: int) -> str:

@@ -67,6 +67,36 @@ def test_ranks_of_another_machine(place: Path, tmp_path: Path) -> None:
     )
 
 
+def test_machines_that_share_no_folder_write_models(place: Path, tmp_path: Path) -> None:
+    """Each has an `--output` of its own by that name."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    port = free_port()
+    arguments = [
+        "train", "--model", str(place / "model"), "--data-path", str(place / "data"),
+        "--output", "run", "--device", "cpu", "--sequence-length", "16", "--micro-batch", "2",
+        "--total-batch", "6", "--total-steps", "4", "--threads", "1", "--distro", "--replicas", "2",
+        "--compression-chunk", "16", "--local-ranks", "1", "--port", str(port),
+        "--checkpoint-every", "2",
+    ]  # fmt: skip
+    core = Command(*arguments, folder=folders[0])
+    other = Command(
+        "sidecar", "--main-host", "127.0.0.1", "--port", str(port), "--world-size", "2",
+        "--start-rank", "1", "--backend", "gloo", folder=folders[1],
+    )  # fmt: skip
+    _, said = core.communicate()
+    _, errors = other.communicate()
+    assert core.returncode == other.returncode == 0, said + errors
+    for step in (2, 4):
+        assert f"--resume will not know the checkpoint of step {step}: rank 1 wrote" in said
+        model = folders[0] / "run" / "checkpoints" / f"step-{step:06d}"
+        assert not (model / "state").exists()
+        transformers.AutoModelForCausalLM.from_pretrained(model)
+    for folder in folders:
+        assert not list((folder / "run" / "checkpoints").glob(".*"))
+
+
 def test_ranks_come_in_by_a_secret(place: Path, tmp_path: Path) -> None:
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for path in (right, wrong):

@@ -119,39 +119,6 @@ def change(checkpoint: Path, prefix: str) -> None:
     state.write_manifest(checkpoint / "state", state.Manifest(**{**fields, "files": files}))
 
 
-@pytest.mark.parametrize(
-    ("pieces", "arguments"),
-    [
-        (["optimizer/delta/", "optimizer/own/", "optimizer/arrived/", "random/cpu"],
-         [*DISTRO, "--param-dtype", "bfloat16"]),
-        (["optimizer/model.norm.weight/exp_avg", "optimizer/lm_head.weight/exp_avg_sq",
-          "master/model.norm.weight"], ["--param-dtype", "bfloat16"]),
-    ],
-)  # fmt: skip
-def test_each_piece_of_the_state_counts(
-    place: Path,
-    tmp_path: Path,
-    pieces: list[str],
-    arguments: list[str],
-) -> None:
-    """And a model with dropout goes on with the same random numbers."""
-    config = json.loads((place / "model" / "config.json").read_text())
-    shutil.copytree(place / "model", tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(
-        json.dumps({**config, "attention_dropout": 0.5})
-    )
-    arguments = [*arguments, "--model", str(tmp_path / "model"), "--checkpoint-every", "2",
-                 "--total-steps", "4"]  # fmt: skip
-    whole = tmp_path / "whole"
-    train(place, whole, *arguments)
-    for number, piece in enumerate(["", *pieces]):
-        part = without_later(whole, tmp_path / str(number), 2)
-        if piece:
-            change(part / "checkpoints" / "step-000002", piece)
-        train(place, part, *arguments, "--resume", "2")
-        assert same(parameters(part, 4), parameters(whole, 4)) == (not piece), piece
-
-
 @pytest.fixture(scope="module")
 def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two replicas with checkpoints of steps 2 and 4."""

@@ -291,8 +291,9 @@ def test_killed_while_it_saves(place: Path, tmp_path: Path) -> None:
     folder = run / "checkpoints"
     for number in range(KILLS):
         core = Command(*given)
-        wait_until(lambda: not any(folder.glob(".state-*")))  # the one that was killed before
-        wait_until(lambda: any(folder.glob(".state-*")))
+        # The one that was killed before goes first.
+        wait_until(lambda: not any(folder.glob(".state-*")), 200)
+        wait_until(lambda: any(folder.glob(".state-*")), 200)
         for _ in range(chance.randrange(4)):  # the first one, or a later one
             with suppress(AssertionError):
                 wait_until(lambda: not any(folder.glob(".state-*")), 2)

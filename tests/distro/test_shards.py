@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from psyche_fast.distro import DeMo, Distro, DistroStep
+from psyche_fast.distro import Distro, DistroStep
 from psyche_fast.distro.results import collect, collect_own, to_results
 from tests.distro.support import random_arrays, to_parameters
 from tests.groups import run_ranks
@@ -119,8 +119,6 @@ def _worker(rank, count, dtype):
     for kind in (Distro, Ahead):
         plain = to_parameters(random_arrays(0, SHAPES), dtype)
         shards = {n: place(mesh, n, p.detach().clone()).requires_grad_() for n, p in plain.items()}
-        with pytest.raises(ValueError, match="parameter rows is sharded"):
-            DeMo([("rows", shards["rows"])], 0.1)
         sharded = train(
             kind,
             shards,

@@ -22,7 +22,8 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.5"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 CLEAR = (ValueError, TypeError, OSError)
 """What a user's mistake is, and so what hostile bytes may be."""
-_PATIENCE = 5.0
+_PATIENCE = {signal.ITIMER_PROF: 5.0, signal.ITIMER_REAL: 60.0}
+"""Seconds of the processor and of the clock that a parser has for an input."""
 _MEMORY = 2 << 30
 """Bytes of address space that a parser may take beside what its process has."""
 _WORDS = (
@@ -96,16 +97,18 @@ def fuzz(seeds: list[bytes], parse: Callable[[bytes], Any], seconds: float = SEC
     """Feeds a parser; to be called in a process of its own, whose memory it limits."""
 
     def hang(*_: object) -> None:
-        raise Hangs(f"it has gone on for {_PATIENCE:g} s")
+        raise Hangs("it goes on and on")
 
-    signal.signal(signal.SIGALRM, hang)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, hang)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     tried = accepted = 0
     for data in inputs(seeds, seconds):
         tried += 1
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+        for timer, patience in _PATIENCE.items():
+            signal.setitimer(timer, patience)
         try:
             parse(data)
             accepted += 1
@@ -116,5 +119,6 @@ def fuzz(seeds: list[bytes], parse: Callable[[bytes], Any], seconds: float = SEC
         except BaseException:
             return Found(tried, accepted, tried - accepted, (data, traceback.format_exc()))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in _PATIENCE:
+                signal.setitimer(timer, 0)
     return Found(tried, accepted, tried - accepted, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -207,3 +208,52 @@ def test_unknown_architectures(own, architecture: str, says: str) -> None:
 @pytest.mark.parametrize("name", ["HfAuto", "HfLlama", "HfDeepseek"])
 def test_psyches_hugging_face_names(name: str) -> None:
     assert registry.resolve(name) is None
+
+
+def test_what_another_machine_names_is_imported_only_where_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PSYCHE_FAST_ARCHITECTURES", raising=False)
+    for own in ("HfAuto", "HfLlama", "registered-by-somebody-here"):
+        registry.check_named(own)
+    for foreign in ("os:system", "mine:build", "subprocess:run", ":", "a.b:c.d"):
+        with pytest.raises(ValueError, match="nobody has allowed on this machine: give --python-"):
+            registry.check_named(foreign)
+    monkeypatch.setenv("PSYCHE_FAST_ARCHITECTURES", "mine:build,other:build")
+    registry.check_named("mine:build")
+    with pytest.raises(ValueError, match="'mine:buil'"):
+        registry.check_named("mine:buil")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "unheard_of"])
+def test_a_model_folder_runs_no_code(
+    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And asks nobody whether it may, which Transformers does on a terminal."""
+    from psyche_fast.data.tokenizer import load_tokenizer
+    from psyche_fast.models.source import check_model
+    from tests.tiny import save_llama
+
+    folder = save_llama(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {n: f"evil.{n}" for n in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}
+    config |= {"model_type": model_type, "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": [None, "evil.AutoTokenizer"]}})
+    )
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass AutoConfig: pass\n"
+    for name in ("evil.py", "modeling_llama.py", "tokenizer.py"):
+        (folder / name).write_text(code)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    if model_type == "llama":
+        load_model(resolve_model(str(folder)), device=torch.device("cpu"))
+    else:
+        with pytest.raises(ValueError, match="does not know model_type 'unheard_of'"):
+            check_model(resolve_model(str(folder)))
+    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+    assert asked == []

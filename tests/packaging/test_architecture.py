@@ -208,7 +208,7 @@ def test_a_module_says_what_it_is_in_a_few_hundred_lines() -> None:
         lines = path.read_text(encoding="utf-8").count("\n")
         documentation = ast.get_docstring(tree(module)) or ""
         first, *_ = documentation.splitlines() or [""]
-        if lines > 480 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
+        if lines > 500 or not (first.endswith((".", ":")) or module == "psyche_fast.__main__"):
             wrong[module] = (lines, first)
     assert wrong == {}
 

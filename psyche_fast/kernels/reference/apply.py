@@ -51,7 +51,7 @@ def apply(
     rates = per_member(plan, learning_rates)
     factors = None if shrinks is None else per_member(plan, shrinks)
     with ieee_matmul():
-        for group in groups(plan):
+        for group in groups(plan, Descent.held(plan, entries)):
             direction = Descent(plan, entries, group[0].start, group[-1].stop)
             for part in group:
                 minus = direction.chunks(part.start, part.stop)

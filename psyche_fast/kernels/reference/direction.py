@@ -32,6 +32,8 @@ from psyche_fast.kernels.reference.workspace import (
 
 _CACHED = 1 << 17
 """Elements that a thread works on at a time: they stay in a core's cache."""
+_ENTRIES = 1 << 14
+"""Entries of rows in doubt that are worked on together, for the same reason."""
 _LINE = 64
 """The shortest rows that are looked through one by one: calls per row cost more than elements."""
 _FEW = 64
@@ -58,16 +60,20 @@ class Descent:
             self._dense_means(index, values)
         else:
             self._index = index.to(torch.int64)
-            words, bits, factor = _words(values)
             if entries.unique:
-                self.c = self.share = words.sub_(1).double().mul_(factor).round_().float()
+                self.c = self.share = _coefficients(values)
             else:
-                self._sparse_means(words, bits, factor)
+                self._sparse_means(*_words(values))
             self._total = self.share.abs().sum(1, keepdim=True)
         if plan.device.type == "cpu":
             if self._is_low_rank:
                 self._row, self._column = _split(self._index, plan.w)
             self._limits, self._per_size = self._errors()
+
+    @staticmethod
+    def held(plan: ChunkPlan, entries: Entries) -> int:
+        """How many elements' room a chunk takes."""
+        return min(plan.totalk, 8 * entries.indices.shape[1])
 
     def _dense_means(self, index: Tensor, values: Tensor) -> None:
         """All coefficients of chunks that have many entries, and a bound of sums of magnitudes."""
@@ -80,9 +86,13 @@ class Descent:
             words, bits, factor = _words(values[some])
             sums = scratch(SUMS, (len(words), plan.totalk), words).zero_()
             sums.scatter_add_(1, index[some].to(torch.int64), words)
-            _mean(sums, bits, factor, self.c[some])
-        torch.linalg.vector_norm(self.c, dim=1, keepdim=True, out=self._total)
-        self._total.mul_(math.sqrt(min(self._entries, plan.totalk)))  # Cauchy and Schwarz
+            c = self.c[some]
+            _mean(sums, bits, factor, c)
+            torch.linalg.vector_norm(c, dim=1, keepdim=True, out=self._total[some])
+        # By Cauchy and Schwarz the root of the number of coefficients times their norm bounds their
+        # sum; of products with the bases, whose rows have norms of `sqrt(n / 2)`, that of all.
+        number = min(self._entries, plan.totalk / (2 if self._is_vector else 4))
+        self._total.mul_(math.sqrt(number))
 
     def _sparse_means(self, words: Tensor, bits: int, factor: float) -> None:
         """The coefficient that each entry names, and the entry's share of it."""
@@ -162,7 +172,8 @@ class Descent:
                 left, right, half = left[:n], right[:n], half[:n]
             torch.bmm(left, c.view(to.shape), out=half)
             torch.bmm(half, right, out=to)
-            yield half.abs_().view(-1, length).amax(1)
+            lines = half.view(-1, length)
+            yield torch.maximum(lines.amax(1), lines.amin(1).neg_())
 
     def _decide(self, part: slice, doubtful: Tensor, lines: Tensor) -> None:
         """Write rows `doubtful` of a part's `lines` as the definition has them."""
@@ -172,12 +183,8 @@ class Descent:
         else:
             row = doubtful.remainder(plan.h)
             chunk = doubtful.sub(row).floor_divide_(plan.h).add_(part.start)
-            exact, most = self._exact_of_entries, 1 << 14
-            if self._is_dense:
-                exact, most = self._exact_of_dense, _CACHED // 2
-            step = max(1, most // self.c.shape[1])
-            pairs = zip(chunk.split(step), row.split(step), strict=True)
-            z = _in_18_bits(torch.cat([exact(*pair) for pair in pairs]).float())
+            exact = self._exact_of_dense if self._is_dense else self._exact_of_entries
+            z = _in_18_bits(exact(chunk, row))
         lines.index_copy_(0, doubtful, _right(z))
 
     def _dense_rows(self, chunk: Tensor) -> Tensor:
@@ -198,23 +205,41 @@ class Descent:
             yield dense.zero_().scatter_add_(1, index, share)
 
     def _exact_of_dense(self, chunk: Tensor, row: Tensor) -> Tensor:
-        """Rows `row` of `P(B_h, C)`, `C` of chunks `chunk`: `[.., w]`, not yet rounded to float32.
+        """Rows `row` of `P(B_h, C)`, `C` of chunks `chunk` in order: float32 `[.., w]`.
 
+        All rows of a chunk at once, `R` of each, where there are fewer the first one several times.
         `P(A, D)` is `hi(A) lo(D) + lo(A) hi(D)` and 512 times `0 lo(D) + hi(A) hi(D)`.
         """
         plan, left = self._plan, _tables(self._plan.h, chunk.device).paired
-        both = scratch(LIMBS, (len(row), 2, plan.totalk), left)
-        c = self.c.index_select(0, chunk)
-        torch.div(c, LIMB, out=both[:, 1]).round_()
-        torch.sub(c, both[:, 1], alpha=LIMB, out=both[:, 0])
-        small, large = left.index_select(0, row).bmm(both.view(len(row), -1, plan.w)).unbind(1)
-        return small.add_(large, alpha=LIMB)
+        chunk, of, count = chunk.unique_consecutive(return_inverse=True, return_counts=True)
+        most = int(count.max())
+        place = torch.arange(len(row)).sub_((count.cumsum(0) - count)[of])
+        place.add_(of, alpha=most)
+        rows = row.new_zeros(len(chunk) * most).index_copy_(0, place, row).view(-1, most)
+        step = max(1, _CACHED // 2 // plan.totalk)
+        parts = []
+        for some, those in zip(chunk.split(step), rows.split(step), strict=True):
+            c = self.c.index_select(0, some)
+            both = scratch(LIMBS, (len(some), 2, plan.totalk), left)
+            torch.mul(c, 1 / LIMB, out=both[:, 1]).round_()
+            torch.sub(c, both[:, 1], alpha=LIMB, out=both[:, 0])
+            factors = left.index_select(0, those.view(-1)).view(len(some), 2 * most, 2 * plan.h)
+            products = factors.bmm(both.view(len(some), 2 * plan.h, plan.w))
+            small, large = products.view(-1, 2, plan.w).unbind(1)
+            parts.append(small.add_(large, alpha=LIMB))
+        return torch.cat(parts).index_select(0, place).float()
 
     def _exact_of_entries(self, chunk: Tensor, row: Tensor) -> Tensor:
         """As `_exact_of_dense`, from entries.
 
         Those of one coefficient add up to it but for float64's rounding, far below the last bit.
         """
+        step = max(1, _ENTRIES // self.c.shape[1])
+        pairs = zip(chunk.split(step), row.split(step), strict=True)
+        return torch.cat([self._sum_of_entries(*pair) for pair in pairs]).round_().float()
+
+    def _sum_of_entries(self, chunk: Tensor, row: Tensor) -> Tensor:
+        """Rows `row` of `P(B_h, C)`, all but rounded to integers: float64."""
         plan = self._plan
         left = _tables(plan.h, chunk.device).both
         frequency, column = _split(self._index.index_select(0, chunk), plan.w)
@@ -224,8 +249,7 @@ class Descent:
         terms.addcmul_(left.take(frequency.add_(plan.h)), c.div_(LIMB).round_().double())
         if not self._unique:
             terms.div_(self._count.index_select(0, chunk))
-        z = terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
-        return z.round_()
+        return terms.new_zeros(len(c), plan.w).scatter_add_(1, column, terms)
 
     def _factors(self, part: slice) -> tuple[Tensor, Tensor]:
         """`U [n, m, h]` and `V [n, m, w]` with `U^T V` what `_products` is to come to."""
@@ -347,6 +371,13 @@ def _exact_dtype(terms: int) -> torch.dtype:
     return torch.float32 if terms <= 64 else torch.float64
 
 
+def _coefficients(values: Tensor) -> Tensor:
+    """Of values that nobody else names: integers in float32."""
+    if values.dtype == torch.bool:
+        return values.float().mul_(-2 << BITS).add_(1 << BITS)
+    return values.mul(_unit(values)).trunc_().mul_(2.0**-12 * _AWAY).round_().float()
+
+
 def _words(values: Tensor) -> tuple[Tensor, int, float]:
     """Values as integers above so many bits of a count of one, and the factor to coefficients.
 
@@ -356,19 +387,20 @@ def _words(values: Tensor) -> tuple[Tensor, int, float]:
     if values.dtype == torch.bool:
         words = values.to(torch.int32 if values.shape[1] < 1 << 31 - BITS else torch.int64)
         return words.mul_(-2 << BITS).add_((1 << BITS) + 1), BITS, 1.0
-    values = values.double()
-    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
-    exponent = torch.frexp(largest.float())[1].clamp_(min=-126)
-    integers = (values * _power_of_two(30 - exponent)).to(torch.int64)
+    integers = values.mul(_unit(values)).to(torch.int64)
     return integers.mul_(1 << 16).add_(1), 16, 2.0 ** (-12 - 16) * _AWAY
 
 
 _AWAY = 1 + 2.0**-49
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """float64, exact: `ldexp` and `exp2` are what a library makes of them."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+def _unit(values: Tensor) -> Tensor:
+    """What makes integers of a chunk's values: `2^(156 - e)`, float64 `[n, 1]`."""
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
+    exponent = largest.float().view(torch.int32) >> 23
+    return (
+        exponent.to(torch.int64).neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.double)
+    )
 
 
 def _split(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
@@ -392,13 +424,19 @@ def _exact_left(plan: ChunkPlan, c: Tensor) -> Tensor:
 
 
 def _right(z: Tensor) -> Tensor:
-    """Minus the sign of `P(Z, B_w^T)` for integers `[n, w]` of up to 18 bits, float32."""
-    right = _tables(z.shape[1], z.device)
-    high, low = limbs(z.to(right.high.dtype))
-    return exact_product(high, low, right.high.t(), right.low.t()).neg_().sign_().float()
+    """Minus the sign of `P(Z, B_w^T)` for integers `[n, w]` of up to 18 bits, float32.
+
+    `P(A, D)` is `A hi(D) + hi(A) lo(D)`, exact in float64; a rounding leaves the sign.
+    """
+    width = z.shape[1]
+    right = _tables(width, z.device).both.t()
+    z = z.double()
+    x = z.mm(right[:width]).addmm_(z.div_(LIMB).round_(), right[width:])
+    return x.neg_().sign_().float()
 
 
 def _in_18_bits(z: Tensor) -> Tensor:
-    """Rows of integers, each by a power of two of its own, rounded."""
-    exponent = torch.frexp(z.abs().amax(1, keepdim=True).clamp_(min=1.0))[1]
-    return z.mul(_power_of_two(BITS - exponent).float()).round_()
+    """Rows of integers in float32, each by a power of two of its own, rounded."""
+    largest = z.abs().amax(1, keepdim=True).clamp_(min=1.0).view(torch.int32)
+    exponent = (largest >> 23).neg_().add_(127 + BITS - 1)  # of the power
+    return z.mul(exponent.add_(127).bitwise_left_shift_(23).view(torch.float32)).round_()

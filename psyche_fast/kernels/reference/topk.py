@@ -7,8 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from psyche_fast.kernels.reference.workspace import ROWS, scratch
-
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _LONGEST_RUN = 64
 _RANKED_AT_ONCE = 256  # a ranking costs as much as some hundred numbers
@@ -106,11 +104,10 @@ def _magnitude_keys(values: Tensor) -> Tensor:
 def run_maxima(coefficients: Tensor, run: int) -> Tensor:
     """Largest magnitudes `[n, totalk / run]`; every `totalk / run`-th coefficient is of one run.
 
-    Maxima of neighbours would take three times as long.
+    Maxima of neighbours would take longer.
     """
-    n, totalk = coefficients.shape
-    magnitudes = torch.abs(coefficients, out=scratch(ROWS, (n, totalk), coefficients))
-    return magnitudes.view(n, run, totalk // run).amax(1)
+    runs = coefficients.view(len(coefficients), run, -1)
+    return torch.maximum(runs.amax(1), runs.amin(1).neg_())  # magnitudes would have to be written
 
 
 @lru_cache(maxsize=256)

@@ -51,9 +51,14 @@ def scratch(slot: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return buffer[:size].view(shape)
 
 
-def groups(plan: ChunkPlan) -> Iterator[list[Slice]]:
-    """The plan's slices in order, in groups of bounded size."""
-    limit = max(1, _GROUP_ELEMENTS // plan.totalk)
+def groups(plan: ChunkPlan, chunk_elements: int | None = None) -> Iterator[list[Slice]]:
+    """The plan's slices in order, in groups of bounded size.
+
+    Args:
+        plan: the class.
+        chunk_elements: what is held of a chunk; all of it where None.
+    """
+    limit = max(1, _GROUP_ELEMENTS // max(1, chunk_elements or plan.totalk))
     group: list[Slice] = []
     for part in plan.slices:
         if group and part.stop - group[0].start > limit:
