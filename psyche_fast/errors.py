@@ -7,6 +7,7 @@ and `OSError` are the run's (status 1); anything else is a bug of ours and shows
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
@@ -22,12 +23,13 @@ class SidecarFailed(RuntimeError):
 
 def explain(error: BaseException) -> str:
     """One line for a user, whatever ended a rank."""
-    import torch
     import torch.distributed as dist
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
+        where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
         return (
-            f"out of memory: {str(error).splitlines()[0]} Lower --micro-batch or "
+            f"out of memory{where}, at most {_peak() / 2**30:.1f} GiB before: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]} Lower --micro-batch or "
             "--sequence-length, or use --activation-checkpointing or more --data-parallelism."
         )
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -41,6 +43,23 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ValueError) or text.startswith(LOST_ANOTHER_RANK):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no more memory to give."""
+    import torch
+
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _peak() -> int:
+    """Bytes that this process has held at most: the device's where it has one."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def check_name(name: str) -> None:

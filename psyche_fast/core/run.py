@@ -187,7 +187,9 @@ def _train(
     if run.metric_names == "psyche":
         names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
     with (
-        MetricsWriter(output / "metrics.jsonl", drop_from_step=first) as writer,
+        MetricsWriter(
+            output / "metrics.jsonl", drop_from_step=first, tell=console.message
+        ) as writer,
         BatchPrefetcher(plan.dataset, config.batch_sizes, first, total) as batches,
         make_tracker(
             run.tracker,
@@ -271,7 +273,7 @@ def steps(
     schedule, replicas = config.schedule, config.parallelism.replicas
     vocabulary = vocabulary_size(trainer.model.config)
     feed, lines = Feed(batches, sender, vocabulary, timer), Lines(report, timer)
-    members = core.members
+    members, saves = core.members, False
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
     before = -1
@@ -287,12 +289,15 @@ def steps(
             with timer.phase("checkpoint"):
                 core.checkpoints.hurry()
             raise
-        saves = last or core.checkpoints.is_due(step)
+        saved, saves = saves, last or core.checkpoints.is_due(step)
         joiner = None
         if members is not None:
             sender.others = [replica for replica in members.replicas if replica]
-            wants = None if saves else members.joiner()
+            # Not in a step that is saved, whose state is copied in the next one; where all are,
+            # every other.
+            wants = None if last or (saves and not saved) else members.joiner()
             if wants is not None:
+                saves = False
                 joiner = Joiner(*wants, sender.publish(Join(step)) + 1)
                 sender.others = [*sender.others, joiner.replica]
         if saves:  # in the order in which the ranks carry it out

@@ -55,6 +55,10 @@ class PhaseTimer:
         self._open.append(name)
         try:
             yield
+        except Exception as error:
+            if not getattr(error, "__notes__", None):  # the innermost phase says it
+                error.add_note(f"in phase {name}")
+            raise
         finally:
             self._charge()
             popped = self._open.pop()

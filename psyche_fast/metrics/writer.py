@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+_LOG = logging.getLogger(__name__)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -56,18 +59,28 @@ class MetricsWriter:
         drop_from_step: Removes the lines of an earlier run with `step >= drop_from_step`, for a run
             that starts again at that step. The file is replaced in one piece, so that a kill at any
             moment leaves either the old lines or the kept ones. None keeps all.
+        tell: Hears once that lines cannot be written, as on a full disk: they wait for the next.
 
     Raises:
         ValueError: The existing file is not one of ours, or with `drop_from_step` has a line that
             has no step.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, drop_from_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        drop_from_step: int | None = None,
+        tell: Callable[[str], object] = _LOG.warning,
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._repair(drop_from_step)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
+        self._tell = tell
+        self._waiting = bytearray()
+        self._is_late = False
 
     def _repair(self, drop_from_step: int | None) -> None:
         records = read_metrics(self.path)
@@ -98,12 +111,29 @@ class MetricsWriter:
                 on a GPU waits for the device, and that must be the step loop's decision.
             ValueError: The writer is closed.
         """
-        self._file.write(_line(record))
-        self._file.flush()
+        if self._file.closed:
+            raise ValueError(f"{self.path} is closed")
+        self._waiting += _line(record)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._is_late = False
+        except OSError as error:  # no reason to lose the run
+            if not self._is_late:
+                self._tell(f"{self.path}: lines have to wait: {error.strerror}")
+            self._is_late = True
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
+        if self._file.closed:
+            return
+        self._flush()
         self._file.close()
+        if self._waiting:
+            self._tell(f"{self.path}: the last lines could not be written")
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -96,6 +96,15 @@ class Beats:
         """Says where the rank is from now on."""
         self._place = step, phase
 
+    def __enter__(self) -> Beats:
+        """What is raised within is noted to be of the step and phase that it is raised in."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Notes it."""
+        if error is not None:
+            error.add_note(f"in phase {self._place[1]} of step {self._place[0]}")
+
     def _send(self) -> None:
         count, asked, host = 0, False, platform.node()
         tick = threading.Event()

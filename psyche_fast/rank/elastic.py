@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from psyche_fast.config import Parallelism
-from psyche_fast.rank import handover
 from psyche_fast.rank.epochs import Epochs, Place
+from psyche_fast.rank.handover import Handover, take_up
 from psyche_fast.rank.members import Joiner, Request, key, put
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
@@ -83,7 +83,7 @@ def enter(epochs: Epochs, client: StoreClient, trainer: Trainer) -> int:
     if not epochs.joins:
         return 0
     operation, state = epochs.admitted.result()
-    handover.take_up(trainer, state)
+    take_up(trainer, state)
     return operation
 
 
@@ -103,4 +103,4 @@ def welcome(trainer: Trainer, joiner: Joiner | None = None) -> None:
     peers = trainer.topology.peers
     assert isinstance(peers, Epochs)
     trainer.plain()
-    peers.welcome(handover.state(trainer) if trainer.topology.replica == 0 else None, joiner)
+    peers.welcome(Handover.of(trainer) if trainer.topology.replica == 0 else None, joiner)

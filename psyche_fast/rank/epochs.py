@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.errors import LOST_ANOTHER_RANK
-from psyche_fast.rank import handover
+from psyche_fast.rank.handover import Handover, receive
 from psyche_fast.rank.members import (
     Epoch,
     Joiner,
@@ -43,7 +43,7 @@ from psyche_fast.rank.members import (
     ranks_of,
     read_epoch,
 )
-from psyche_fast.rank.sliced import Ended, Group, first_line
+from psyche_fast.rank.sliced import SLICE, Ended, Group, first_line
 
 _IDLE_SECONDS = 0.2
 """From one look at the store to the next where there is nothing to gather."""
@@ -85,7 +85,8 @@ class _Gather:
     everyone: bool
     sent: Tensor | Callable[[], Tensor]
     future: Future[Gathered] = field(default_factory=Future)
-    state: Mapping[str, Tensor] | None = None
+    computed: Future[Tensor] | None = None
+    state: Handover | None = None
     welcomes: bool = False  # an epoch with a new member follows
 
 
@@ -107,7 +108,7 @@ class Epochs(Gathers):
     Attributes:
         place: as given.
         joins: as given.
-        admitted: of one that joins: its first operation, and what `handover.state` gave a member.
+        admitted: of one that joins: its first operation, and a member's state.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Epochs(Gathers):
         self.admitted: Future[tuple[int, Mapping[str, Tensor]]] = Future()
         self._member: Future[None] = Future()
         self._thread: threading.Thread | None = None
+        self._computing = ThreadPoolExecutor(1, "opinions")
 
     # For the thread that trains.
 
@@ -170,13 +172,11 @@ class Epochs(Gathers):
         """See `Gathers`; carried out by the thread."""
         return self._submit(everyone, sent)
 
-    def welcome(
-        self, state: Mapping[str, Tensor] | None = None, joiner: Joiner | None = None
-    ) -> None:
+    def welcome(self, state: Handover | None = None, joiner: Joiner | None = None) -> None:
         """Between steps: takes part while a replica joins, and waits until it has, or is gone.
 
         Args:
-            state: on the ranks of replica 0, what `handover.state` gives.
+            state: on the ranks of replica 0, what it has.
             joiner: on rank 0, who joins.
         """
         nothing = torch.zeros(1, dtype=torch.uint8)
@@ -198,7 +198,7 @@ class Epochs(Gathers):
         everyone: bool,
         sent: Tensor | Callable[[], Tensor],
         *,
-        state: Mapping[str, Tensor] | None = None,
+        state: Handover | None = None,
         joiner: Joiner | None = None,
         welcomes: bool = False,
     ) -> Future[Gathered]:
@@ -262,9 +262,9 @@ class Epochs(Gathers):
                 if self._current is None:
                     return None
             gather = self._current
-            sent = gather.sent
-            if callable(sent):
-                gather.sent = sent = sent()
+            sent = self._sent(gather)
+            if isinstance(sent, Ended):
+                return sent
             group = self._groups[gather.everyone]
             rows, ended = group.all_gather(sent, self._timeout, gather.number)
             if gather.number < 0:  # the last one, of which nothing is wanted but to have met
@@ -275,6 +275,17 @@ class Epochs(Gathers):
             self._finish(gather, Gathered(group.ranks, rows))
             if gather.welcomes:
                 return Ended("a replica joins")
+
+    def _sent(self, gather: _Gather) -> Tensor | Ended:
+        """What this rank sends; where that is to be computed, the store is looked at meanwhile."""
+        if isinstance(gather.sent, Tensor):
+            return gather.sent
+        if gather.computed is None:
+            gather.computed = self._computing.submit(gather.sent)
+        while not wait([gather.computed], SLICE.total_seconds()).done:
+            if self._is_told():
+                return Ended("others say so")
+        return gather.computed.result()
 
     def _finish(self, gather: _Gather, gathered: Gathered) -> None:
         assert gather.number == self._done + 1
@@ -408,8 +419,8 @@ class Epochs(Gathers):
 
         if self.place.replica == 0:
             assert self._welcome is not None and self._welcome.state is not None
-            return handover.send(self._welcome.state, broadcast)
-        state, ended = handover.receive(broadcast)
+            return self._welcome.state.send(broadcast)
+        state, ended = receive(broadcast)
         if ended is None:
             self._has_state = True
             self.admitted.set_result((operation, state))

@@ -41,14 +41,38 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     hash: int
 
 
-def state(trainer: Trainer) -> dict[str, Tensor]:
-    """What a rank of a member hands over, after `Trainer.plain`; not copies."""
-    pieces = {n: p for n, p in trainer.state().items() if n.startswith(_TAKEN)}
-    return {n: p.tensor for n, p in {**trainer.parameter_state(), **pieces}.items()}
+class Handover:
+    """What a rank of a member hands over: tensors, which are not copied, and their hashes."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._header = msgspec.json.encode(
+            [
+                _Entry(name=n, dtype=str(t.dtype), shape=list(t.shape), hash=int(hash_bits(t)))
+                for n, t in tensors.items()
+            ]
+        )
+
+    @staticmethod
+    def of(trainer: Trainer) -> Handover:
+        """That of a trainer, after `plain`."""
+        pieces = {n: p for n, p in trainer.state().items() if n.startswith(_TAKEN)}
+        pieces = {**trainer.parameter_state(), **pieces}
+        return Handover({name: piece.tensor.detach() for name, piece in pieces.items()})
+
+    def send(self, broadcast: Callable[[Tensor], E | None]) -> E | None:
+        """Gives it away; what went wrong, if anything did."""
+        packed = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
+        went_wrong = broadcast(torch.tensor([len(packed)])) or broadcast(packed)
+        for tensor in self._tensors.values():
+            if went_wrong is not None:
+                return went_wrong
+            went_wrong = broadcast(_bytes(tensor.cpu().contiguous()))
+        return went_wrong
 
 
 def take_up(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
-    """Makes a rank that has not trained yet what `state` was taken of.
+    """Makes a rank that has not trained yet what a `Handover` is of.
 
     Raises:
         ValueError: the state is another model's, or has been damaged.
@@ -60,23 +84,8 @@ def take_up(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is not what a member has handed over")
 
 
-def send(tensors: Mapping[str, Tensor], broadcast: Callable[[Tensor], E | None]) -> E | None:
-    """Gives `state` away; what went wrong, if anything did."""
-    header = [
-        _Entry(name=n, dtype=str(t.dtype), shape=list(t.shape), hash=int(hash_bits(t)))
-        for n, t in tensors.items()
-    ]
-    packed = torch.frombuffer(bytearray(msgspec.json.encode(header)), dtype=torch.uint8)
-    went_wrong = broadcast(torch.tensor([len(packed)])) or broadcast(packed)
-    for tensor in tensors.values():
-        if went_wrong is not None:
-            return went_wrong
-        went_wrong = broadcast(_bytes(tensor.detach().cpu().contiguous()))
-    return went_wrong
-
-
 def receive(broadcast: Callable[[Tensor], E | None]) -> tuple[dict[str, Tensor], E | None]:
-    """Takes what `send` gives, into host memory, and what went wrong, if anything did.
+    """Takes what `Handover.send` gives, into host memory, and what went wrong, if anything did.
 
     Raises:
         ValueError: it has been damaged on the way.

@@ -200,9 +200,10 @@ class Leader:
         if self._joiner is not None and max(done.values()) >= self._joiner[1]:
             joiner, _ = self._joiner
             self._joiner = None
-            joins, operation = joiner.replica, joiner.operation
-            members[joins] = joiner.life
-            done |= dict.fromkeys(ranks_of([joins], self._size), max(done.values()))
+            if (joiner.replica, joiner.life) not in dead:
+                joins, operation = joiner.replica, joiner.operation
+                members[joins] = joiner.life
+                done |= dict.fromkeys(ranks_of([joins], self._size), max(done.values()))
         return Epoch(
             number=epoch.number + 1, members=members, done=done, joins=joins, operation=operation
         )

@@ -108,40 +108,41 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     writer = StateWriter(client.clone(), config.run.output)
     totals: Totals | None = None
     step = 0
-    while True:
-        beats.at(step, "waiting")
-        match inbox.next():
-            case protocol.Train() as operation:
-                step, started = operation.step, time.monotonic()
-                beats.at(step, "train")
-                output = trainer.train(step, operation.batch())
-                began = Totals(output, trainer)
-                beats.at(step, "optimize")
-                trainer.optimize(step)
-                if totals is not None:
-                    beats.at(step, "counts")
-                    totals.wait()
-                totals = began
-                patience.took(time.monotonic() - started)
-                client.seconds = patience.seconds
-            case protocol.Save(step, at_once):
-                beats.at(step, "checkpoint")
-                writer.save(trainer, step, at_once=at_once)
-            case protocol.Gather():
-                beats.at(step, "checkpoint")
-                if trainer.topology.replica == 0:
-                    for _ in trainer.model.full_state_dict_iter():
-                        pass  # this rank's part of each gather
-            case protocol.Join():
-                beats.at(step, "join")
-                elastic.welcome(trainer)
-            case protocol.Exit():
-                if totals is not None:
-                    totals.wait()
-                writer.close()
-                # The store ends with rank 0: everybody has read it by now.
-                if epochs is not None:
-                    epochs.close()
-                else:
-                    barrier(device, trainer.topology.everyone)
-                return
+    with beats:
+        while True:
+            beats.at(step, "waiting")
+            match inbox.next():
+                case protocol.Train() as operation:
+                    step, started = operation.step, time.monotonic()
+                    beats.at(step, "train")
+                    output = trainer.train(step, operation.batch())
+                    began = Totals(output, trainer)
+                    beats.at(step, "optimize")
+                    trainer.optimize(step)
+                    if totals is not None:
+                        beats.at(step, "counts")
+                        totals.wait()
+                    totals = began
+                    patience.took(time.monotonic() - started)
+                    client.seconds = patience.seconds
+                case protocol.Save(step, at_once):
+                    beats.at(step, "checkpoint")
+                    writer.save(trainer, step, at_once=at_once)
+                case protocol.Gather():
+                    beats.at(step, "checkpoint")
+                    if trainer.topology.replica == 0:
+                        for _ in trainer.model.full_state_dict_iter():
+                            pass  # this rank's part of each gather
+                case protocol.Join():
+                    beats.at(step, "join")
+                    elastic.welcome(trainer)
+                case protocol.Exit():
+                    if totals is not None:
+                        totals.wait()
+                    writer.close()
+                    # The store ends with rank 0: everybody has read it by now.
+                    if epochs is not None:
+                        epochs.close()
+                    else:
+                        barrier(device, trainer.topology.everyone)
+                    return

@@ -247,15 +247,22 @@ def hosts(count: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.fixture
-def three_hosts() -> Iterator[list[str]]:
+@contextmanager
+def hosts_or_skip(count: int) -> Iterator[list[str]]:
+    """`hosts`; skips the test where there can be none."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2")
     with ExitStack() as stack:
         try:
-            names = stack.enter_context(hosts(3))
+            names = stack.enter_context(hosts(count))
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        yield names
+
+
+@pytest.fixture
+def three_hosts() -> Iterator[list[str]]:
+    with hosts_or_skip(3) as names:
         yield names
 
 
@@ -267,7 +274,9 @@ def secret(tmp_path: Path) -> str:
     return str(path)
 
 
-def run_on(names: list[str], run: list[str], timeout: int, secret: str) -> list[Command]:
+def run_on(
+    names: list[str], run: list[str], timeout: int, secret: str, *more: str
+) -> list[Command]:
     network = ["--host", "10.99.7.1", "--port", "34567", "--local-ranks", "1"]
     network += ["--secret-file", secret]
     core = Command(*run, *network, "--timeout", str(timeout), host=names[0])
@@ -275,7 +284,7 @@ def run_on(names: list[str], run: list[str], timeout: int, secret: str) -> list[
         Command(
             "sidecar", "--main-host", "10.99.7.1", "--port", "34567", "--world-size",
             str(len(names)), "--start-rank", str(rank), "--backend", "gloo",
-            "--secret-file", secret, host=name,
+            "--secret-file", secret, *more, host=name,
         )
         for rank, name in enumerate(names[1:], start=1)
     ]  # fmt: skip
@@ -319,3 +328,40 @@ def test_a_host_that_is_cut_off_ends_the_run_in_one_line(
     assert len(losses(output)) >= 5
     assert (checkpoint / "model.safetensors").exists()
     assert not list((output / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_of_two_halves_of_a_network_one_goes_on(place: Path, secret: str, tmp_path: Path) -> None:
+    """Two hosts on each side: those apart from rank 0 see each other, and end all the same."""
+    output, timeout = tmp_path / "run", 5
+
+    def members() -> int:
+        path = output / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return int(json.loads(lines[-1])["members"]) if lines else 0
+
+    with hosts_or_skip(4) as names:
+        run = [*flags(place, output, 4, steps=1_000_000), "--elastic", "--check-every", "1"]
+        core, near, *far = run_on(names, run, timeout, secret, "--elastic")
+        wait_until(lambda: core.poll() is not None or members() == 4, 90)
+        switch = names[0].removesuffix("h0") + "s"
+        subprocess.run(["ip", "-n", switch, "link", "add", "far", "type", "bridge"], check=True)
+        subprocess.run(["ip", "-n", switch, "link", "set", "far", "up"], check=True)
+        for n in (2, 3):
+            moved = ["ip", "-n", switch, "link", "set", f"to{n}", "master", "far"]
+            subprocess.run(moved, check=True)
+        began = time.monotonic()
+        for process in far:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert "lost another rank" in said
+        wait_until(lambda: core.poll() is not None or members() == 2, 60)
+        assert time.monotonic() - began < timeout + 15
+        assert core.poll() is None, core.communicate()
+        core.send_signal(signal.SIGTERM)
+        _, said = core.communicate(timeout=60)
+        assert core.returncode == 128 + signal.SIGTERM, said
+        assert near.wait(30) == 0
+        assert "replica 2 is gone" in said
+        assert "replica 3 is gone" in said

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 
+from psyche_fast.rank import state
 from tests.groups import Command, Finished, run_command
 from tests.processes import command, is_there, seconds_until_gone, wait_until
 from tests.tiny import VOCABULARY, save_llama, save_tokens
@@ -286,4 +287,6 @@ def test_stopped_run_leaves_a_checkpoint(
     assert core.returncode == 128 + number, stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    manifest = state.read_manifest(checkpoint)  # and it can go on from there
+    assert checkpoint.name == f"step-{manifest.step:06d}"
     assert not is_there(sidecar)

@@ -162,7 +162,7 @@ def _with_state(folder: Path) -> tuple[dict[str, Piece], bytes, bytes]:
     file = state.write_part(folder / state.FOLDER, state.rank_file(0), pieces)
     manifest = Manifest(
         version=state.VERSION, step=4, config=RunConfig().to_dict(), data=identity(_Data()),
-        machine=machine_of(RunConfig()), files=[file],
+        machine=machine_of(RunConfig(), torch.device("cpu")), files=[file],
     )  # fmt: skip
     state.write_manifest(folder / state.FOLDER, manifest)
     path = folder / state.FOLDER / state.MANIFEST
@@ -177,7 +177,7 @@ def _manifest() -> Parser:
         (folder / state.FOLDER / state.MANIFEST).write_bytes(data)
         manifest = state.read_manifest(folder)
         state.check_sums(folder, manifest)
-        check_start(Start(folder, manifest, ()), RunConfig(), _Data())
+        check_start(Start(folder, manifest, ()), RunConfig(), _Data(), torch.device("cpu"))
         saving.fits(manifest, RunConfig())
 
     return [valid], parse
@@ -204,8 +204,7 @@ def _state_file() -> Parser:
     def parse(data: bytes) -> None:
         (folder / state.FOLDER / name).write_bytes(data)
         file = StateFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-        fitting = msgspec.structs.replace(manifest, files=[file])
-        reader = state.Reader(folder, fitting, name, [])
+        reader = state.Reader(folder / state.FOLDER, [file], name, [])
         reader.names()
         for piece in pieces:
             reader.fill({piece: pieces[piece]})

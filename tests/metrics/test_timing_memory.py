@@ -113,3 +113,10 @@ def test_cuda_peaks_count_what_was_allocated():
     memory = memory_bytes(torch.device("cuda"))
     assert memory["cuda_peak_allocated"] - before >= held.nbytes
     assert memory["cuda_peak_reserved"] >= memory["cuda_peak_allocated"]
+
+
+def test_an_error_says_in_which_phase_it_was_raised() -> None:
+    timer = PhaseTimer()
+    with pytest.raises(MemoryError) as raised, timer.phase("train"), timer.phase("data"):
+        raise MemoryError
+    assert raised.value.__notes__ == ["in phase data"]

@@ -159,3 +159,29 @@ def test_each_line_is_one_json_object(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="metrics"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_lines_that_find_no_room_wait_for_it(tmp_path):
+    said = []
+    with MetricsWriter(tmp_path / "metrics.jsonl", tell=said.append) as writer:
+        writer.write({"step": 1})
+        real = writer._file
+
+        class Full:  # takes three bytes, then none
+            closed, left = False, 3
+
+            def write(self, data):
+                if not self.left:
+                    raise OSError(28, "No space left on device")
+                count, self.left = min(len(data), self.left), 0
+                return real.write(data[:count])
+
+        writer._file = Full()
+        for step in (2, 3):
+            writer.write({"step": step})
+        assert said == [f"{tmp_path}/metrics.jsonl: lines have to wait: No space left on device"]
+        assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+        writer._file = real
+        writer.write({"step": 4})
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len(said) == 1

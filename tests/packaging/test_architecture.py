@@ -284,10 +284,10 @@ def test_the_gradients_road_is_short() -> None:
 def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
-    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_500
+    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_200
-    assert sum(lines.values()) - methods < 24_000
+    assert sum(lines.values()) - methods < 26_500
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from psyche_fast.rank import members
 from psyche_fast.rank.epochs import Epochs, LeftOut, Place
+from psyche_fast.rank.handover import Handover
 from psyche_fast.rank.members import Epoch, Joiner, Leader, key, put, ranks_of
 from tests.groups import run_processes
 from tests.processes import free_port
@@ -139,7 +140,7 @@ def lead(rank: int, port: int, times: int) -> tuple[list[int], list[int]]:
             if wants:
                 joiner = Joiner(2, store.get(key("join", 2)).decode(), step + 1)
                 store.delete_key(key("join", 2))
-            epochs.welcome(state if rank == 0 else None, joiner)
+            epochs.welcome(Handover(state) if rank == 0 else None, joiner)
             came += 1
         elif came > len(descriptors) and gathered.ranks == [0, 1]:
             time.sleep(0.3)  # until the thread that gathers has looked after old groups

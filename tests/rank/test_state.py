@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
+from psyche_fast.core.export import Exporter
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank import state
@@ -55,6 +57,22 @@ def write(rank: int, trainer: Any, config: RunConfig, folder: Path, step: int) -
         )  # fmt: skip
         state.write_manifest(place, manifest)
     dist.barrier()
+    gathered = {n: t for n, t in trainer.model.full_state_dict_iter() if t is not None}
+    if rank == 0:  # in another way: from the ranks themselves
+        save_file({n: t.contiguous() for n, t in gathered.items()}, folder / "gathered.safetensors")
+
+
+def check_export(folder: Path, model: Path, config: RunConfig) -> None:
+    """A model's folder made of what ranks have written is what these ranks give."""
+    exporter = Exporter(resolve_model(str(model)), config.model, all_names=False)
+    out = folder / "out"
+    out.mkdir()
+    exporter.write(out, folder / state.FOLDER, state.read_manifest(folder).files)
+    made, wanted = load_file(out / "model.safetensors"), load_file(folder / "gathered.safetensors")
+    assert made.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert made[name].dtype == tensor.dtype
+        assert torch.equal(made[name], tensor), name
 
 
 def first(rank: int, model: Path, config: RunConfig, folder: Path) -> None:
@@ -159,6 +177,7 @@ def test_another_world_takes_up_the_same(
     """Shards that cut chunks, uneven ones, empty ones: everything as it was, to the bit."""
     run_ranks(first, before[0] * before[1], model, settings(method, *before), tmp_path / "a")
     wanted = whole(tmp_path / "a")
+    check_export(tmp_path / "a", model, settings(method, *before))
     kinds = {"optimizer/delta/lm_head.weight", "optimizer/own/lm_head.weight/indices",
              "optimizer/arrived/model.norm.weight/values"}  # fmt: skip
     if method == "adamw":
@@ -175,6 +194,27 @@ def test_another_world_takes_up_the_same(
         for name, tensor in wanted.items():
             assert torch.equal(found[name], tensor), (after, name)
     assert max(losses) - min(losses) < 0.02
+
+
+@pytest.mark.processes
+def test_experts_are_exported_as_they_came(tmp_path: Path) -> None:
+    """One by one, though the ranks hold them stacked and divided; tied weights once."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=102, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=True, max_position_embeddings=64,
+    )  # fmt: skip
+    model = tmp_path / "mixtral"
+    transformers.MixtralForCausalLM(config).save_pretrained(model)
+    run = settings("adamw", 2, 2, save_dtype="float32")  # the masters
+    run_ranks(first, 4, model, run, tmp_path / "a")
+    check_export(tmp_path / "a", model, run)
+    names = load_file(tmp_path / "a" / "out" / "model.safetensors").keys()
+    assert names == load_file(model / "model.safetensors").keys()
+    assert any("experts.3.w2" in name for name in names)
 
 
 def reader(folder: Path, *pieces: dict[str, Piece]) -> state.Reader:
@@ -215,8 +255,6 @@ def test_what_ranks_have_twice_does_not_stand_for_what_is_missing(tmp_path: Path
 
 
 def test_a_file_that_is_no_state(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     (tmp_path / state.FOLDER).mkdir()
     path = tmp_path / state.FOLDER / state.rank_file(0)
     save_file({"a": torch.zeros(1)}, path)
