@@ -167,6 +167,54 @@ class Optimizer(Section, frozen=True, kw_only=True):
             )
 
 
+class Exchange(Section, frozen=True, kw_only=True):
+    """How replicas learn from each other, for `rank.method`; None is what the method has."""
+
+    method: Annotated[
+        str | None,
+        _help("distro, demo, demo-v2, sparseloco, diloco, streaming-diloco, muloco, random-k, dense"
+              ", or one of a package: how replicas learn"),
+    ] = None  # fmt: skip
+    every: Annotated[Positive | None, _help("method: local steps until a part's turn")] = None
+    fragments: Annotated[Positive | None, _help("method: parts of it that take turns")] = None
+    delay: Annotated[Count | None, _help("method: steps from sending to applying")] = None
+    mix: Annotated[
+        str | None, _help("method: share of its own that a replica keeps then, or rebase")
+    ] = None  # fmt: skip
+    chunk: Annotated[Positive | None, _help("method: side of a chunk")] = None
+    topk: Annotated[Positive | None, _help("method: entries sent per chunk")] = None
+    values: Annotated[
+        Literal["sign", "2bit", "4bit", "8bit", "codebook4", "bf16", "parameter"] | None,
+        _help("method: as what they are sent"),
+    ] = None  # fmt: skip
+    beta: Annotated[Share | None, _help("method: decay of momentum or feedback")] = None
+    subtract: Annotated[
+        Amount | None, _help("method: share of what was sent that is taken out of it")
+    ] = None  # fmt: skip
+    merge: Annotated[
+        Literal["named", "mean"] | None,
+        _help("method: mean over the replicas that name an entry, or over all"),
+    ] = None  # fmt: skip
+    norm_clip: Annotated[
+        Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
+    ] = None  # fmt: skip
+    outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
+    outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        for name in self.__struct_fields__:
+            if name == "method" or getattr(self, name) is None:
+                continue
+            if self.method is None:
+                raise ValueError(f"{flag(name)} needs --method")
+            if self.method == "distro":
+                raise ValueError(
+                    f"{flag(name)} is of other methods; DisTrO's options are --compression-topk, "
+                    "--compression-chunk, --compression-decay and --distro-quantization"
+                )
+
+
 class Parallelism(Section, frozen=True, kw_only=True):
     """How many ranks do what, for `rank.topology`."""
 
@@ -323,15 +371,18 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     training: Training = msgspec.field(default_factory=Training)
     optimizer: Optimizer = msgspec.field(default_factory=Optimizer)
     schedule: Schedule = msgspec.field(default_factory=Schedule)
+    exchange: Exchange = msgspec.field(default_factory=Exchange)
     parallelism: Parallelism = msgspec.field(default_factory=Parallelism)
     machines: Machines = msgspec.field(default_factory=Machines)
     run: Run = msgspec.field(default_factory=Run)
 
     def __post_init__(self) -> None:
         replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
-        if replicas > 1 and not self.optimizer.distro:
+        self._check_method()
+        if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(
-                f"--replicas {replicas} needs --distro: AdamW has no exchange between peers"
+                f"--replicas {replicas} needs --distro: AdamW has no exchange between peers "
+                "(--method dense has)"
             )
         if self.optimizer.refuse_outliers is not None and replicas < 3:
             raise ValueError(
@@ -358,6 +409,23 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 f"{world_size} ranks"
             )
 
+    def _check_method(self) -> None:
+        method = self.exchange.method
+        if method is None or (method == "distro" and self.optimizer.distro):
+            return  # which `replace` sees to
+        if self.optimizer.distro or method == "distro":
+            raise ValueError(f"--distro and --method {method}: give one of them")
+        if self.parallelism.ranks_per_replica > 1:
+            raise ValueError(
+                f"--method {method} wants whole replicas: no --data-parallelism or "
+                "--tensor-parallelism"
+            )
+        if self.model.param_dtype != "float32":
+            raise ValueError(
+                f"--method {method} adds to the parameters themselves: it wants --param-dtype "
+                f"float32, got {self.model.param_dtype}"
+            )
+
     @classmethod
     def of(cls, **values: Any) -> Self:
         """The configuration with these flags' values, by name whatever their section."""
@@ -366,6 +434,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def replace(self, **values: Any) -> Self:
         """The configuration with other values of these flags."""
         changes: dict[str, dict[str, Any]] = {}
+        if values.get("method") == "distro":
+            values["distro"] = True
         for name, value in values.items():
             changes.setdefault(FLAGS[name].section, {})[name] = value
         sections = {

@@ -151,8 +151,10 @@ def _write_data(data: Data) -> Any:
 
 
 def _write_optimizer(config: RunConfig) -> dict[str, Any]:
-    options = config.optimizer
+    options, method = config.optimizer, config.exchange.method
     clip = options.max_grad_norm or None
+    if method not in (None, "distro"):
+        raise ValueError(f"--method {method}: Psyche has DisTrO and AdamW alone")
     if not options.distro:
         betas = (options.beta1, options.beta2)
         return {

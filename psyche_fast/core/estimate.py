@@ -153,6 +153,8 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
     Raises:
         ValueError: the model cannot be built or split so.
     """
+    if run.exchange.method not in (None, "distro"):
+        raise ValueError(f"estimate knows DisTrO and AdamW, not --method {run.exchange.method}")
     dtype: torch.dtype = getattr(torch, run.model.param_dtype)
     attention = choose_attention(
         run.model.attn_implementation, device_type, model.get("model_type")

@@ -32,6 +32,7 @@ from psyche_fast.models.source import (
     text_config,
     vocabulary_size,
 )
+from psyche_fast.rank.method import method_of
 from psyche_fast.start import knock, tls
 from psyche_fast.start.devices import Devices, choose_devices, cores
 
@@ -86,6 +87,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         check_hub(run.push_to_hub)
     if run.checkpoint_to is not None:
         open_remote(run.checkpoint_to, "--checkpoint-to")
+    method_of(config)
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)
@@ -147,7 +149,7 @@ def _summary(
     if sizes.warmup_tokens:
         tokens = format_count(sizes.warmup_tokens)
         rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
-    method = "AdamW"
+    method = "AdamW" if config.exchange.method is None else config.exchange.method
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
         method = f"DisTrO (top {chunks}{', 1 bit' if optimizer.distro_quantization else ''})"

@@ -34,16 +34,32 @@ class DeMo(PeerOptimizer):
         theta -= lr * sign(decode(mean over the peers of own))
 
     The peers are the ranks of `process_group`; one all-gather per step carries everything.
-    Gradients must not be averaged between them by other means (run DDP under `no_sync`), and
-    `.grad` is left as it is. A parameter without gradient takes part with a gradient of zero, so
-    that all ranks stay in step. Gradients of which an element is NaN or infinite are left out, all
-    of the step's: delta would never be rid of it. Parameters that are frozen are left alone, and
-    those that are unfrozen later join in, with what delta they had; all peers have to do it alike.
+    Gradients must not be averaged between them by other means: run DDP under `no_sync`, or with
+    `register_comm_hook(None, noop_hook)`; the first step warns where all peers have the same ones.
+    `.grad` is left as it is, and may have been accumulated. A parameter without gradient takes part
+    with a gradient of zero, so that all ranks stay in step. Gradients of which an element is NaN or
+    infinite are left out, all of the step's: delta would never be rid of it. Parameters that are
+    frozen are left alone, and those that are unfrozen later join in, with what delta they had; all
+    peers have to do it alike. Under a `GradScaler` a step in which any rank has found gradients
+    that are not finite is left out on all.
+
+    Groups with `method="adamw"` (norms, embeddings) are trained by torch's AdamW, with `betas` and
+    `eps` as options, on the mean of the peers' gradients, which an all-reduce takes in float32. Of
+    their parameters one that has no gradient on any peer is left alone, as torch does it.
+
+    DTensor parameters work too (FSDP2, tensor parallelism): a replica is sharded, and the peers are
+    the ranks with the same shard in other replicas, `mesh.get_group("replicate")`. Each rank
+    compresses its own chunks; where a shard's edge cuts some, these are divided among the ranks of
+    the replica, and steps are collectives of these. What a mesh replicates, as FSDP2 over a mesh of
+    two dimensions does (HSDP), would have dense averages for gradients, and is refused.
 
     `state[p]["delta"]` is float32 (float64 for float64 parameters), in the encoded shape `[...,
     R/h, C/w, h, w]` (`[N/w, w]` for a vector). The next step takes out of it what the last one has
     sent, in the same pass as everything else: read it after `flush`. `state_dict`, copies and
-    pickles have it done; they round-trip, and change nothing of the run, to the bit.
+    pickles have it done; they round-trip, and change nothing of the run, to the bit. What is only
+    this replica's is called `delta/replica-N` in them, so that `torch.distributed.checkpoint` keeps
+    all replicas' apart, and reshards each. Who loads with fewer replicas drops those that are left;
+    more have none to load, which is refused.
 
     A learning rate may be a 0-d float32 tensor on the parameters' device, which is not waited for.
     There is neither `momentum` nor `betas` to schedule: OneCycleLR and CyclicLR want
@@ -54,27 +70,34 @@ class DeMo(PeerOptimizer):
     work (`torch.cuda.synchronize()`); before, they are refused with a RuntimeError.
 
     Args:
-        params: tensors, parameter groups (each may have its own `lr`, `weight_decay`,
+        params: tensors, parameter groups (each may have its own `method`, `lr`, `weight_decay`,
             `compression_topk` and `compression_chunk`) or (name, tensor) pairs.
-        lr: learning rate.
+        lr: learning rate. Where it is given by name, what else follows `params` may be in the
+            reference's order, `compression_decay` first.
         compression_decay: decay of delta per step, `0 <= beta < 1`.
         compression_topk: coefficients sent per chunk.
         compression_chunk: side of a chunk; a dimension is cut by its largest divisor that is not
             larger.
         weight_decay: decoupled weight decay.
-        process_group: the peers; the default group where None. Without torch.distributed there is
-            one peer.
+        process_group: the peers. Where None: the default group for plain parameters, nobody for
+            those that are distributed over all ranks. Without torch.distributed there is one peer.
         backend: "auto", "triton", "torch" or "interpret".
+        foreach: says nothing here, all chunks of a shape being one launch; so does `fused`.
+        fused: see `foreach`.
+        maximize: refused where it is True, and so are `capturable` and `differentiable`.
+        capturable: see `maximize`.
+        differentiable: see `maximize`.
 
     Attributes:
-        data_transmit: bytes of the message with this rank's results in the last step.
-        data_receive: bytes of results that it received, its own included.
+        data_transmit: bytes that this rank hands to exchanges in the last step: the message with
+            its results, and dense gradients of AdamW's groups.
+        data_receive: bytes of results that it received, its own included, and of such gradients.
         refused: 0-d int64 on the parameters' device, in how many steps this rank's gradients were
             left out because they, or `grad_scale`, were not finite.
 
     Raises:
         ValueError: an argument out of range, a setting that a group cannot have, a backend that
-            cannot run, or a sharded parameter (`Distro` takes those).
+            cannot run, or parameters that are distributed over the peers.
     """
 
     method = "demo"

@@ -29,9 +29,10 @@ class Distro(DistroStep):
         distro.apply(all_peers_previous_results, lr)
 
     Between the return of `generate` or `apply` and the next `error_correction` the parameters are
-    the plain ones. Results are the entries of `DistroStep` in Psyche's form. Its arguments,
-    attributes and errors are these, and what it says of state, precision and DTensors holds; a loop
-    that keeps entries and leaves parameters in the look-ahead saves two passes over them with it.
+    the plain ones. `DisTrO` does the same in the `step` of an optimiser, exchange included. Results
+    are the entries of `DistroStep` in Psyche's form. Its arguments, attributes and errors are
+    these, and what it says of state, precision and DTensors holds; a loop that keeps entries and
+    leaves parameters in the look-ahead saves two passes over them with it.
     """
 
     def error_correction(self, prev_lr: float | Tensor) -> None:

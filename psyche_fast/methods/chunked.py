@@ -78,6 +78,7 @@ class Fragment:
         factor: float,
         scale: float | Tensor | None,
         turn: int,
+        sender: int,
     ) -> Tensor:
         """Take up gradients or pseudo-gradients, `kept = decay (kept - own) + factor source`.
 
@@ -86,6 +87,7 @@ class Fragment:
             factor: on all of them.
             scale: a further factor; where it is not finite, all sources are left out.
             turn: number of the round.
+            sender: this replica's number.
 
         Returns:
             The message.
@@ -102,7 +104,7 @@ class Fragment:
                 Picked(where, p.values.gather(1, where))
                 for where, p in zip(places, picked, strict=True)
             ]
-        message, seen = self.format.pack(turn, picked)
+        message, seen = self.format.pack(turn, sender, picked)
         self.own = None
         if self.method.feedback != "none":
             alpha = self.method.subtract

@@ -11,7 +11,8 @@ a multiple of 8 bytes:
 | 6, 7 | number of the fragment |
 | 8 to 15 | bytes after the header |
 | 16 to 23 | hash of the method, the layout and the definition of directions |
-| 24 to 31 | number of the round |
+| 24 to 27 | number of the round, modulo 2^32 |
+| 28 to 31 | sender: its replica |
 | 32 to 39 | checksum of the bytes after the header, as `distro/message.py` has it |
 """
 
@@ -46,9 +47,9 @@ from psyche_fast.methods.values import (
 
 VERSION = 1
 _MAGIC = b"PFLM"
-_FIELDS = struct.Struct("<4sHHQQQ")  # all but the checksum
+_FIELDS = struct.Struct("<4sHHQQII")  # all but the checksum
 _HEADER = _FIELDS.size + 8
-_NAMES = ("magic", "version", "fragment", "size", "hash of method and layout", "round")
+_NAMES = ("magic", "version", "fragment", "size", "hash of method and layout", "round", "sender")
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ class Format:
         )
         self._hash, self._fragment = int.from_bytes(digest.digest(), "little"), fragment
 
-    def pack(self, turn: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
+    def pack(self, turn: int, sender: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
         """A message, uint8 `[size]`, and what its receivers see of the values of every class."""
         message = torch.zeros(self.size, dtype=torch.uint8, device=self._device)
-        message[: _FIELDS.size] = self._fields(turn)
+        message[: _FIELDS.size] = self._fields(turn, sender)
         seen, at = [], _HEADER
         for plan, p, backend in zip(self._sent, picked, self._backends, strict=True):
             indices = p.indices
@@ -124,10 +125,10 @@ class Format:
                 f"{list(messages.shape)}"
             )
         words = messages.contiguous().view(torch.int64)
-        wanted = self._fields(turn).to(messages.device)
         good = hash_rows(words[:, _HEADER // 8 :]) == words[:, _HEADER // 8 - 1]
         faults = {}
         for row, is_whole in enumerate(good.tolist()):
+            wanted = self._fields(turn, row).to(messages.device)
             if not torch.equal(messages[row, : _FIELDS.size], wanted):
                 fields = _FIELDS.unpack(bytes(messages[row, : _FIELDS.size].tolist()))
                 own = _FIELDS.unpack(bytes(wanted.tolist()))
@@ -168,8 +169,10 @@ class Format:
             picked, _ = self._decode(messages[rows][good])
         return picked, faults
 
-    def _fields(self, turn: int) -> Tensor:
-        fields = _FIELDS.pack(_MAGIC, VERSION, self._fragment, self._payload, self._hash, turn)
+    def _fields(self, turn: int, sender: int) -> Tensor:
+        fields = _FIELDS.pack(
+            _MAGIC, VERSION, self._fragment, self._payload, self._hash, turn % (1 << 32), sender
+        )
         return torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(self._device)
 
     def _values(self, plan: ChunkPlan) -> wire.Values:

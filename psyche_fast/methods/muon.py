@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         named_parameters: (name, tensor) pairs; names tell hidden matrices.
         lr: learning rate of both.
         options: all else.
+        undecayed: names of parameters without weight decay.
     """
 
     def __init__(
@@ -85,18 +86,23 @@ class MuonAdamW(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, Tensor]],
         lr: float = 1e-3,
         options: Muon = Muon(),  # noqa: B008
+        undecayed: Container[str] = (),
     ) -> None:
         self.options = options
-        hidden: list[tuple[str, Tensor]] = []
-        others: list[tuple[str, Tensor]] = []
+        hidden = 0.1 if options.weight_decay is None else options.weight_decay
+        groups: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
         for name, p in named_parameters:
-            (hidden if is_hidden_matrix(options, name, p) else others).append((name, p))
-        decay = 0.1 if options.weight_decay is None else options.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": hidden, "weight_decay": decay, "use_muon": True},
-            {"params": others, "weight_decay": options.adamw.weight_decay, "use_muon": False},
-        ]
-        super().__init__([group for group in groups if group["params"]], {"lr": lr})
+            is_hidden = is_hidden_matrix(options, name, p)
+            decay = hidden if is_hidden else options.adamw.weight_decay
+            key = is_hidden, 0.0 if name in undecayed else decay
+            groups.setdefault(key, []).append((name, p))
+        super().__init__(
+            [
+                {"params": pairs, "weight_decay": decay, "use_muon": is_hidden}
+                for (is_hidden, decay), pairs in groups.items()
+            ],
+            {"lr": lr},
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

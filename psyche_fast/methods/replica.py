@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ class Replica:
         replica: this replica's number.
         replicas: how many there are.
         inner: an optimiser of the parameters that takes the local steps in the method's place.
+        undecayed: names of parameters without weight decay.
         backend: "auto", "triton", "torch" or "interpret".
 
     Attributes:
@@ -92,6 +93,7 @@ class Replica:
         replica: int,
         replicas: int,
         inner: torch.optim.Optimizer | None = None,
+        undecayed: Container[str] = (),
         backend: str = "auto",
     ) -> None:
         if not 0 <= replica < replicas:
@@ -110,12 +112,12 @@ class Replica:
             Fragment(method, number, names, [self._shared[n] for n in names], backend)
             for number, names in enumerate(fragment_names(method, list(self._shared)))
         ]
-        self.outer = OuterStep(method, self._shared)
+        self.outer = OuterStep(method, self._shared, undecayed)
         if inner is not None and not method.is_local:
             raise ValueError(f"what={method.what!r} takes no local steps: there is no inner")
         self.inner, self._owns_inner = inner, inner is None
         if inner is None and method.inner is not None:
-            self.inner = optimizer_of(method.inner, self._parameters.items())
+            self.inner = optimizer_of(method.inner, self._parameters, undecayed)
         self._rate: float | None = None
         self._sent: deque[Sent] = deque()
 
@@ -208,7 +210,7 @@ class Replica:
                 factor = gains[self.method.gain]
         if isinstance(scale, float) and scale == 1.0:
             scale = None
-        message = fragment.compress(sources, factor, scale, turn)
+        message = fragment.compress(sources, factor, scale, turn, self.replica)
         local = {}
         if self.method.mix == "rebase" and self.method.delay > 0:
             local = {name: self._local[name].clone() for name in fragment.names}

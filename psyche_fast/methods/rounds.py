@@ -33,24 +33,36 @@ class Rounds:
         self.bytes_sent = 0
         self._compare()
 
-    @torch.no_grad()
     def exchange(self) -> Faults:
-        """After a local step: send what it ends, and apply what is due, which is waited for.
+        """After a local step: `send`, and then `receive`."""
+        self.send()
+        return self.receive()
+
+    @torch.no_grad()
+    def send(self) -> int:
+        """After a local step: begin to send what it ends; its bytes, 0 where there is nothing."""
+        message = self._replica.send()
+        if message is None:
+            return 0
+        self._pending.append(exchange.start(message, self._group))
+        self.bytes_sent += self._pending[-1].bytes_sent
+        return self._pending[-1].bytes_sent
+
+    @torch.no_grad()
+    def receive(self) -> Faults:
+        """Apply what is due, which is waited for.
 
         Returns:
             What has been refused, by replica; a warning has been written of each.
         """
-        message = self._replica.send()
-        if message is not None:
-            self._pending.append(exchange.start(message, self._group))
-            self.bytes_sent += self._pending[-1].bytes_sent
         refused: Faults = {}
         while self._replica.due():
-            messages = self._pending.popleft().wait()
+            pending = self._pending.popleft()
+            messages = pending.host()
             damaged = self._replica.faults(messages)
             if self._group is not None:
-                damaged, _ = agree(damaged, messages.cpu(), self._group)
-            refused |= self._replica.receive(messages, damaged)
+                damaged, _ = agree(damaged, messages, self._group)
+            refused |= self._replica.receive(pending.wait(), damaged)
         for replica, what in sorted(refused.items()):
             log.warning("the result of replica %d is refused: %s", replica, what)
         return refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,20 @@ _NOISE = 64
 """Of a chunk's largest value times the type's epsilon: below, a sign is that of rounding."""
 
 
-def optimizer_of(options: AdamW | Muon, named: Iterable[tuple[str, Tensor]]) -> Any:
-    """The `torch.optim.Optimizer` of options over named parameters."""
+def optimizer_of(
+    options: AdamW | Muon, named: Mapping[str, Tensor], undecayed: Container[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimiser of options over named parameters, some of them without weight decay."""
     if isinstance(options, Muon):
-        return MuonAdamW(named, options=options)
+        return MuonAdamW(named.items(), options=options, undecayed=undecayed)
+    groups: dict[float, list[tuple[str, Tensor]]] = {}
+    for name, p in named.items():
+        decay = 0.0 if name in undecayed else options.weight_decay
+        groups.setdefault(decay, []).append((name, p))
     return torch.optim.AdamW(
-        named, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        [{"params": pairs, "weight_decay": decay} for decay, pairs in groups.items()],
+        betas=options.betas,
+        eps=options.eps,
     )
 
 
@@ -39,17 +47,21 @@ class OuterStep:
     Args:
         method: whose.
         shared: the parameters by name, changed in place.
+        undecayed: names of those without weight decay.
     """
 
-    def __init__(self, method: Method, shared: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, method: Method, shared: Mapping[str, Tensor], undecayed: Container[str] = ()
+    ) -> None:
         self._method, self._shared = method, dict(shared)
+        self._decayed = [t for name, t in self._shared.items() if name not in undecayed]
         self._momentum: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         outer = method.outer
         if isinstance(outer, Nesterov):
             self._momentum = {name: torch.zeros_like(t) for name, t in self._shared.items()}
         elif isinstance(outer, AdamW) or (isinstance(outer, Muon) and method.what == "gradient"):
-            self._optimizer = optimizer_of(outer, self._shared.items())
+            self._optimizer = optimizer_of(outer, self._shared, undecayed)
 
     @torch.no_grad()
     def decay(self, rate: float) -> None:
@@ -57,8 +69,8 @@ class OuterStep:
         if self._optimizer is not None:
             return
         weight_decay = self._method.outer.weight_decay or 0.0
-        if weight_decay != 0.0:
-            torch._foreach_mul_(list(self._shared.values()), 1.0 - rate * weight_decay)
+        if weight_decay != 0.0 and self._decayed:
+            torch._foreach_mul_(self._decayed, 1.0 - rate * weight_decay)
 
     @torch.no_grad()
     def step(self, merged: Mapping[str, Tensor], rate: float) -> None:

@@ -20,7 +20,8 @@ from psyche_fast.rank import elastic, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
-from psyche_fast.rank.optimizers import make_optimizer
+from psyche_fast.rank.method import MethodOptimizer, method_of
+from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
@@ -57,17 +58,20 @@ def build_trainer(
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
     )
+    parameters, method = trainable(model), method_of(config)
+    undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
+    optimizer: Optimizer
+    if method is not None:
+        optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
+    else:
+        optimizer = make_optimizer(
+            config.optimizer, parameters, topology.peers, model.masters, undecayed
+        )
     return Trainer(
         model,
         topology,
         config.schedule.learning_rates(),
-        make_optimizer(
-            config.optimizer,
-            trainable(model),
-            topology.peers,
-            model.masters,
-            model.all_but_matrices() if config.optimizer.decay == "matrices" else (),
-        ),
+        optimizer,
         config.training,
         config.optimizer.max_grad_norm,
     )

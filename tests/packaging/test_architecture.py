@@ -37,7 +37,7 @@ ALLOWED = {
     "data": BOTTOM,
     "metrics": BOTTOM,
     "start": BOTTOM,
-    "rank": BOTTOM | {"distro", "kernels", "metrics", "models", "start"},
+    "rank": BOTTOM | {"distro", "kernels", "methods", "metrics", "models", "start"},
     "psyche": BOTTOM | {"distro", "models", "rank", "start"},
     "core": BOTTOM
     | {"data", "distro", "kernels", "metrics", "models", "psyche_fast", "rank", "start"},

@@ -61,9 +61,9 @@ class Descent:
         else:
             self._index = index.to(torch.int64)
             if entries.unique:
-                self.c = self.share = _coefficients(values)
+                self.c = self.share = _mean(*_integers(values, are_few=True), 1.0).float()
             else:
-                self._sparse_means(*_words(values))
+                self._sparse_means(values)
             self._total = self.share.abs().sum(1, keepdim=True)
         if plan.device.type == "cpu":
             if self._is_low_rank:
@@ -83,29 +83,38 @@ class Descent:
         step = _chunks_at_once(plan)
         for at in range(0, n, step):
             some = slice(at, at + step)
-            words, bits, factor = _words(values[some])
-            sums = scratch(SUMS, (len(words), plan.totalk), words).zero_()
-            sums.scatter_add_(1, index[some].to(torch.int64), words)
-            c = self.c[some]
-            _mean(sums, bits, factor, c)
+            where, c = index[some].to(torch.int64), self.c[some]
+            count = scratch(COUNTS, tuple(c.shape), c).zero_()
+            count.scatter_add_(1, where, c.new_ones(1, 1).expand(where.shape))
+            integers, factor = _integers(values[some], _are_few(values, count))
+            sums = c if integers.dtype == c.dtype else scratch(SUMS, tuple(c.shape), integers)
+            sums.zero_().scatter_add_(1, where, integers)
+            mean = _mean(sums, factor, count.clamp_(min=1))
+            if sums is not c:
+                c.copy_(mean)
             torch.linalg.vector_norm(c, dim=1, keepdim=True, out=self._total[some])
         # By Cauchy and Schwarz the root of the number of coefficients times their norm bounds their
         # sum; of products with the bases, whose rows have norms of `sqrt(n / 2)`, that of all.
         number = min(self._entries, plan.totalk / (2 if self._is_vector else 4))
         self._total.mul_(math.sqrt(number))
 
-    def _sparse_means(self, words: Tensor, bits: int, factor: float) -> None:
+    def _sparse_means(self, values: Tensor) -> None:
         """The coefficient that each entry names, and the entry's share of it."""
-        step = _chunks_at_once(self._plan)
-        for at in range(0, len(words), step):
-            some, index = words[at : at + step], self._index[at : at + step]
-            sums = scratch(SUMS, (len(some), self._plan.totalk), words).zero_()
-            torch.gather(sums.scatter_add_(1, index, some), 1, index, out=some)
-        self.c = torch.empty(words.shape, device=words.device)
-        self._count = _mean(words, bits, factor, self.c).float()
+        self._count = torch.ones(values.shape, device=values.device)
+        self._add_up(self._count)
+        integers, factor = _integers(values, _are_few(values, self._count))
+        self._add_up(integers)
+        self.c = _mean(integers, factor, self._count).float()
         self.share = self.c / self._count
         if self._count.numel() > 0 and self._plan.device.type == "cpu":
             self._named = int(self._count.max())
+
+    def _add_up(self, entries: Tensor) -> None:
+        """Put in place of each entry the sum of those that name the same coefficient."""
+        step = _chunks_at_once(self._plan)
+        for index, some in zip(self._index.split(step), entries.split(step), strict=True):
+            sums = scratch(SUMS, (len(some), self._plan.totalk), some).zero_()
+            torch.gather(sums.scatter_add_(1, index, some), 1, index, out=some)
 
     def chunks(self, start: int, stop: int) -> Tensor:
         """Float32 `[stop - start, h, w]` of -1, 0, 1, good until the next call."""
@@ -287,9 +296,7 @@ class Descent:
             per_size += min(256 * columns, right.low_reach) * 2.0**-27
         # 1.01 for products of errors, those of magnitudes included, and for this bound's own.
         limits = torch.where(total > 0, total * (1.01 * per_total) + 1.01 * m / 4, -1.0)
-        if (
-            self._is_low_rank
-        ):  # A column's sum of magnitudes bounds those of rows of `B_h C / 2^18`.
+        if self._is_low_rank:  # a column's sum of magnitudes bounds those of `B_h C / 2^18`
             sums = total.new_zeros(len(total), plan.w)
             sums.scatter_add_(1, self._column, self.share.abs())
             limits.add_(sums.amax(1, keepdim=True), alpha=1.01 * per_size)
@@ -304,24 +311,19 @@ def _chunks_at_once(plan: ChunkPlan) -> int:
 
 
 def _rows_of_a_line(h: int, w: int) -> int:
-    return max(
-        rows for rows in range(1, h + 1) if h % rows == 0 and (rows == 1 or rows * w <= _LINE)
-    )
+    return max(rows for rows in range(1, max(1, _LINE // w) + 1) if h % rows == 0)
 
 
-def _mean(words: Tensor, bits: int, factor: float, out: Tensor) -> Tensor:
-    """Coefficients of sums of `_words`, which are overwritten, into `out`; counts, one at least."""
-    count = torch.bitwise_and(
-        words, (1 << bits) - 1, out=scratch(COUNTS, tuple(words.shape), words)
-    )
-    words.sub_(count)
-    count.clamp_(min=1)
-    is_few = words.dtype == torch.int32 and words.device.type == "cpu" and words.numel() > 0
-    if is_few and int(count.max()) <= _FEW:
-        out.copy_(words).div_(scratch(COUNTS, tuple(words.shape), out).copy_(count)).round_()
-    else:
-        out.copy_(words.double().mul_(factor).div_(count).round_())
-    return count
+def _are_few(values: Tensor, count: Tensor) -> bool:
+    """Float32 holds sums and means of these: signs of up to `_FEW` peers."""
+    if values.dtype != torch.bool or values.numel() == 0:
+        return False
+    return values.shape[1] <= _FEW or (count.device.type == "cpu" and int(count.max()) <= _FEW)
+
+
+def _mean(sums: Tensor, factor: float, count: Tensor | float) -> Tensor:
+    """Coefficients in place of sums of `_integers`."""
+    return (sums if factor == 1.0 else sums.mul_(factor)).div_(count).round_()
 
 
 @dataclass(frozen=True)
@@ -371,36 +373,23 @@ def _exact_dtype(terms: int) -> torch.dtype:
     return torch.float32 if terms <= 64 else torch.float64
 
 
-def _coefficients(values: Tensor) -> Tensor:
-    """Of values that nobody else names: integers in float32."""
-    if values.dtype == torch.bool:
-        return values.float().mul_(-2 << BITS).add_(1 << BITS)
-    return values.mul(_unit(values)).trunc_().mul_(2.0**-12 * _AWAY).round_().float()
-
-
-def _words(values: Tensor) -> tuple[Tensor, int, float]:
-    """Values as integers above so many bits of a count of one, and the factor to coefficients.
+def _integers(values: Tensor, are_few: bool) -> tuple[Tensor, float]:
+    """Float32 where there are few, else float64, and the factor to coefficients.
 
     Products with the factor are halves away from zero where they would be halves: they round so.
     Means of signs are no halves, there not being 2^19 of them.
     """
     if values.dtype == torch.bool:
-        words = values.to(torch.int32 if values.shape[1] < 1 << 31 - BITS else torch.int64)
-        return words.mul_(-2 << BITS).add_((1 << BITS) + 1), BITS, 1.0
-    integers = values.mul(_unit(values)).to(torch.int64)
-    return integers.mul_(1 << 16).add_(1), 16, 2.0 ** (-12 - 16) * _AWAY
-
-
-_AWAY = 1 + 2.0**-49
+        signs = values.to(torch.float32 if are_few else torch.float64)
+        return signs.mul_(-2 << BITS).add_(1 << BITS), 1.0
+    return values.mul(_unit(values)).trunc_(), 2.0**-12 * (1 + 2.0**-49)
 
 
 def _unit(values: Tensor) -> Tensor:
     """What makes integers of a chunk's values: `2^(156 - e)`, float64 `[n, 1]`."""
     largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(1, 1)
-    exponent = largest.float().view(torch.int32) >> 23
-    return (
-        exponent.to(torch.int64).neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.double)
-    )
+    exponent = (largest.float().view(torch.int32) >> 23).to(torch.int64)
+    return exponent.neg_().add_(156 + 1023).bitwise_left_shift_(52).view(torch.float64)
 
 
 def _split(index: Tensor, w: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psyche_fast.distro import DeMo, DistroStep
+from psyche_fast.distro import DeMo, DisTrO, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from tools.kernel_guard.cuda_tensors import DEVICE, CudaTensor, WaitError, no_waiting
 from tools.kernel_guard.tests.small_kernels import add
@@ -168,8 +168,16 @@ def demo_of(weights, lr, signs):
     return (lambda: demo.step(grad_scale=lr)), lambda: [demo.state[p]["delta"] for p in demo.state]
 
 
+def delayed_of(weights, lr, signs):
+    backend = "triton" if lr.device.type == "cuda" else "interpret"
+    options = {"weight_decay": 0.1, "quantize": signs, "backend": backend}
+    run = DisTrO(weights.values(), lr, 0.9, 4, **options)
+    return (lambda: run.step(grad_scale=lr)), lambda: [run.state[p]["delta"] for p in run.state]
+
+
 @pytest.mark.parametrize(
-    ("make", "signs"), [(distro_of, False), (distro_of, True), (demo_of, False)]
+    ("make", "signs"),
+    [(distro_of, False), (distro_of, True), (demo_of, False), (delayed_of, True)],
 )
 def test_a_step_does_not_wait_and_comes_to_the_same_bits(make, signs):
     """Whole optimisers, whose operations the plug-in forbids to wait."""
