@@ -229,6 +229,13 @@ class Machines(Section, frozen=True, kw_only=True):
     secret_file: Annotated[
         str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
     ] = None  # fmt: skip
+    tls_key: Annotated[
+        str | None, _help("this machine's private key, for gloo by TLS; with --tls-cert, --tls-ca")
+    ] = None  # fmt: skip
+    tls_cert: Annotated[str | None, _help("this machine's certificate")] = None
+    tls_ca: Annotated[
+        str | None, _help("certificate of who has signed those of all machines")
+    ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
         Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
@@ -349,6 +356,11 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                     f"{flag(name)} {rows} is less than {which} {most}: "
                     "each needs a sequence to train on"
                 )
+        if self.parallelism.elastic and self.exchange.method not in (None, "distro"):
+            raise ValueError(
+                f"--elastic with --method {self.exchange.method}: DisTrO alone can lose a peer; "
+                "leave one of them out"
+            )
         if self.parallelism.elastic and self.ranks_here % self.parallelism.ranks_per_replica:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} with --elastic: a replica's "
