@@ -146,7 +146,8 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     if not own:
         raise ValueError(f"{folder} has no {state.rank_file(first + likely)}")
     trainer.load(parameters, own if fits(manifest, config) else None, is_new=is_new)
-    log.info("goes on from %s", folder)
+    momentum = ", where its replica has no state: without momentum" if is_new else ""
+    log.info("goes on from %s%s", folder, momentum)
 
 
 def fits(manifest: state.Manifest, config: RunConfig) -> bool:
