@@ -91,8 +91,9 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         assert f"step-{step:06d}, from step {step + 1}" in result.stderr
         assert settings(part) == settings(run)
-        lines = (part / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["loss"] for line in lines] == [m["loss"] for m in whole]
+        lines = [json.loads(x) for x in (part / "metrics.jsonl").read_text().splitlines()]
+        for known in ("step", "loss", "learning_rate", "num_tokens"):
+            assert [m[known] for m in lines] == [m[known] for m in whole], known
         assert same(parameters(part, 4), parameters(run, 4))
         assert same(states(part, 4), states(run, 4))
 
