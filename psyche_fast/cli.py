@@ -23,7 +23,7 @@ import click
 from psyche_fast import __version__, commands
 from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
-from psyche_fast.start import knock, signals
+from psyche_fast.start import knock, signals, tls
 from psyche_fast.start.cluster import Launched, launched, meet
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import tcp_url
@@ -223,6 +223,9 @@ def _serve(config: RunConfig, launch: Launched) -> None:
     host, port = meet(dataclasses.replace(launch, port=machines.port or None), machines.timeout)
     os.environ.setdefault(TIMEOUT, str(machines.timeout))
     os.environ[ARCHITECTURES] = config.model.python_arch
+    files = machines.tls_key, machines.tls_cert, machines.tls_ca
+    tls.check(*files)
+    os.environ.update(tls.variables(*files))
     sidecar.run(
         Namespace(
             parent_pid=None, backend=backend, init_method=tcp_url(host, port),
@@ -356,16 +359,23 @@ def schedule(
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="wait for the core again after a failure, as often")  # fmt: skip
 @click.option("--elastic", is_flag=True, help="replicas of an elastic run, all of their ranks here")
+@partial(config_options, only=tls.FLAGS)
 def sidecar(
     num_local_ranks: int | None,
     start_device: int,
     backend: str,
     max_restarts: int,
     python_arch: str | None,
+    tls_key: str | None,
+    tls_cert: str | None,
+    tls_ca: str | None,
     **options: Any,
 ) -> None:
     """Run this machine's ranks of a run whose core is on another machine."""
-    if python_arch is not None:  # these ranks', and those of later lives
+    tls.check(tls_key, tls_cert, tls_ca)
+    # These ranks', and those of later lives.
+    os.environ.update(tls.variables(tls_key, tls_cert, tls_ca))
+    if python_arch is not None:
         os.environ[ARCHITECTURES] = python_arch
     if max_restarts:
         from psyche_fast.start.supervise import supervise

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
+from psyche_fast.exchanges import Exchange
 from psyche_fast.locations import seed_key
 from psyche_fast.options import (
     Amount,
@@ -167,54 +168,6 @@ class Optimizer(Section, frozen=True, kw_only=True):
             )
 
 
-class Exchange(Section, frozen=True, kw_only=True):
-    """How replicas learn from each other, for `rank.method`; None is what the method has."""
-
-    method: Annotated[
-        str | None,
-        _help("distro, demo, demo-v2, sparseloco, diloco, streaming-diloco, muloco, random-k, dense"
-              ", or one of a package: how replicas learn"),
-    ] = None  # fmt: skip
-    every: Annotated[Positive | None, _help("method: local steps until a part's turn")] = None
-    fragments: Annotated[Positive | None, _help("method: parts of it that take turns")] = None
-    delay: Annotated[Count | None, _help("method: steps from sending to applying")] = None
-    mix: Annotated[
-        str | None, _help("method: share of its own that a replica keeps then, or rebase")
-    ] = None  # fmt: skip
-    chunk: Annotated[Positive | None, _help("method: side of a chunk")] = None
-    topk: Annotated[Positive | None, _help("method: entries sent per chunk")] = None
-    values: Annotated[
-        Literal["sign", "2bit", "4bit", "8bit", "codebook4", "bf16", "parameter"] | None,
-        _help("method: as what they are sent"),
-    ] = None  # fmt: skip
-    beta: Annotated[Share | None, _help("method: decay of momentum or feedback")] = None
-    subtract: Annotated[
-        Amount | None, _help("method: share of what was sent that is taken out of it")
-    ] = None  # fmt: skip
-    merge: Annotated[
-        Literal["named", "mean"] | None,
-        _help("method: mean over the replicas that name an entry, or over all"),
-    ] = None  # fmt: skip
-    norm_clip: Annotated[
-        Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
-    ] = None  # fmt: skip
-    outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
-    outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        for name in self.__struct_fields__:
-            if name == "method" or getattr(self, name) is None:
-                continue
-            if self.method is None:
-                raise ValueError(f"{flag(name)} needs --method")
-            if self.method == "distro":
-                raise ValueError(
-                    f"{flag(name)} is of other methods; DisTrO's options are --compression-topk, "
-                    "--compression-chunk, --compression-decay and --distro-quantization"
-                )
-
-
 class Parallelism(Section, frozen=True, kw_only=True):
     """How many ranks do what, for `rank.topology`."""
 
@@ -275,6 +228,13 @@ class Machines(Section, frozen=True, kw_only=True):
     ] = "127.0.0.1"  # fmt: skip
     secret_file: Annotated[
         str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
+    ] = None  # fmt: skip
+    tls_key: Annotated[
+        str | None, _help("this machine's private key, for gloo by TLS; with --tls-cert, --tls-ca")
+    ] = None  # fmt: skip
+    tls_cert: Annotated[str | None, _help("this machine's certificate")] = None
+    tls_ca: Annotated[
+        str | None, _help("certificate of who has signed those of all machines")
     ] = None  # fmt: skip
     port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
     local_ranks: Annotated[
@@ -371,7 +331,12 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def __post_init__(self) -> None:
         replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
-        self._check_method()
+        self.exchange.check(
+            distro=self.optimizer.distro,
+            elastic=self.parallelism.elastic,
+            ranks_per_replica=self.parallelism.ranks_per_replica,
+            param_dtype=self.model.param_dtype,
+        )
         if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(
                 f"--replicas {replicas} needs --distro: AdamW has no exchange between peers "
@@ -391,6 +356,11 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                     f"{flag(name)} {rows} is less than {which} {most}: "
                     "each needs a sequence to train on"
                 )
+        if self.parallelism.elastic and self.exchange.method not in (None, "distro"):
+            raise ValueError(
+                f"--elastic with --method {self.exchange.method}: DisTrO alone can lose a peer; "
+                "leave one of them out"
+            )
         if self.parallelism.elastic and self.ranks_here % self.parallelism.ranks_per_replica:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} with --elastic: a replica's "
@@ -400,23 +370,6 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} is more than the run's "
                 f"{world_size} ranks"
-            )
-
-    def _check_method(self) -> None:
-        method = self.exchange.method
-        if method is None or (method == "distro" and self.optimizer.distro):
-            return  # which `replace` sees to
-        if self.optimizer.distro or method == "distro":
-            raise ValueError(f"--distro and --method {method}: give one of them")
-        if self.parallelism.ranks_per_replica > 1:
-            raise ValueError(
-                f"--method {method} wants whole replicas: no --data-parallelism or "
-                "--tensor-parallelism"
-            )
-        if self.model.param_dtype != "float32":
-            raise ValueError(
-                f"--method {method} adds to the parameters themselves: it wants --param-dtype "
-                f"float32, got {self.model.param_dtype}"
             )
 
     @classmethod

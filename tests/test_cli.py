@@ -105,6 +105,10 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--config", "{place}/nowhere.toml"], "No such file"),
         (["--host", "192.0.2.1", "--secret-file", "{place}/secret"], "cannot listen"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines come in only by a secret"),
+        (
+            ["--tls-key", "{place}/secret"],
+            "--tls-cert is missing: --tls-key, --tls-cert and --tls-ca",
+        ),
         (["--secret-file", "{place}/nowhere"], "nowhere: No such file or directory; make one: "),
         (["--secret-file", "{place}/short"], "wanted 32 to 65536 bytes, got 31; make one: "),
         (

@@ -33,7 +33,7 @@ from psyche_fast.models.source import (
     vocabulary_size,
 )
 from psyche_fast.rank.method import method_of
-from psyche_fast.start import knock
+from psyche_fast.start import knock, tls
 from psyche_fast.start.devices import Devices, choose_devices, cores
 
 
@@ -72,7 +72,9 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     Raises:
         ValueError: what is wrong, in one line with its flag.
     """
-    knock.check(config.machines.host, config.machines.secret_file)
+    machines = config.machines
+    knock.check(machines.host, machines.secret_file)
+    tls.check(machines.tls_key, machines.tls_cert, machines.tls_ca)
     start = find_start(config)
     if config.run.output is not None and config.run.resume is None:
         _check_output(Path(config.run.output), config)
@@ -167,7 +169,14 @@ def _summary(
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
+        *_in_clear(config),
     )
+
+
+def _in_clear(config: RunConfig) -> tuple[str, ...]:
+    machines = config.machines
+    safe = machines.tls_key is not None or knock.is_own_machine(machines.host)
+    return () if safe else (tls.IN_CLEAR,)
 
 
 def _masters(config: RunConfig) -> str:

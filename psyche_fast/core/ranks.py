@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ from psyche_fast.distro.replicas import ReplicasDiffer
 from psyche_fast.errors import SidecarFailed, explain
 from psyche_fast.metrics import Console
 from psyche_fast.rank.elastic import most_replicas
+from psyche_fast.start import tls
 from psyche_fast.start.cluster import Launched, announce
 from psyche_fast.start.door import Door
 from psyche_fast.start.elastic import ReplicaSidecars
@@ -66,6 +68,7 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
     sock = listen(machines.host, machines.port)
     host, port = sock.getsockname()[:2]
     use_interface(host)
+    os.environ.update(tls.variables(machines.tls_key, machines.tls_cert, machines.tls_ca))
     secret = None if machines.secret_file is None else read_secret(machines.secret_file)
     # The door takes the address that is named; the store, and the ranks here, need none.
     inner = sock if secret is None else listen("127.0.0.1", 0)
@@ -95,6 +98,11 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
                 f"--start-rank {config.ranks_here} --num-local-ranks {missing} "
                 f"--backend {devices.backend}"
                 + ("" if secret is None else f" --secret-file {machines.secret_file}")
+                + (
+                    ""
+                    if machines.tls_key is None
+                    else " and its own --tls-key, --tls-cert, --tls-ca"
+                )
             )
         inside = inner.getsockname()[1]
         store = host_store(inner, world_size, timedelta(seconds=machines.timeout))

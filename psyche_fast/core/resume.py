@@ -28,6 +28,7 @@ _FREE = {
     *("push_to_hub", "checkpoint_to"),
     *("tracker", "metric_names", "resume", "fork", "start_step", "model", "data_path"),
     *("save_dtype", "device", "threads", "host", "secret_file", "port", "local_ranks", "timeout"),
+    *("tls_key", "tls_cert", "tls_ca"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
     *("elastic", "max_replicas"),

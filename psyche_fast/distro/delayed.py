@@ -37,6 +37,8 @@ class DisTrO(PeerOptimizer):
     (Transformers' `Trainer` and accelerate do it of themselves for evaluation.) A step in
     evaluation is refused. `flush()` applies what is still under way, after the last step.
 
+    On a GPU a step waits until the results of the last one are known to be right.
+
     What is said of `DeMo` holds here: peers, groups (`method="adamw"` for norms and embeddings,
     whose gradients are averaged at once), gradients, DTensors, GradScaler, streams.
 
@@ -138,6 +140,7 @@ class DisTrO(PeerOptimizer):
         if now.to_send_again:
             now.exchange.send(_own(plan))
             now.to_send_again = False
+        now.exchange.poll()  # what has arrived is checked while the rest is launched
         gradients = plan.parts.gradients()
         for c in plan.classes:
             own = encode(

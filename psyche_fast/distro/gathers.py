@@ -57,11 +57,24 @@ class Numbers:
     """A gather of int64 numbers under way, as far as `exchange.Pending` is asked of it."""
 
     _gathered: Future[Gathered]
+    _rank: int
 
     @staticmethod
     def begin(numbers: Tensor, gathers: Gathers) -> Numbers:
         """Begins to gather int64 `[n]` from the ranks with the same place."""
-        return Numbers(gathers.gather(numbers.cpu().view(torch.uint8)))
+        return Numbers(gathers.gather(numbers.cpu().view(torch.uint8)), gathers.rank)
+
+    def others(self) -> list[int] | None:
+        """The ranks that have sent something else, where more than half have sent the same as this.
+
+        None where they have not: it may be this one that is wrong.
+        """
+        gathered = self._gathered.result()
+        own = gathered.rows[gathered.ranks.index(self._rank)]
+        same = gathered.rows.eq(own).all(dim=1).tolist()
+        if 2 * sum(same) <= len(same):
+            return None
+        return [rank for rank, alike in zip(gathered.ranks, same, strict=True) if not alike]
 
     def host(self) -> Tensor:
         """All ranks' numbers: int64 `[ranks, n]`."""

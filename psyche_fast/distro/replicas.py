@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from psyche_fast.distro import exchange
 from psyche_fast.distro.gathers import Gathers, Numbers
 from psyche_fast.distro.message import hash_bits
+
+log = logging.getLogger(__name__)
 
 
 class ReplicasDiffer(RuntimeError):
@@ -34,6 +37,8 @@ class PendingCheck:
     def finish(self) -> None:
         """Wait for the other replicas' hashes and compare, without waiting for the device.
 
+        In an elastic run those that differ from more than half end, and the others go on.
+
         Raises:
             ReplicasDiffer: on every peer, naming the first tensors that differ.
         """
@@ -42,10 +47,14 @@ class PendingCheck:
         names = [name for name, bad in zip(self._names, differ, strict=True) if bad]
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise ReplicasDiffer(
+            said = (
                 f"step {self.step}: {self._who} are no longer bit-identical in {len(names)} of "
                 f"{len(self._names)} parameters: {shown}"
             )
+            others = self._hashes.others() if isinstance(self._hashes, Numbers) else None
+            if others is None:
+                raise ReplicasDiffer(said)
+            log.error("%s; without rank %s, which most differ from", said, others)
 
 
 def hashed(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,8 +15,11 @@ from psyche_fast.kernels.backends import ENVIRONMENT, checked_backend, explain
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 from psyche_fast.methods.message import Format, Picked
-from psyche_fast.methods.method import Method
+from psyche_fast.methods.method import Method, Muon, Sign
 from psyche_fast.methods.philox import positions
+
+_NOISE = 64
+"""Of a chunk's largest value times the type's epsilon."""
 
 
 def cut(method: Method, names: Sequence[str], tensors: Sequence[Tensor]) -> Layout:
@@ -185,6 +188,11 @@ class Fragment:
         merged: dict[int, Tensor] = {}
         for at, (plan, p) in enumerate(zip(self.layout.plans, received, strict=True)):
             chunks = self._mean(at, plan, p, turn)
+            if plan.is_transformed and isinstance(self.method.outer, Sign | Muon):
+                # What cancels is what rounding leaves of it, which would have a sign.
+                limit = chunks.abs().amax((1, 2), keepdim=True) if chunks.numel() else 0.0
+                noise = limit * (_NOISE * torch.finfo(chunks.dtype).eps)
+                chunks = torch.where(chunks.abs() <= noise, 0.0, chunks)
             for m in plan.members:
                 layout = self.layout.parameters[m.position]
                 own = chunks[m.start : m.start + m.count].view(*m.lead, plan.h, plan.w)

@@ -16,7 +16,7 @@ from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.methods.chunked import Fragment, side_by_side
 from psyche_fast.methods.message import Picked
 from psyche_fast.methods.method import Method, Sign
-from psyche_fast.methods.steps import OuterStep, copied, optimizer_of, set_rate, without_noise
+from psyche_fast.methods.steps import OuterStep, copied, optimizer_of, set_rate
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -360,8 +360,6 @@ class Replica:
                 )  # fmt: skip
             return
         merged = fragment.merge(picked, turn)
-        if isinstance(method.outer, Sign):
-            merged = without_noise(merged)
         self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)
 
     def _signs_in_integers(self, fragment: Fragment) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from psyche_fast.methods.method import SGD, AdamW, Method, Muon, Nesterov, Sign
 from psyche_fast.methods.muon import MuonAdamW, is_hidden_matrix, orthogonalise, rate_factor
-
-_NOISE = 64
-"""Of a chunk's largest value times the type's epsilon: below, a sign is that of rounding."""
 
 
 def optimizer_of(
@@ -145,15 +142,6 @@ class OuterStep:
             self._momentum[name].copy_(tensor)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(copied(state["optimizer"]))
-
-
-def without_noise(means: Sequence[Tensor]) -> list[Tensor]:
-    """Means of which a sign will be taken, exactly zero where only rounding is left."""
-    found = []
-    for mean in means:
-        limit = mean.abs().amax() * (_NOISE * torch.finfo(mean.dtype).eps) if mean.numel() else 0.0
-        found.append(torch.where(mean.abs() <= limit, 0.0, mean))
-    return found
 
 
 def copied(state: Any) -> Any:

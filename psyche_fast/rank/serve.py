@@ -62,6 +62,7 @@ def build_trainer(
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
     if method is not None:
+        assert not isinstance(topology.peers, Gathers), "refused by the configuration"
         optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
     else:
         optimizer = make_optimizer(

@@ -5,8 +5,8 @@ momentum, its own results, results under way, random numbers), `parameters-RRRRR
 rank's part of parameters, masters and buffers, written by the ranks of the first replica alone.
 `manifest.json`, written last, has their sizes and SHA-256, and the run that they are of.
 
-torch's distributed checkpoints are not used: they pickle, have no checksums, and merge tensors of
-one name silently where replicas differ (momentum).
+torch's distributed checkpoints (DCP) are not used: they pickle, have no checksums, merge tensors of
+one name silently where replicas differ (momentum), and two saves at once hang.
 """
 
 from __future__ import annotations

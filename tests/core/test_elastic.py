@@ -133,7 +133,9 @@ def sidecar(port: int, rank: int, ranks: int = 1, world: int = 3) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("split", ["--data-parallelism", "--tensor-parallelism"])
+@pytest.mark.parametrize(
+    "split", [pytest.param("--data-parallelism", marks=pytest.mark.slow), "--tensor-parallelism"]
+)
 def test_a_replica_of_two_ranks_joins_from_elsewhere(
     place: Path, tmp_path: Path, split: str
 ) -> None:
@@ -200,6 +202,8 @@ def test_replicas_end_with_their_leader(place: Path, tmp_path: Path) -> None:
         (["--replicas", "2", "--elastic", "--max-replicas", "8"], "--total-batch 7 is less than --"
          "max-replicas 8"),
         (["--replicas", "2", "--elastic", "--device-backend", "nccl"], "goes over gloo"),
+        (["--replicas", "2", "--elastic", "--no-distro", "--no-distro-quantization", "--method",
+          "dense", "--param-dtype", "float32"], "--elastic with --method dense"),
         (["--replicas", "2", "--elastic", "--data-parallelism", "2", "--local-ranks", "3"],
          "a replica's 2 ranks are started together"),
     ],

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from psyche_fast import cli
 from psyche_fast.start import devices, network
 from psyche_fast.start.cluster import Launched, first_host, launched
 from tests.groups import Command, run_command
@@ -203,6 +204,25 @@ def test_srun_makes_one_run_and_counts_ranks(
     for rank in run_command(*flags(place, tmp_path / "other", replicas=3), ranks=2):
         assert rank.returncode == 2
         assert "2 ranks were started, but --replicas 3 x" in rank.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, SLURM]
+)
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_several_machines_want_a_secret(
+    launcher: dict[str, str], rank: str, place: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On every rank: none waits for one that has been refused."""
+    for name, value in {**launcher, "RANK": rank, "SLURM_PROCID": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*flags(place, tmp_path / "run", 4), "--dry-run"])
+    assert ended.value.code == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if "error" in s]
+    assert "other machines come in only by a secret" in line
+    assert "--secret-file FILE on each" in line
 
 
 def test_the_interface_is_the_one_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:

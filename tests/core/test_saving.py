@@ -9,7 +9,9 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
+import types
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -276,6 +278,43 @@ def slow_disk(given: list[str]) -> None:
 
     saving.state.write_part = slow
     cli.main(given)
+
+
+def tracked(given: list[str]) -> None:
+    """`psyche-fast` with a tracker that writes down how it is started."""
+    log, *given = given
+
+    class Run:
+        id = "a1b2"
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            """Shows nothing."""
+
+        def finish(self) -> None:
+            """Likewise."""
+
+    def init(**arguments: Any) -> Run:
+        with Path(log).open("a") as file:
+            file.write(json.dumps([arguments.get("id"), arguments.get("resume")]) + "\n")
+        return Run()
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb")  # type: ignore[assignment]
+    wandb.init = init  # type: ignore[attr-defined]
+    sys.modules["wandb"] = wandb
+    cli.main(given)
+
+
+def test_a_tracker_goes_on_with_its_run(place: Path, tmp_path: Path) -> None:
+    log, run = str(tmp_path / "log"), tmp_path / "run"
+    given = ["--tracker", "wandb", "--resume", "auto", "--total-steps"]
+    for steps in ("1", "2"):
+        result = ended("tracked", log, *arguments(place, run, *given, steps))
+        assert result.returncode == 0, result.stderr
+    fork = [*given[:2], "--fork", str(run), "--total-steps", "3"]
+    assert ended("tracked", log, *arguments(place, tmp_path / "fork", *fork)).returncode == 0
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    assert lines == [[None, None], ["a1b2", "allow"], [None, None]]
 
 
 def test_killed_while_it_saves(place: Path, tmp_path: Path) -> None:

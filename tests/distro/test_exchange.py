@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from unittest import mock
 
 import pytest
@@ -9,8 +10,9 @@ import torch.distributed as dist
 
 from psyche_fast.distro import exchange, message, replicas
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.distro.gathers import Gathered, Numbers
 from psyche_fast.distro.message import MessageFormat, hash_bits, hash_rows
-from psyche_fast.distro.replicas import ReplicasDiffer
+from psyche_fast.distro.replicas import PendingCheck, ReplicasDiffer
 from tests.groups import run_ranks
 
 
@@ -163,3 +165,32 @@ def _late(rank: int) -> bool:
 @pytest.mark.processes
 def test_a_check_begins_without_waiting_for_the_others() -> None:
     assert run_ranks(_late, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("hashes", "ends"),
+    [
+        ([7, 7, 8], {2}),
+        ([7, 8, 8], {0}),
+        ([7, 8, 8, 7], {0, 1, 2, 3}),  # nobody knows who is wrong
+        ([7, 8], {0, 1}),
+        ([7, 8, 9], {0, 1, 2}),
+        ([7, 7, 7, 8, 9], {3, 4}),
+        ([7, 7], set()),
+    ],
+)
+def test_in_an_elastic_run_those_that_differ_from_most_end(
+    hashes: list[int], ends: set[int]
+) -> None:
+    ranks = [3 * at for at in range(len(hashes))]
+    rows = torch.tensor([[h, 5] for h in hashes]).view(torch.uint8)
+    gathered: Future[Gathered] = Future()
+    gathered.set_result(Gathered(ranks, rows))
+    found = {}
+    for at, rank in enumerate(ranks):
+        try:
+            PendingCheck(4, ["a", "b"], Numbers(gathered, rank), "replicas").finish()
+        except ReplicasDiffer as error:
+            found[at] = str(error)
+    assert found.keys() == ends
+    assert all(said.endswith("in 1 of 2 parameters: a") for said in found.values())

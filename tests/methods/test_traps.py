@@ -222,3 +222,14 @@ def test_bytes_on_the_wire():
     assert bytes_of(m.get("diloco", every=100, values="2bit")) < 10.4
     assert bytes_of(m.get("muloco")) < 68.6
     assert bytes_of(m.get("dense")) < 8192.1
+
+
+def test_what_is_small_has_a_sign_too():
+    """A chunk of small values beside one of large ones, in float32."""
+    method = m.get("demo", k=4, chunk=2, transform="none", merge="mean")
+    p = torch.zeros(2, 4, requires_grad=True)
+    replica = m.Replica(method, {"p": p}, replica=0, replicas=1)
+    p.grad = torch.tensor([[1e6, 1e6, 1e-3, -1e-3]] * 2)
+    replica.local(0.5)
+    replica.receive(replica.send().unsqueeze(0))
+    assert torch.equal(p.detach(), torch.tensor([[-0.5, -0.5, -0.5, 0.5]] * 2))

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "integers"),
+    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
     *("locations", "options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
@@ -23,13 +23,14 @@ ALLOWED = {
     "errors": set(),
     "integers": set(),
     "locations": {"options", "strict"},
+    "exchanges": {"options"},
     "options": set(),
     "sharding": set(),
     "strict": set(),
     "schedules": {"options", "strict"},
-    "config": {"locations", "options", "schedules", "strict"},
-    "runfile": {"config", "locations", "options", "schedules", "strict"},
-    "conversion": {"config", "locations", "runfile", "strict"},
+    "config": {"exchanges", "locations", "options", "schedules", "strict"},
+    "runfile": {"config", "exchanges", "locations", "options", "schedules", "strict"},
+    "conversion": {"config", "exchanges", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
     "methods": BOTTOM | {"distro", "kernels"},
@@ -287,7 +288,7 @@ def test_the_package_stays_small() -> None:
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_200
-    assert sum(lines.values()) - methods < 26_500
+    assert sum(lines.values()) - methods < 26_800
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

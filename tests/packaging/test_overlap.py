@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_overlap, bench_train_step, bench_wan
+from benchmarks import bench_overlap, bench_save, bench_train_step, bench_wan
 from tests.groups import Command, in_process, run_processes
 
 
@@ -40,6 +40,16 @@ def test_a_step_over_a_slow_link_takes_a_few_round_trips_at_most() -> None:
     # The step itself takes a few ms. What every step waits for in turn would be 13 round trips;
     # what runs beside the steps is an exchange of results and an addition of counts.
     assert slow - free < 5 * 100
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_step_hardly_waits_for_a_checkpoint(tmp_path: Path) -> None:
+    """Which is 1 % and less on a machine with nothing else to do, and of larger models."""
+    bench_save.prepare(tmp_path, 64)
+    found = in_process(bench_save.measure, tmp_path, 1)
+    assert 0 < found["share"] < 0.5
+    assert found["state_bytes"] > 3 * found["model_bytes"] > 0
 
 
 @pytest.mark.slow

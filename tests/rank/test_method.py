@@ -64,6 +64,7 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         ({"method": "dense", "distro": True}, "--distro and --method dense: give one of them"),
         ({"method": "dense", "param_dtype": "bfloat16"}, "wants --param-dtype float32"),
         ({"method": "dense", "data_parallelism": 2}, "wants whole replicas: no --data-parallelism"),
+        ({"method": "dense", "replicas": 2, "elastic": True}, "--elastic wants --method distro"),
         ({"replicas": 2}, "--replicas 2 needs --distro"),
         ({"method": "loco"}, "--method loco: method: wanted one of distro, demo"),
         ({"method": "sparseloco", "delay": 30}, "--method sparseloco: delay=30 must be less"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -234,6 +237,40 @@ def without_each(rank: int, model: Path, folder: Path) -> list[str]:
 @pytest.mark.processes
 def test_each_piece_makes_a_difference(model: Path, tmp_path: Path) -> None:
     assert run_ranks(without_each, 1, model, tmp_path) == [[]]
+
+
+def slowly(rank: int, model: Path) -> list[bool]:
+    """Whether a snapshot that takes longer than a step is what is written at once."""
+    on_host = state.Piece.on_host
+
+    def slow(piece: state.Piece, *, copy: bool = False) -> state.Piece:
+        if threading.current_thread().name == "snapshot":
+            time.sleep(0.003)
+        return on_host(piece, copy=copy)
+
+    found = []
+    for changes in ({}, {"distro": True, **BF16}):
+        ends = []
+        for beside in (True, False):
+            given: list[Any] = []
+            trainer, _, _ = trainer_of(model, changes)
+            for step in (1, 2):
+                step_of(trainer, step, False)
+            if beside:
+                trainer.take_snapshot(2, given.append)
+                with mock.patch.object(state.Piece, "on_host", slow):
+                    step_of(trainer, 3, False)
+            else:
+                trainer.plain()
+                given.append(trainer.files())
+            ends.append(digest(given[0]))
+        found.append(ends[0] == ends[1])
+    return found
+
+
+@pytest.mark.processes
+def test_nothing_changes_until_it_is_copied(model: Path) -> None:
+    assert run_ranks(slowly, 1, model) == [[True, True]]
 
 
 def parted(rank: int, model: Path) -> str:

@@ -37,7 +37,6 @@ NEVER_WAIT = (
     "psyche_fast.distro.optimizer:DistroStep.compress",
     "psyche_fast.distro.optimizer:DistroStep.update",
     "psyche_fast.distro.demo:DeMo.step",
-    "psyche_fast.distro.delayed:DisTrO.step",
     "psyche_fast.distro.message:MessageFormat.pack",
     "psyche_fast.distro.message:MessageFormat.begin_unpack",
 )

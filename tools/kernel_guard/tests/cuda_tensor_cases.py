@@ -180,7 +180,10 @@ def delayed_of(weights, lr, signs):
     [(distro_of, False), (distro_of, True), (demo_of, False), (delayed_of, True)],
 )
 def test_a_step_does_not_wait_and_comes_to_the_same_bits(make, signs):
-    """Whole optimisers, whose operations the plug-in forbids to wait."""
+    """Whole optimisers, whose operations the plug-in forbids to wait.
+
+    But for `DisTrO.step`, which waits until the last step's results are known to be right.
+    """
     here, there = steps(CPU, make, signs=signs), steps(DEVICE, make, signs=signs)
     for a, b in zip(here, there, strict=True):
         assert not isinstance(b, CudaTensor)

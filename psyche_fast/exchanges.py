@@ -1,0 +1,82 @@
+"""How replicas learn from each other, as options of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from psyche_fast.options import Amount, Count, Positive, Section, Share, flag
+from psyche_fast.options import describe as _help
+
+
+class Exchange(Section, frozen=True, kw_only=True):
+    """How replicas learn from each other, for `rank.method`; None is what the method has."""
+
+    method: Annotated[
+        str | None,
+        _help("distro, demo, demo-v2, sparseloco, diloco, streaming-diloco, muloco, random-k, dense"
+              ", or one of a package: how replicas learn"),
+    ] = None  # fmt: skip
+    every: Annotated[Positive | None, _help("method: local steps until a part's turn")] = None
+    fragments: Annotated[Positive | None, _help("method: parts of it that take turns")] = None
+    delay: Annotated[Count | None, _help("method: steps from sending to applying")] = None
+    mix: Annotated[
+        str | None, _help("method: share of its own that a replica keeps then, or rebase")
+    ] = None  # fmt: skip
+    chunk: Annotated[Positive | None, _help("method: side of a chunk")] = None
+    topk: Annotated[Positive | None, _help("method: entries sent per chunk")] = None
+    values: Annotated[
+        Literal["sign", "2bit", "4bit", "8bit", "codebook4", "bf16", "parameter"] | None,
+        _help("method: as what they are sent"),
+    ] = None  # fmt: skip
+    beta: Annotated[Share | None, _help("method: decay of momentum or feedback")] = None
+    subtract: Annotated[
+        Amount | None, _help("method: share of what was sent that is taken out of it")
+    ] = None  # fmt: skip
+    merge: Annotated[
+        Literal["named", "mean"] | None,
+        _help("method: mean over the replicas that name an entry, or over all"),
+    ] = None  # fmt: skip
+    norm_clip: Annotated[
+        Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
+    ] = None  # fmt: skip
+    outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
+    outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        for name in self.__struct_fields__:
+            if name == "method" or getattr(self, name) is None:
+                continue
+            if self.method is None:
+                raise ValueError(f"{flag(name)} needs --method")
+            if self.method == "distro":
+                raise ValueError(
+                    f"{flag(name)} is of other methods; DisTrO's options are --compression-topk, "
+                    "--compression-chunk, --compression-decay and --distro-quantization"
+                )
+
+    def check(
+        self, *, distro: bool, elastic: bool, ranks_per_replica: int, param_dtype: str
+    ) -> None:
+        """Checks that a method goes with a run's other options.
+
+        Raises:
+            ValueError: it does not.
+        """
+        method = self.method
+        if method is None or (method == "distro" and distro):
+            return
+        if distro or method == "distro":
+            raise ValueError(f"--distro and --method {method}: give one of them")
+        if ranks_per_replica > 1:
+            raise ValueError(
+                f"--method {method} wants whole replicas: no --data-parallelism or "
+                "--tensor-parallelism"
+            )
+        if elastic:
+            raise ValueError(f"--elastic wants --method distro, got {method}")
+        if param_dtype != "float32":
+            raise ValueError(
+                f"--method {method} adds to the parameters themselves: it wants --param-dtype "
+                f"float32, got {param_dtype}"
+            )
