@@ -198,9 +198,9 @@ def _again_and_again(rank: int) -> list[tuple[dict[int, int], dict[int, int], in
     tested = Exchange(form(of, signs=True), dist.group.WORLD, dist.new_group(backend="gloo"))
     pack = MessageFormat.pack
 
-    def damaged(self: MessageFormat, *arguments: object) -> Tensor:
-        message = pack(self, *arguments)  # type: ignore[arg-type]
-        if rank == 1:
+    def damaged(self: MessageFormat, entries: object, number: int, sender: int) -> Tensor:
+        message = pack(self, entries, number, sender)  # type: ignore[arg-type]
+        if rank == 1 and not 3 <= number < 53:  # while it is left out it tells the truth
             message[0] ^= 1
         return message
 
