@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from psyche_fast import DisTrO
 
-STEPS = 60
+STEPS = 40
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=4, max_position_embeddings=32,

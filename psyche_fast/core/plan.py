@@ -169,6 +169,7 @@ def _summary(
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
+        *_left_over(config),
         *_in_clear(config),
     )
 
@@ -194,6 +195,18 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
     return (
         f"warning  --master-dtype bfloat16: at --learning-rate {rate:g} weights of "
         f"{2.0**power:.2g} and more (of norms, usually all) never change; float32 masters learn",
+    )
+
+
+def _left_over(config: RunConfig) -> tuple[str, ...]:
+    """The last local steps, where nothing is sent after them."""
+    method, steps = method_of(config), config.schedule.total_steps
+    left = 0 if method is None else steps % method.every
+    if method is None or not left:
+        return ()
+    return (
+        f"warning  --total-steps {steps} is no multiple of {method.every}, the local steps of a "
+        f"round: the last {left} are in no model that is saved",
     )
 
 

@@ -55,7 +55,7 @@ def read(path: Path) -> Table:
     """
     try:
         table: Table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{ENVIRONMENT}={path}: {error}") from error
     known = _shipped()["default"]
     for gpu, kernels in table.items():

@@ -151,7 +151,7 @@ class Fragment:
         scale: float | Tensor | None,
     ) -> Picked:
         """All of every chunk, a copy."""
-        flat = kept.view(plan.chunks, -1)
+        flat = kept.view(plan.chunks, plan.totalk)
         if self.own is not None:
             own = self.own[at]
             if own.indices is None:
@@ -218,7 +218,7 @@ class Fragment:
             total += value
         total /= replicas
         if self.method.select == "random":
-            chunks.view(plan.chunks, -1).scatter_(1, self.places(plan, turn), total)
+            chunks.view(plan.chunks, plan.totalk).scatter_(1, self.places(plan, turn), total)
         elif plan.is_transformed:
             everything = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
             entries = Entries(everything.expand(total.shape), total, unique=True)

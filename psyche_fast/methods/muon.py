@@ -15,7 +15,8 @@ from psyche_fast.methods.method import Muon
 
 def is_hidden_matrix(options: Muon, name: str, tensor: Tensor) -> bool:
     """Whether a parameter is Muon's: a matrix, or several, that is no embedding or head."""
-    return tensor.dim() >= 2 and not any(part in name for part in options.by_adamw)
+    is_matrix = tensor.dim() >= 2 and tensor.numel() > 0
+    return is_matrix and not any(part in name for part in options.by_adamw)
 
 
 def orthogonalise(options: Muon, matrices: Sequence[Tensor]) -> list[Tensor]:

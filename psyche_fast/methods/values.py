@@ -138,9 +138,9 @@ def unpack_bits(data: Tensor, planes: int, shape: Sequence[int]) -> Tensor:
     """What `pack_bits` packed, of each row of uint8 `[peers, bytes]`: uint8 `[peers, *shape]`."""
     count = math.prod(shape)
     places = torch.arange(8, device=data.device, dtype=torch.uint8)
-    bits = (data.unsqueeze(-1) >> places) & 1
+    bits = ((data.unsqueeze(-1) >> places) & 1).view(len(data), planes, -(-count // 8) * 8)
     codes = torch.zeros(len(data), count, dtype=torch.uint8, device=data.device)
-    for plane, part in enumerate(bits.view(len(data), planes, -1)[:, :, :count].unbind(1)):
+    for plane, part in enumerate(bits[:, :, :count].unbind(1)):
         codes |= part << plane
     return codes.view(len(data), *shape)
 

@@ -37,7 +37,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             records.append(msgspec.json.decode(line, type=dict[str, Any]))
-        except ValueError as error:  # msgspec's and UnicodeDecodeError are
+        # msgspec's and UnicodeDecodeError are a ValueError
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline follows it
                 break
             raise ValueError(f"{path}, line {number}: {error}") from error

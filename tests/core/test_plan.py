@@ -118,3 +118,14 @@ def test_a_cold_start_goes_on_where_a_run_does(tmp_path: Path) -> None:
         assert rates.get_lr(31) == config.schedule.learning_rates().get_lr(31) > 0
         assert rates.get_lr(11) == 0
         saved = resumed.to_dict()
+
+
+def test_local_steps_that_end_in_no_model_are_said(config: dict[str, object]) -> None:
+    local = {**config, "distro": False, "method": "sparseloco", "param_dtype": "float32"}
+    run = {**local, "replicas": 2, "every": 7, "device": "cpu"}
+    said = "\n".join(plan.make_plan(RunConfig.of(**run, total_steps=30)).summary)
+    assert "--total-steps 30 is no multiple of 7" in said
+    assert "the last 2 are in no model" in said
+    assert "no multiple" not in "\n".join(
+        plan.make_plan(RunConfig.of(**run, total_steps=28)).summary
+    )

@@ -260,6 +260,22 @@ def test_simulate_refuses_gradients_that_do_not_fit():
         m.simulate(method, start, lambda r, t, p: {"norm": p["norm"][1:]}, **run)
 
 
+@pytest.mark.parametrize("name", m.known())
+def test_parameters_that_are_empty_or_single_numbers(name):
+    method = m.get(name)
+    if method.is_local:
+        method = m.get(name, every=2, fragments=1, delay=0)
+    start = {"empty": torch.zeros(3, 0, 5), "none": torch.zeros(0), "one": torch.zeros(1),
+             "scalar": torch.zeros(()), "four": torch.zeros(2, 3, 2, 5)}  # fmt: skip
+    path = m.simulate(
+        method, start, lambda r, t, p: {n: p[n] - 1 for n in p}, replicas=2, steps=4,
+        learning_rate=0.1,
+    )  # fmt: skip
+    assert {n: p.shape for n, p in path[-1].items()} == {n: p.shape for n, p in start.items()}
+    assert all(bool((path[-1][n] > 0).all()) for n in ("one", "scalar"))
+    assert float(path[-1]["four"].mean()) > 0
+
+
 def test_muon_is_torchs():
     start, ours = parameters(), parameters()
     matrices = ["layers.0.a", "layers.1.a"]
