@@ -234,6 +234,7 @@ class Member(Gathers):
     def __init__(self, rank: int, of: dict[int, list[tuple[object, Future[Gathered]]]]) -> None:
         self.replicas, self.size, self.rank, self.epoch = 4, 1, rank, 0
         self._of = of
+        self.arrives = lambda number, rows: rows
         of[rank] = []
 
     def gather(
@@ -245,8 +246,10 @@ class Member(Gathers):
         if all(len(asked) > number for asked in self._of.values()):
             now = [asked[number] for asked in self._of.values()]
             rows = torch.stack([s() if callable(s) else s for s, _ in now])  # type: ignore[misc]
-            for _, asked in now:
+            for _, asked in now[:-1]:
                 asked.set_result(Gathered(list(self._of), rows))
+            # What arrives at the one that asks last may differ.
+            now[-1][1].set_result(Gathered(list(self._of), self.arrives(number, rows)))
         return future
 
 
@@ -273,6 +276,40 @@ def test_elastic_replicas_that_lie_are_left_out_by_all_who_are_there() -> None:
                 assert torch.equal(entries[0].indices, torch.cat(honest, dim=1)), number
                 assert tested.refused == ({1: 1} if number < 53 else {})
                 assert tested.left_out == ({1: 53 - number} if 2 <= number < 53 else {})
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_arrives_otherwise_at_one_elastic_rank_all_leave_out(
+    damaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    of, asked, shape = layout({"a": (8, 8)}), {}, form(layout({"a": (8, 8)}), signs=True)
+    members = {rank: Member(rank, asked) for rank in (0, 1, 3)}
+
+    def arrives(number: int, rows: Tensor) -> Tensor:
+        if number != 0:
+            return rows
+        rows = rows.clone()
+        if damaged:
+            rows[1, HEADER] ^= 1
+        else:
+            rows[1] = shape.pack(random_entries(of, 9), 0, 1)
+        return rows
+
+    members[3].arrives = arrives
+    ranks = {rank: ElasticExchange(form(of, signs=True), own) for rank, own in members.items()}
+    for rank, tested in ranks.items():
+        tested.send(random_entries(of, rank))
+    honest = torch.cat([random_entries(of, rank)[0].indices for rank in (0, 3)], dim=1)
+    for rank, tested in ranks.items():
+        caplog.clear()
+        entries = tested.receive()
+        assert entries is not None
+        assert torch.equal(entries[0].indices, honest)
+        assert tested.refused == {1: 1}
+        why = "not all have got the same from it"
+        if damaged:
+            why = "its checksum" if rank == 3 else "it has arrived damaged at rank 3"
+        assert f"the result of replica 1 is refused: {why}" in caplog.text
 
 
 def test_the_standing_is_taken_up_again_and_forgets() -> None:
