@@ -8,17 +8,21 @@ import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from psyche_fast.config import FLAGS
+from psyche_fast.config import FLAGS, RunConfig
+from psyche_fast.core import run as core
+from psyche_fast.core.plan import make_plan
 from psyche_fast.core.resume import _FREE
+from psyche_fast.metrics import Tracker
 from psyche_fast.rank import state
 from tests.core.test_run import COMMON, DISTRO, start, train
-from tests.groups import run_command
+from tests.groups import in_process, run_command
 from tests.tiny import save_llama, save_tokens
 
 pytestmark = pytest.mark.processes
@@ -91,8 +95,9 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         assert f"step-{step:06d}, from step {step + 1}" in result.stderr
         assert settings(part) == settings(run)
-        lines = (part / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["loss"] for line in lines] == [m["loss"] for m in whole]
+        lines = [json.loads(x) for x in (part / "metrics.jsonl").read_text().splitlines()]
+        for known in ("step", "loss", "learning_rate", "num_tokens"):
+            assert [m[known] for m in lines] == [m[known] for m in whole], known
         assert same(parameters(part, 4), parameters(run, 4))
         assert same(states(part, 4), states(run, 4))
 
@@ -315,3 +320,38 @@ def test_the_models_copy_has_no_state(place: Path, tmp_path: Path) -> None:
     train(place, tmp_path / "run", "--total-steps", "1", "--save-path", str(tmp_path / "final"))
     assert (tmp_path / "run" / "checkpoints" / "step-000001" / "state" / "manifest.json").exists()
     assert not (tmp_path / "final" / "state").exists()
+
+
+def _names_at_a_tracker(place: Path, output: Path) -> list[str | None]:
+    """What a run, one that goes on from it and one that is forked are to be called."""
+    given: list[str | None] = []
+
+    class Recorder(Tracker):
+        id = "known as this"
+
+    def make(*_: Any, id: str | None = None, **__: Any) -> Tracker:
+        given.append(id)
+        return Recorder()
+
+    first = {"output": str(output / "run"), "total_steps": 1}
+    goes_on = {"output": str(output / "run"), "total_steps": 2, "resume": "auto"}
+    forked = {"output": str(output / "other"), "total_steps": 3, "fork": str(output / "run")}
+    with (
+        mock.patch.object(core, "make_tracker", side_effect=make),
+        mock.patch.object(core, "plot_run"),
+    ):
+        for part in (first, goes_on, forked):
+            core.run(
+                make_plan(
+                    RunConfig.of(
+                        model=str(place / "model"), data_path=str(place / "data"), device="cpu",
+                        sequence_length=16, micro_batch=2, total_batch=2, param_dtype="float32",
+                        threads=1, warmup_steps=0, **part,
+                    )
+                )
+            )  # fmt: skip
+    return given
+
+
+def test_a_tracker_goes_on_with_the_run_that_goes_on(place: Path, tmp_path: Path) -> None:
+    assert in_process(_names_at_a_tracker, place, tmp_path) == [None, "known as this", None]

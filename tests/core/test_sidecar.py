@@ -24,10 +24,11 @@ def _parent(folder: Path) -> None:
 
 
 def test_sidecar_dies_with_its_parent(tmp_path: Path) -> None:
-    """At any moment, here during imports."""
+    """At any moment, here during imports, and while it cannot look for it: the kernel does it."""
     with running(_parent, tmp_path) as process:
         wait_until((tmp_path / "child").exists)
         child = psutil.Process(int((tmp_path / "child").read_text()))
         wait_until(lambda: child.num_threads() > 1)  # it watches
+        child.suspend()
         process.kill()
         assert seconds_until_gone(child) < 1

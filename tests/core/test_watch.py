@@ -6,7 +6,10 @@ import json
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,8 +17,9 @@ import torch.distributed as dist
 
 from psyche_fast.core import watch as module
 from psyche_fast.core.watch import Watch
+from psyche_fast.errors import explain
 from psyche_fast.metrics import PhaseTimer
-from psyche_fast.rank.beats import STACKS, Beat, Patience, beat_key, write_stacks
+from psyche_fast.rank.beats import STACKS, Beat, Beats, Patience, beat_key, write_stacks
 from tests.groups import Command
 from tests.processes import wait_until
 from tests.tiny import save_llama, save_tokens
@@ -109,10 +113,59 @@ def test_who_is_late_is_named(
         assert "test_watch.py" in (tmp_path / "stacks-rank-0.txt").read_text()
 
 
+class Lid:
+    """A store of a machine that sleeps for a while, and all that is on it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._store, self._seconds, self.closes = dist.HashStore(), seconds, threading.Event()
+        self.set, self.get = self._store.set, self._store.get
+
+    def check(self, keys: list[str]) -> bool:
+        if self.closes.is_set():
+            time.sleep(self._seconds)
+            self.closes.clear()
+        return bool(self._store.check(keys))
+
+
+def test_the_time_in_which_a_machine_slept_is_held_against_nobody(
+    ended: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "_STOPPED", 1.0)
+    store: Any = Lid(2.5)
+    timer = PhaseTimer()
+    beat = msgspec.json.encode(Beat(1, 7, "train", "host1")).decode()
+    store.set(beat_key(1), beat)
+    store.set(beat_key(2), beat)
+    with watching(store, timer, 2.0, tmp_path) as watch, timer.phase("train"):
+        watch.begins(7)
+        time.sleep(0.2)
+        store.closes.set()
+        wait_until(lambda: not store.closes.is_set(), 10)
+        time.sleep(0.3)
+        assert ended == []
+        wait_until(lambda: bool(ended), 10)  # nor forgotten from then on
+
+
 def test_what_a_rank_was_doing_is_no_reason_to_fail(tmp_path: Path) -> None:
     write_stacks(tmp_path / "gone", 3)
     write_stacks(tmp_path, 3)
     assert isinstance(json.loads((tmp_path / "collectives-rank-3.json").read_bytes()), dict)
+
+
+def test_a_rank_without_memory_says_in_which_step_and_phase(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    client: Any = SimpleNamespace(clone=lambda: store, asking=nullcontext)
+    beats = Beats(client, 2, tmp_path)
+
+    def runs_out() -> None:
+        with beats:
+            beats.at(7, "optimize")
+            raise MemoryError
+
+    with pytest.raises(MemoryError) as raised:
+        runs_out()
+    assert explain(raised.value).startswith("out of memory, in phase optimize of step 7, at most")
+    wait_until(lambda: store.check([beat_key(2)]), 10)
 
 
 @pytest.mark.processes

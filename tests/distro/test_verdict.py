@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable
+from concurrent.futures import Future
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.distro import exchange
+from psyche_fast.distro.elastic import ElasticExchange
 from psyche_fast.distro.exchange import Exchange
+from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.distro.message import MessageFormat, find_outliers
 from psyche_fast.distro.verdict import Standing, conclude
 from tests.distro.test_message import HEADER, form, layout, random_entries, resealed
@@ -198,9 +201,9 @@ def _again_and_again(rank: int) -> list[tuple[dict[int, int], dict[int, int], in
     tested = Exchange(form(of, signs=True), dist.group.WORLD, dist.new_group(backend="gloo"))
     pack = MessageFormat.pack
 
-    def damaged(self: MessageFormat, *arguments: object) -> Tensor:
-        message = pack(self, *arguments)  # type: ignore[arg-type]
-        if rank == 1:
+    def damaged(self: MessageFormat, entries: object, number: int, sender: int) -> Tensor:
+        message = pack(self, entries, number, sender)  # type: ignore[arg-type]
+        if rank == 1 and not 3 <= number < 53:  # while it is left out it tells the truth
             message[0] ^= 1
         return message
 
@@ -223,6 +226,90 @@ def test_a_replica_that_goes_on_lying_is_left_out_for_longer_and_longer() -> Non
         assert steps[2:53] == list(range(51, 0, -1)), "the third time, and fifty more"
         assert steps[53:55] == [0, 0], "looked at again"
         assert steps[55] == 101, "and twice as many"
+
+
+class Member(Gathers):
+    """One of the ranks of an elastic run that are all in this process."""
+
+    def __init__(self, rank: int, of: dict[int, list[tuple[object, Future[Gathered]]]]) -> None:
+        self.replicas, self.size, self.rank, self.epoch = 4, 1, rank, 0
+        self._of = of
+        self.arrives = lambda number, rows: rows
+        of[rank] = []
+
+    def gather(
+        self, sent: Tensor | Callable[[], Tensor], *, everyone: bool = False
+    ) -> Future[Gathered]:
+        future: Future[Gathered] = Future()
+        self._of[self.rank].append((sent, future))
+        number = len(self._of[self.rank]) - 1
+        if all(len(asked) > number for asked in self._of.values()):
+            now = [asked[number] for asked in self._of.values()]
+            rows = torch.stack([s() if callable(s) else s for s, _ in now])  # type: ignore[misc]
+            for _, asked in now[:-1]:
+                asked.set_result(Gathered(list(self._of), rows))
+            # What arrives at the one that asks last may differ.
+            now[-1][1].set_result(Gathered(list(self._of), self.arrives(number, rows)))
+        return future
+
+
+def test_elastic_replicas_that_lie_are_left_out_by_all_who_are_there() -> None:
+    of, asked = layout({"a": (8, 8)}), {}
+    ranks = {rank: ElasticExchange(form(of, signs=True), Member(rank, asked)) for rank in (0, 1, 3)}
+    pack = MessageFormat.pack
+
+    def damaged(self: MessageFormat, entries: object, number: int, sender: int) -> Tensor:
+        message = pack(self, entries, number, sender)  # type: ignore[arg-type]
+        if sender == 1 and number < 3:
+            message[0] ^= 1
+        return message
+
+    with mock.patch.object(MessageFormat, "pack", damaged):
+        for number in range(3 + 50 + 2):
+            for rank, tested in ranks.items():
+                tested.send(random_entries(of, rank))
+            good = [0, 1, 3] if number >= 53 else [0, 3]
+            honest = [random_entries(of, rank)[0].indices for rank in good]
+            for tested in ranks.values():
+                entries = tested.receive()
+                assert entries is not None
+                assert torch.equal(entries[0].indices, torch.cat(honest, dim=1)), number
+                assert tested.refused == ({1: 1} if number < 53 else {})
+                assert tested.left_out == ({1: 53 - number} if 2 <= number < 53 else {})
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_arrives_otherwise_at_one_elastic_rank_all_leave_out(
+    damaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    of, asked, shape = layout({"a": (8, 8)}), {}, form(layout({"a": (8, 8)}), signs=True)
+    members = {rank: Member(rank, asked) for rank in (0, 1, 3)}
+
+    def arrives(number: int, rows: Tensor) -> Tensor:
+        if number != 0:
+            return rows
+        rows = rows.clone()
+        if damaged:
+            rows[1, HEADER] ^= 1
+        else:
+            rows[1] = shape.pack(random_entries(of, 9), 0, 1)
+        return rows
+
+    members[3].arrives = arrives
+    ranks = {rank: ElasticExchange(form(of, signs=True), own) for rank, own in members.items()}
+    for rank, tested in ranks.items():
+        tested.send(random_entries(of, rank))
+    honest = torch.cat([random_entries(of, rank)[0].indices for rank in (0, 3)], dim=1)
+    for rank, tested in ranks.items():
+        caplog.clear()
+        entries = tested.receive()
+        assert entries is not None
+        assert torch.equal(entries[0].indices, honest)
+        assert tested.refused == {1: 1}
+        why = "not all have got the same from it"
+        if damaged:
+            why = "its checksum" if rank == 3 else "it has arrived damaged at rank 3"
+        assert f"the result of replica 1 is refused: {why}" in caplog.text
 
 
 def test_the_standing_is_taken_up_again_and_forgets() -> None:

@@ -57,6 +57,8 @@ def test_every_operation_reads_and_writes_the_same_json(fields: dict[str, Any]) 
         ({**TRAIN, "optimize": True}, "unknown field `optimize`"),  # our own core's, once
         ({**TRAIN, "step": 1.5}, r"Expected `int`.*\$.step"),
         ({**TRAIN, "step": True}, r"\$.step"),
+        ({**TRAIN, "step": "3"}, r"Expected `int`, got `str` - at `\$.step"),
+        ({**TRAIN, "zero_optim": "false"}, r"Expected `bool`, got `str`"),
         ({**TRAIN, "step": -1}, r"`int` >= 0 - at `\$.step`"),
         ({**TRAIN, "batch_shape": [8]}, "batch_shape"),
         ({**TRAIN, "batch_shape": [0, 16]}, r"`int` >= 1 - at `\$.batch_shape"),

@@ -92,6 +92,26 @@ def _save_until(moment: str, path: Path, value: float, reached: Path) -> None:
 
 
 @pytest.mark.processes
+def test_a_folder_is_on_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced, fsync = tmp_path / "runs" / "step-000005", [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with atomic_folder(path) as folder:
+        (folder / "state").mkdir()
+        (folder / "state" / "part").write_bytes(b"1")
+        (folder / "config.json").write_bytes(b"2")
+    *within, last = synced
+    names = {"part", "state", "config.json", f".step-000005.tmp-{os.getpid()}"}
+    assert set(within) == {(name, False) for name in names}
+    assert last == ("runs", True), "and the name itself"
+
+
 @pytest.mark.parametrize("moment", ["while files are written", "before they take their name"])
 @pytest.mark.parametrize("older", [True, False])
 def test_a_kill_during_a_save_leaves_what_was_there(

@@ -15,7 +15,16 @@ from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.models.source import FilesSource
 from psyche_fast.rank import protocol
-from psyche_fast.rank.protocol import Exit, Inbox, Save, Sender, Train, hand_on, receive_run
+from psyche_fast.rank.protocol import (
+    Exit,
+    Inbox,
+    Save,
+    Sender,
+    Train,
+    hand_on,
+    read_operation,
+    receive_run,
+)
 from psyche_fast.rank.topology import Topology
 from psyche_fast.start.network import listen
 from psyche_fast.start.store import StoreClient, host_store
@@ -135,6 +144,21 @@ def test_an_error_of_the_reading_thread_reaches_who_receives() -> None:
     store.set("psyche_fast/0/1", b"1\n\x81\xa1x\x01")  # type: ignore[arg-type]  # the stub knows str only
     with pytest.raises(msgspec.ValidationError, match="Expected `array`"):
         inbox(client).next()
+
+
+def test_a_batch_whose_bytes_are_not_of_its_shape_is_refused() -> None:
+    good = msgspec.msgpack.encode(Train.of(1, Batch(torch.arange(48).view(4, 12))))
+    operation = read_operation(b"1\n" + good, lambda piece: b"")
+    assert isinstance(operation, Train)
+    assert operation.shape == (4, 12)
+    fields = msgspec.msgpack.decode(good)
+    for at, other in ((2, [4, 11]), (2, [0, 12]), (2, [-4, -12]), (3, fields[3][:-1]), (4, b"1")):
+        bad = [*fields[:at], other, *fields[at + 1 :]]
+        with pytest.raises(ValueError, match="bytes for shape"):
+            read_operation(b"1\n" + msgspec.msgpack.encode(bad), lambda piece: b"")
+    for pieces in (b"0", b"-1", b"1025", b"", b"x", b"9999999999"):
+        with pytest.raises(ValueError, match="pieces"):
+            read_operation(pieces + b"\n" + good, lambda piece: b"")
 
 
 def _handed_on(rank: int, port: int) -> tuple[list[bytes], int]:

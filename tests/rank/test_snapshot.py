@@ -184,7 +184,7 @@ PIECES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["parameter/lm_head.weight", "random/cpu", "optimizer/delta/lm_head.weight",
          "optimizer/own/lm_head.weight/indices", "optimizer/own/lm_head.weight/values",
          "optimizer/arrived/lm_head.weight/indices", "optimizer/arrived/lm_head.weight/values",
-         "optimizer/under_way"],
+         "optimizer/under_way", "optimizer/refused", "optimizer/exchanges"],
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -267,3 +268,64 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
         state.Reader(path.parent, manifest.files, path.name, []).tensor("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "hostile", "wanted", "says"),
+    [
+        ("a", Piece(torch.arange(4.0), (slice(6, 10),), (8,)), part(0, 8), "place of a"),
+        ("a", Piece(torch.arange(4.0), (slice(-2, 2),), (8,)), part(0, 8), "place of a"),
+        ("a", Piece(torch.arange(2.0), (slice(0, 8),), (8,)), part(0, 8), "place of a"),
+        ("r", Piece(torch.zeros(1, 1), whole=(6,), rows=torch.tensor([6])), None, "not among"),
+        ("r", Piece(torch.zeros(1, 1), whole=(6,), rows=torch.tensor([-1])), None, "not among"),
+        ("r", Piece(torch.zeros(2, 1), whole=(6,), rows=torch.tensor([0])), None, "rows of r are"),
+    ],
+)  # fmt: skip
+def test_places_that_are_not_in_the_whole_are_refused(
+    tmp_path: Path, name: str, hostile: Piece, wanted: Piece | None, says: str
+) -> None:
+    read = reader(tmp_path, {name: hostile})
+    rows = Piece(torch.empty(1, 1), whole=(6,), rows=torch.tensor([5]))
+    with pytest.raises(ValueError, match=says):
+        read.read(name, wanted or rows)
+
+
+@pytest.mark.parametrize("name", ["../out", "../../out", "/etc/hostname", "more/out"])
+@pytest.mark.parametrize("which", ["files", "model"])
+def test_a_manifest_names_no_file_outside_of_its_folder(
+    tmp_path: Path, name: str, which: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    (folder / state.FOLDER / "more").mkdir(parents=True)
+    (folder / "more").mkdir()
+    for place in (tmp_path, folder, folder / "more", folder / state.FOLDER / "more"):
+        (place / "out").write_bytes(b"somebody's")
+    file = state.StateFile(name=name, size=len(b"somebody's"), sha256="0" * 64)
+    lists = {"files": [], "model": [], which: [file]}
+    manifest = Manifest(
+        version=state.VERSION, step=1, config={}, data={}, machine={},
+        files=lists["files"], model=lists["model"],
+    )  # fmt: skip
+    state.write_manifest(folder / state.FOLDER, manifest)
+    with pytest.raises(ValueError, match=f"'{name}' is no file of its folder"):
+        state.read_manifest(folder)
+
+
+def test_files_are_on_disk_before_a_manifest_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.is_dir() or path.stat().st_size > 0
+        synced.append(path.name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = tmp_path / state.FOLDER
+    file = state.write_part(folder, state.rank_file(0), {"a": Piece(torch.zeros(2))})
+    assert synced == ["rank-00000.safetensors"]
+    manifest = Manifest(version=state.VERSION, step=1, config={}, data={}, machine={}, files=[file])
+    state.write_manifest(folder, manifest)
+    assert synced[1:] == ["manifest.json", "state"]
