@@ -240,7 +240,8 @@ class Soak:
     def disturb(self, seconds: float) -> None:
         """Until `seconds` have passed."""
         kinds: dict[Callable[[], None], int] = {
-            self.kill_core: 4, self.kill_rank: 20 if self.world == "elastic" else 4, self.stop_rank: 1, self.pause_rank: 3,
+            self.kill_core: 4, self.kill_rank: 20 if self.world == "elastic" else 4,
+            self.stop_rank: 1, self.pause_rank: 3,
             self.terminate: 2, self.interrupt_twice: 1, self.kill_supervisor: 2,
             self.flip_a_bit: 3, self.cut_a_file: 2, self.remove_newest: 1,
             self.fill_disk: 2 if self.can_fill else 0,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.soak import WORLDS, soak
 
-SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "40"))
+SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "20"))
 """That each of the runs is disturbed."""
 
 
@@ -18,5 +18,5 @@ SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "40"))
 @pytest.mark.parametrize("world", WORLDS)
 def test_nothing_is_lost_and_nothing_is_left(world: str) -> None:
     report = soak(world, SECONDS, seed=int(os.environ.get("PSYCHE_FAST_CHAOS_SEED", "15")))
-    assert sum(report.faults.values()) > 3
-    assert report.lives > 1
+    assert sum(report.faults.values()) > 1
+    assert report.lives > 0
