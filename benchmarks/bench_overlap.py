@@ -63,6 +63,7 @@ class Link:
         class Held:
             bytes_sent = pending.bytes_sent
             wait = pending.wait
+            senders = pending.senders
 
             def host(self) -> Tensor:
                 received = pending.host()

@@ -356,11 +356,6 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                     f"{flag(name)} {rows} is less than {which} {most}: "
                     "each needs a sequence to train on"
                 )
-        if self.parallelism.elastic and self.exchange.method not in (None, "distro"):
-            raise ValueError(
-                f"--elastic with --method {self.exchange.method}: DisTrO alone can lose a peer; "
-                "leave one of them out"
-            )
         if self.parallelism.elastic and self.ranks_here % self.parallelism.ranks_per_replica:
             raise ValueError(
                 f"--local-ranks {self.machines.local_ranks} with --elastic: a replica's "

@@ -203,7 +203,7 @@ def test_replicas_end_with_their_leader(place: Path, tmp_path: Path) -> None:
          "max-replicas 8"),
         (["--replicas", "2", "--elastic", "--device-backend", "nccl"], "goes over gloo"),
         (["--replicas", "2", "--elastic", "--no-distro", "--no-distro-quantization", "--method",
-          "dense", "--param-dtype", "float32"], "--elastic with --method dense"),
+          "dense", "--param-dtype", "float32"], "--elastic wants --method distro, got dense"),
         (["--replicas", "2", "--elastic", "--data-parallelism", "2", "--local-ranks", "3"],
          "a replica's 2 ranks are started together"),
     ],
