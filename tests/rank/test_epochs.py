@@ -8,6 +8,7 @@ import signal
 import time
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from psyche_fast.rank import members
 from psyche_fast.rank.epochs import Epochs, LeftOut, Place
 from psyche_fast.rank.handover import Handover
 from psyche_fast.rank.members import Epoch, Joiner, Leader, key, put, ranks_of
+from psyche_fast.rank.sliced import Ended, Group
 from tests.groups import run_processes
 from tests.processes import free_port
 
@@ -115,6 +117,40 @@ def test_those_that_are_left_go_on(
         assert last_of_all[0] == left
     for rank in set(range(ranks)) - set(left):
         assert found[rank] == []
+
+
+def miss_one(rank: int, port: int, missed: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Rank 1 loses its connection with a gather that the others have; rank 2 then dies."""
+    store = connect(port, rank)
+    epochs = epochs_of(store, rank, 1, 3, "first", False, 60)
+    whole = Group.all_gather
+
+    def all_gather(self: Group, sent: torch.Tensor, limit: timedelta, number: int | None) -> Any:
+        rows, ended = whole(self, sent, limit, number)
+        if (rank, number, epochs.epoch) == (1, missed, 0):
+            return None, Ended("the connection was lost with its last words")
+        return rows, ended
+
+    with mock.patch.object(Group, "all_gather", all_gather):
+        begin(store, epochs, 3)
+        found = []
+        for number in range(1, missed + 4):
+            got = epochs.gather(content(rank, number)).result()
+            found.append((list(got.ranks), got.rows.tolist()))
+            if (rank, number) == (2, missed):
+                return found  # the process ends
+        epochs.close()
+    if rank == 0:
+        time.sleep(0.5)
+    return found
+
+
+def test_what_some_have_got_is_handed_to_the_others() -> None:
+    """The dead one's last words count, for one of the others has heard them."""
+    one, other, dead = run_processes(miss_one, (free_port(), 3), nprocs=3)
+    assert one == other
+    assert one[:3] == dead
+    assert [ranks for ranks, _ in one] == [[0, 1, 2]] * 3 + [[0, 1]] * 3
 
 
 def lead(rank: int, port: int, times: int) -> tuple[list[int], list[int]]:
