@@ -30,21 +30,26 @@ from tests import groups
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files whose tests start processes go to one worker with one fork server; others, each whole.
 
-    So two tests with processes never run at once, and a module's fixtures are set up once. xdist's
-    own groups do that by the mark, but xdist 3.8 writes them where pytest 9.2 does not look.
+    Those of models, which measure no time, may go to another one. So no two tests that do run at
+    once, and a module's fixtures are set up once. xdist's own groups do that by the mark, but xdist
+    3.8 writes them where pytest 9.2 does not look.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     @cache
     def scope(file: str) -> str:
         text = (config.rootpath / file).read_text(encoding="utf-8")
-        return "processes" if "mark.processes" in text else file
+        return _group(file) if "mark.processes" in text else file
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return scope(nodeid.split("::")[0])
 
     return ByFile(config, log)
+
+
+def _group(file: str) -> str:
+    return "processes-of-models" if "tests/models/" in file else "processes"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -60,12 +65,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _one_at_a_time(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Has a test with processes fail where one on another worker runs."""
+    """Has a test with processes fail where one of its group runs on another worker."""
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     if alone or request.node.get_closest_marker("processes") is None:
         yield
         return
-    with open(tmp_path_factory.getbasetemp().parent / "processes", "w") as file:
+    group = _group(request.node.path.as_posix())
+    with open(tmp_path_factory.getbasetemp().parent / group, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

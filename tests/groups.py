@@ -401,6 +401,7 @@ def _rank(program: str, arguments: list[str], options: Mapping[str, Any]) -> Non
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as every Python begins; Popen restores it
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in options.get("pass_fds", ()):
             with suppress(OSError):  # the listing's own

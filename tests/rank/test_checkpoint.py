@@ -91,7 +91,6 @@ def _save_until(moment: str, path: Path, value: float, reached: Path) -> None:
     raise AssertionError("the save came to its end")
 
 
-@pytest.mark.processes
 def test_a_folder_is_on_disk_before_it_takes_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +111,7 @@ def test_a_folder_is_on_disk_before_it_takes_its_name(
     assert last == ("runs", True), "and the name itself"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", ["while files are written", "before they take their name"])
 @pytest.mark.parametrize("older", [True, False])
 def test_a_kill_during_a_save_leaves_what_was_there(
