@@ -143,6 +143,9 @@ class Door:
                 return None
             life, rank, _ = knock.KNOCK.unpack(words)
             status = self._enter(rank, life)
+            if status == knock.TAKEN:
+                with self._lock:  # it knows the secret: no reason not to listen to it
+                    self._count(host, f"rank {rank} is there already")
             try:
                 sock.sendall(status + knock.mac(self._secret, b"reply", greeting, words, status))
             except OSError:
@@ -150,8 +153,6 @@ class Door:
                     self._leave(rank)
                 raise
             if status == knock.TAKEN:
-                with self._lock:  # it knows the secret: no reason not to listen to it
-                    self._count(host, f"rank {rank} is there already")
                 return None
             sock.settimeout(None)
             return int(rank)
