@@ -76,6 +76,8 @@ class MetricsWriter:
     ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._temporary.unlink(missing_ok=True)  # of a run that was killed while it began
         if self.path.exists():
             self._repair(drop_from_step)
         self._file = self.path.open("ab", buffering=0)
@@ -94,12 +96,11 @@ class MetricsWriter:
         whole = self.path.read_bytes()
         if len(kept) == len(records) and (not whole or whole.endswith(b"\n")):
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with self._temporary.open("wb") as file:
             file.writelines(map(_line, kept))
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self.path)
+        self._temporary.replace(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line.

@@ -122,6 +122,26 @@ def test_a_run_that_starts_again_replaces_later_steps(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]  # no temporary file is left
 
 
+KILLED = """
+import os, signal, sys
+from psyche_fast.metrics import MetricsWriter
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+MetricsWriter(sys.argv[1], drop_from_step=2)
+"""
+
+
+def test_a_kill_while_lines_are_dropped_leaves_them_and_nothing_for_good(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert steps_of(path) == [1, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 2, "killed in the middle of it"
+    write_steps(path, [4])
+    assert steps_of(path) == [1, 2, 3, 4]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_opening_again_without_dropping_appends_in_place(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [1, 2])
