@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -266,26 +267,12 @@ class Replica:
         sent = self._sent[0]
         return self._fragment(sent).format.faults(sent.turn, messages)
 
-    def malformed(self, messages: Tensor, leave_out: Faults) -> Faults:
-        """What is wrong with the next messages' content, which `receive` sees too.
-
-        All ranks of a replica have to leave out the same senders, but each sees messages of its
-        place alone.
-
-        Args:
-            messages: uint8 `[replicas, size]`.
-            leave_out: those that are not looked at.
-        """
-        fragment = self._fragment(self._sent[0])
-        rows = messages.to(fragment.layout.plans[0].device)
-        return fragment.format.unpack(rows, leave_out)[1]
-
     @torch.no_grad()
     def receive(self, messages: Tensor, leave_out: Faults | None = None) -> Faults:
         """Apply the results of the oldest message: the outer step, and the mix.
 
         Where nothing is left of them, the shared parameters stay as they are, and the mix is made
-        all the same.
+        all the same. All ranks of a sharded replica leave out what any of them refuses.
 
         Args:
             messages: uint8 `[replicas, size]`, in the order of replicas, the own one among them.
@@ -305,13 +292,17 @@ class Replica:
         fragment = self._fragment(sent)
         rows = messages.to(fragment.layout.plans[0].device)
         picked, faults = fragment.format.unpack(rows, refused)
+        refused |= faults
+        if anywhere := self._refused_elsewhere(refused):
+            refused |= anywhere
+            picked, _ = fragment.format.unpack(rows, refused)
         if picked is not None:
             self._apply(fragment, picked, sent.turn)
         if self.method.is_local:
             for name in fragment.names:
                 self._mix(name, sent)
         self._copies.round(fragment.names)
-        return refused | faults
+        return refused
 
     def plain(self) -> Mapping[str, Tensor]:
         """The shared parameters by name, not copies: to evaluate, to export, to compare.
@@ -382,6 +373,17 @@ class Replica:
 
     def _fragment(self, sent: Sent) -> Fragment:
         return self.fragments[sent.turn % len(self.fragments)]
+
+    def _refused_elsewhere(self, refused: Faults) -> Faults:
+        """What other ranks of a sharded replica refuse, each of which has its own messages."""
+        if self._guard is None:
+            return {}
+        flags = [float(number in refused) for number in range(self.replicas)]
+        found = torch.tensor(flags, device=self._guard.refused.device)
+        for group in self._guard.groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        why = "another rank of this replica refuses its part"
+        return {n: why for n, flag in enumerate(found.tolist()) if flag and n not in refused}
 
     def _apply(self, fragment: Fragment, picked: list[Picked], turn: int) -> None:
         """The outer step of a fragment."""
