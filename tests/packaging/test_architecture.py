@@ -288,7 +288,7 @@ def test_the_package_stays_small() -> None:
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
-    assert methods < 2_200
+    assert methods < 2_560  # levels of methods are 350 of them
     assert sum(lines.values()) - methods < 27_000
 
 
