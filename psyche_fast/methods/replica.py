@@ -304,6 +304,25 @@ class Replica:
         self._copies.round(fragment.names)
         return refused
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a round leaves a replica something of its own in its parameters."""
+        return self.method.is_local and (self.method.mix != 0.0 or self.method.fragments > 1)
+
+    @torch.no_grad()
+    def follow(self, before: Mapping[str, Tensor]) -> None:
+        """Have the own parameters go with the shared ones, which another has changed in place.
+
+        Args:
+            before: the shared ones as they were, where the replica `keeps_own`.
+        """
+        for name, local in self._local.items():
+            shared = self._shared[name]
+            if self.keeps_own:
+                local.add_(shared - before[name])
+            elif local is not shared and not self.method.lookahead:
+                local.copy_(shared)
+
     def plain(self) -> Mapping[str, Tensor]:
         """The shared parameters by name, not copies: to evaluate, to export, to compare.
 
