@@ -41,7 +41,7 @@ class Verdict:
 
 
 def agree(
-    faults: Mapping[int, str], messages: Tensor, group: dist.ProcessGroup
+    faults: Mapping[int, str], messages: Tensor | Sequence[Tensor], group: dist.ProcessGroup
 ) -> tuple[dict[int, str], set[int]]:
     """Which messages any rank of a group refuses; a collective that waits for the other ranks.
 
@@ -51,8 +51,8 @@ def agree(
 
     Args:
         faults: what is wrong with the messages that this rank refuses, by their numbers.
-        messages: uint8 `[senders, n]` in host memory; rank `sender * places + place` has got those
-            of the ranks with its place.
+        messages: uint8 `[senders, n]` in host memory, or `[n]` of each sender; rank
+            `sender * places + place` has got those of the ranks with its place.
         group: the ranks.
 
     Returns:

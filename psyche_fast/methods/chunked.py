@@ -16,6 +16,7 @@ from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Muon, Sign
+from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.philox import positions
 
 _NOISE = 64
@@ -70,10 +71,16 @@ class Fragment:
         self.method, self.names = method, list(names)
         self.layout = cut(method, names, tensors)
         self.backends = [_backend(plan, backend) for plan in self.layout.plans]
-        self.format = Format(method, self.layout, self.backends, number)
+        self.format: Format | Owners = Format(method, self.layout, self.backends, number)
+        self._number = number
         self._keeps = method.what == "momentum" or method.feedback != "none"
         self.kept = self.layout.zeros() if self._keeps else None
         self.own: list[Picked] | None = None
+
+    def divide(self, replica: int, replicas: int) -> None:
+        """Have owners merge its results, of which this replica is one."""
+        method, layout = self.method, self.layout
+        self.format = Owners(method, layout, self.backends, self._number, replica, replicas)
 
     def compress(
         self,
@@ -242,10 +249,16 @@ class Fragment:
         return clipped
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out."""
+        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out.
+
+        And what has been kept of merged results, where this replica owns chunks.
+        """
         found: dict[str, dict[str, Tensor]] = {}
+        merged = self.format.state()
         for at, plan in enumerate(self.layout.plans):
             kinds = {"kept": None if self.kept is None else self.kept[at]}
+            if merged is not None:
+                kinds["merged"] = merged[at]
             if self.own is not None:
                 kinds["indices"] = self.own[at].indices
                 kinds["values"] = self.own[at].values
@@ -283,6 +296,8 @@ class Fragment:
             loaded = [of("kept", (plan.h, plan.w), plan) for plan in plans]
             for kept, new in zip(self.kept, loaded, strict=True):
                 kept.copy_(new)
+        merged = "merged" in state
+        self.format.load([of("merged", (p.totalk,), p) for p in plans] if merged else None)
         self.own = None
         if "values" in state:
             self.own = [

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.methods.chunked import Fragment, side_by_side
-from psyche_fast.methods.message import Picked
+from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Sign
+from psyche_fast.methods.owners import Owners, are_owned
 from psyche_fast.methods.steps import OuterStep, copied, optimizer_of, set_rate
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -51,9 +52,9 @@ class Replica:
         replica.local(lr)
         message = replica.send()                 # None where this step ends no round
         if message is not None:
-            pending.append(exchange(message))
+            pending.append(exchange(message))    # `Rounds` is all this between processes
         while replica.due():
-            replica.receive(pending.popleft())   # uint8 [replicas, size]
+            replica.receive(pending.popleft())   # of all replicas, or of owners
 
     Replicas whose parameters were equal at first, that receive the same messages in the same order
     on the same kind of device, agree on the shared parameters (`plain`) to the bit.
@@ -112,6 +113,9 @@ class Replica:
             Fragment(method, number, names, [self._shared[n] for n in names], backend)
             for number, names in enumerate(fragment_names(method, list(self._shared)))
         ]
+        if are_owned(method, replicas):
+            for fragment in self.fragments:
+                fragment.divide(replica, replicas)
         self.outer = OuterStep(method, self._shared, undecayed)
         if inner is not None and not method.is_local:
             raise ValueError(f"what={method.what!r} takes no local steps: there is no inner")
@@ -265,6 +269,7 @@ class Replica:
             self._apply(fragment, picked, sent.turn)
         for name in fragment.names:
             self._mix(name, sent)
+        fragment.format.received(sent.turn)
         return refused | faults
 
     def plain(self) -> Mapping[str, Tensor]:
@@ -273,6 +278,11 @@ class Replica:
         Parameters of narrower types as the float32 that they are rounded from.
         """
         return self._shared
+
+    def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
+        """Of a message whose results are to come, the newest or `at`: its format and its round."""
+        sent = self._sent[at]
+        return self._fragment(sent).format, sent.turn
 
     def in_flight(self) -> list[Tensor]:
         """The own messages whose results are to come, the oldest first.
