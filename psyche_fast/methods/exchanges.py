@@ -124,33 +124,34 @@ class Flight:
     def _gather(self, form: Format, pending: exchange.Pending, before: Flight | None) -> Arrived:
         messages = pending.host()
         faults = form.faults(self._turn, messages)
+        if self._link.is_sharded:  # others see other content, but have to leave out the same
+            faults |= form.unpack(messages.to(form.device), faults)[1]
         self._decided.set_result(None)
         # Agreements are collectives: one at a time, in the order of messages.
         if before is not None:
             before.wait()
-        assert self._link.agreements is not None
-        leave_out, _ = agree(faults, messages, self._link.agreements[1])
-        return Arrived(messages, leave_out)
+        return Arrived(messages, self._link.agree(faults, messages))
 
     def _own(self, form: Owners, parts: _Parts, before: Flight | None) -> Arrived:
         link, turn = self._link, self._turn
-        assert link.agreements is not None
         assert link.down is not None
         rows = parts.wait().view(link.replicas, -1)
         faults = form.check_parts(turn, rows)
         if before is not None:
             before._decided.result()
         nothing = torch.empty(link.replicas, 0, dtype=torch.uint8)  # each has got something else
-        refused, _ = agree(faults, nothing, link.agreements[0])
+        refused = link.agree(faults, nothing, first=True)
         message = form.merge(turn, rows, refused)
         sizes = [message.numel()] * link.replicas
         merged = _Parts(message.repeat(link.replicas), sizes, form.merged_sizes, link.down)
         self._decided.set_result(None)
         arrived = merged.wait()
         found = form.faults(turn, arrived, refused)
+        if link.is_sharded:
+            found |= form.malformed(arrived, found)
         if before is not None:
             before.wait()
-        leave_out, _ = agree(found, [row.cpu() for row in form.split(arrived)], link.agreements[1])
+        leave_out = link.agree(found, [row.cpu() for row in form.split(arrived)])
         return Arrived(arrived, leave_out, refused)
 
 
@@ -159,32 +160,48 @@ class Link:
 
     Args:
         group: the ranks with the other replicas; None where there are none.
-        everyone: the ranks that have to leave out the same: `group`, and others with groups of
-            their own, as many.
+        inside: groups that together connect all ranks of this replica, where it has several.
         owned: whether owners merge results.
 
     Attributes:
         replica: this one's number.
         replicas: how many there are.
-        agreements: of gloo, one for each time that ranks agree.
+        is_sharded: whether they have several ranks.
         down: for what owners send.
         last: the newest message.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, everyone: dist.ProcessGroup | None, *, owned: bool
+        self, group: dist.ProcessGroup | None, inside: Sequence[dist.ProcessGroup], *, owned: bool
     ) -> None:
         self.group, self.replica, self.replicas = group, 0, 1
-        self.agreements: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        self.is_sharded = bool(inside)
         self.down: dist.ProcessGroup | None = None
         self.last: Flight | None = None
         if group is None:
             return
         self.replica, self.replicas = dist.get_rank(group), dist.get_world_size(group)
-        # Of their own, as each is used by threads alone, and at its own pace.
-        last = _alike(everyone or group, "gloo")
-        self.agreements = (_alike(everyone or group, "gloo") if owned else last), last
-        self.down = _alike(group, dist.get_backend_config(group)) if owned else None
+        # Counterparts by their places. All have to leave out the same, whatever is in their shards:
+        # what tensor parallelism replicates is every rank's.
+        places = {tuple(dist.get_process_group_ranks(group))}
+        for connected in inside:
+            found: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size(connected)
+            dist.all_gather_object(found, places, group=connected)
+            places = set().union(*found)
+        everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
+        self._order = [sorted(everyone).index(rank) for rank in everyone]
+        # Groups of their own, as each is used by threads alone, and at its own pace.
+        self._agreements = [_group(everyone, "gloo") for _ in range(2 if owned else 1)]
+        if owned:
+            ranks = dist.get_process_group_ranks(group)
+            self.down = _group(ranks, dist.get_backend_config(group))
+
+    def agree(
+        self, faults: Faults, messages: Tensor | Sequence[Tensor], *, first: bool = False
+    ) -> Faults:
+        """What any rank of any replica refuses; a collective, see `distro.verdict.agree`."""
+        group = self._agreements[0 if first else -1]
+        return agree(faults, messages, group, self._order)[0]
 
     def settle(self) -> None:
         """Wait until nothing is under way."""
@@ -229,10 +246,8 @@ class _Parts:
         return self._received
 
 
-def _alike(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """A group of the same ranks, who alone take part in making it."""
-    made = dist.new_group(
-        dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True
-    )
+def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """A group of ranks, who alone take part in making it."""
+    made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made

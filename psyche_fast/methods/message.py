@@ -77,17 +77,18 @@ class Envelope:
 
     Attributes:
         size: bytes of a message.
+        device: see above.
     """
 
     def __init__(self, payload: int, content: object, fragment: int, device: torch.device) -> None:
-        self.size, self._fragment, self._device = enclosed(payload), fragment, device
+        self.size, self._fragment, self.device = enclosed(payload), fragment, device
         self._payload = self.size - HEADER
         digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
         self._hash = int.from_bytes(digest, "little")
 
     def seal(self, turn: int, sender: int, parts: Iterable[Tensor]) -> Tensor:
         """A message, uint8 `[size]`, of parts of its payload in their order, each uint8 `[n]`."""
-        message = torch.zeros(self.size, dtype=torch.uint8, device=self._device)
+        message = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
         message[: _FIELDS.size] = self._fields(turn, sender)
         at = HEADER
         for part in parts:
@@ -137,7 +138,7 @@ class Envelope:
         fields = _FIELDS.pack(
             _MAGIC, VERSION, self._fragment, self._payload, self._hash, turn % (1 << 32), sender
         )
-        return torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(self._device)
+        return torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(self.device)
 
 
 def enclosed(payload: int) -> int:

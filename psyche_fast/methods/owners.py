@@ -377,37 +377,45 @@ class Owners:
         """
         if leave_out:
             return None, {}
-        rows = self.split(merged)
+        senders, picked, faults = self._decode(self.split(merged))
+        missing = {
+            r: "owners have left its result out"
+            for r in range(self._replicas)
+            if r not in senders and r not in faults
+        }
+        return None if faults else picked, faults | missing
+
+    def malformed(self, merged: Tensor, leave_out: Collection[int]) -> dict[int, str]:
+        """What is wrong with owners' results beyond what `faults` sees, of which nothing may be."""
+        return {} if leave_out else self._decode(self.split(merged))[2]
+
+    def _decode(
+        self, rows: Sequence[Tensor]
+    ) -> tuple[list[int], list[Picked] | None, dict[int, str]]:
+        """Who has been merged, what that is, and which owners' results cannot be right."""
         senders = self._senders(rows[0])
         faults = {
             owner: "it has merged others than the rest have"
             for owner, row in enumerate(rows)
             if self._senders(row) != senders
         }
+        if faults or not senders:
+            return senders, None, faults
         found: list[list[Picked]] = [[] for _ in self._layout.plans]
         for owner, row in enumerate(rows):
             part, at = self._parts[owner], HEADER + self._mask
             for place, form, backend in zip(part.classes, part.merged, part.backends, strict=True):
-                if not senders or faults:
-                    break
                 picked, is_good = form.decode(row[at : at + form.bytes], len(senders), backend)
                 found[place].append(picked)
                 at += form.bytes
                 if not is_good:
                     faults[owner] = f"what it has merged: {MALFORMED}"
-        missing = {
-            r: "owners have left its result out"
-            for r in range(self._replicas)
-            if r not in senders and r not in faults
-        }
-        if faults or not senders:
-            return None, faults | missing
         sent = [sent_plan(plan, self._method) for plan in self._layout.plans]
         whole = [
             _joined(p, places, plan)
             for p, places, plan in zip(found, self._places, sent, strict=True)
         ]
-        return whole, missing
+        return senders, whole, faults
 
     def received(self, turn: int) -> None:
         """A round's results have been received, and are not going to be merged again."""

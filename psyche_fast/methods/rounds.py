@@ -13,6 +13,7 @@ from psyche_fast.distro.message import hash_bits
 from psyche_fast.methods.exchanges import Flight, Link
 from psyche_fast.methods.owners import are_owned
 from psyche_fast.methods.replica import Faults, Replica
+from psyche_fast.sharding import local_tensor
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,8 @@ class Rounds:
 
     Args:
         replica: this rank's, after whose local steps `exchange` is called.
-        group: the ranks with the other replicas; None where there are none.
-        everyone: the ranks that have to refuse the same: `group`, and where a replica has several
-            ranks, those of all, a replica's in a row. `group` where None.
+        group: the ranks with the other replicas, of which this rank's counterparts where replicas
+            are sharded; None where there are none.
 
     Attributes:
         bytes_sent: what this rank has handed to exchanges: its message to an all-gather, a copy for
@@ -39,18 +39,13 @@ class Rounds:
         ValueError: the replicas' methods or shared parameters differ at the start.
     """
 
-    def __init__(
-        self,
-        replica: Replica,
-        group: dist.ProcessGroup | None,
-        everyone: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, replica: Replica, group: dist.ProcessGroup | None) -> None:
         self._replica, self._group = replica, group
         self._pending: deque[Flight] = deque()
         self.bytes_sent = self.bytes_received = 0
         self._compare()
         owned = are_owned(replica.method, replica.replicas)
-        self._link = Link(group, everyone, owned=owned)
+        self._link = Link(group, replica.inside, owned=owned)
 
     def exchange(self) -> Faults:
         """After a local step: `send`, and then `receive`."""
@@ -101,11 +96,11 @@ class Rounds:
     def _compare(self) -> None:
         """All replicas have the method, the step and the shared parameters alike."""
         replica = self._replica
-        hashed = torch.stack([hash_bits(p).cpu() for p in replica.plain().values()])
+        shared = [local_tensor(p) for p in replica.plain().values()]
+        hashed = torch.stack([hash_bits(p).cpu() for p in shared])
         method = replica.method.hash() - (1 << 63)  # as int64 has it
         own = torch.tensor([method, replica.step, int(hash_bits(hashed))])
-        device = next(iter(replica.plain().values())).device
-        found = exchange.start(own.to(device), self._group).wait().cpu()
+        found = exchange.start(own.to(shared[0].device), self._group).wait().cpu()
         for what, column in zip(("method", "step", "parameters"), found.t(), strict=True):
             for other in (column != column[0]).nonzero().view(-1).tolist():
                 raise ValueError(
