@@ -82,6 +82,8 @@ def _misfit(below: Method, method: Method) -> str | None:
 class _HandOn:
     """In an outer step's place: the mean becomes the gradient of the level above."""
 
+    decays = False
+
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters, self.has_mean = parameters, False
 
