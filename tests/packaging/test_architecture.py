@@ -13,7 +13,7 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
+    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers", "links"),
     *("locations", "options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
@@ -22,6 +22,7 @@ ALLOWED = {
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "links": set(),
     "locations": {"options", "strict"},
     "exchanges": {"options"},
     "options": set(),
