@@ -17,10 +17,11 @@ from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
 from psyche_fast.links import Link
 from psyche_fast.methods import AdamW, Method, Muon, Nesterov
-from psyche_fast.methods.chunked import cut
+from psyche_fast.methods.chunked import cut, fragment_names
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.muon import is_hidden_matrix
-from psyche_fast.methods.replica import fragment_names
+from psyche_fast.methods.owners import are_owned
+from psyche_fast.methods.traffic import traffic
 from psyche_fast.sharding import local_tensor
 
 
@@ -31,8 +32,8 @@ class Costs:
     Attributes:
         every: inner steps until each fragment has had its turn.
         delay: inner steps that an exchange may take before any of them waits for it.
-        messages: bytes of this rank's message of each round of a turn.
-        up: bytes that this rank sends in each of these rounds, to all who are to have its message.
+        messages: bytes that this rank hands over in each round of a turn, as metrics count them.
+        up: bytes that go from this rank to other replicas in each.
         down: bytes that it receives in each.
     """
 
@@ -77,20 +78,23 @@ def costs_of(run: RunConfig, parameters: Mapping[str, Tensor], method: Method | 
     Raises:
         ValueError: the method cannot take these parameters.
     """
+    replicas = run.parallelism.replicas
     if method is None:
         own = distro_layout(run, parameters)[0]
         signs = run.optimizer.distro_quantization
-        messages = [MessageFormat(own, ["torch"] * len(own.plans), signs=signs).size]
-        every, delay = 1, 1
-    else:
-        every, delay = method.every, method.delay
-        messages = [
-            Format(method, layout, ["torch"] * len(layout.plans), number).size
-            for number, layout in enumerate(layouts(method, parameters))
-        ]
-    others = run.parallelism.replicas - 1
-    traffic = tuple(others * size for size in messages)
-    return Costs(every, delay, tuple(messages), traffic, traffic)
+        size = MessageFormat(own, ["torch"] * len(own.plans), signs=signs).size
+        around = (replicas - 1) * size
+        return Costs(1, 1, (size,), (around,), (around,))
+    sent, up, down = [], [], []
+    for number, layout in enumerate(layouts(method, parameters)):
+        found = traffic(method, layout, replicas)
+        up.append(found.up)
+        down.append(found.down)
+        if are_owned(method, replicas):
+            sent.append(found.up)
+        else:
+            sent.append(Format(method, layout, ["torch"] * len(layout.plans), number).size)
+    return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down))
 
 
 def distro_layout(
@@ -111,49 +115,59 @@ def distro_layout(
 
 
 def layouts(method: Method, parameters: Mapping[str, Tensor]) -> list[Layout]:
-    """How each fragment is cut."""
+    """How this rank's parts of each fragment are cut."""
     with torch.device("meta"):
         like = {n: torch.empty(p.shape, dtype=_wide(p)) for n, p in parameters.items()}
-    return [
-        cut(method, names, [like[n] for n in names])
-        for names in fragment_names(method, sorted(like))
-    ]
+    found = []
+    for names in fragment_names(method, sorted(like)):
+        wholes = cut(method, names, [like[n] for n in names]).parameters
+        own = own_layouts([parameters[n] for n in names], wholes)[0]
+        found.append(Layout(own, transform=method.transform == "dct"))
+    return found
 
 
 def state_bytes(
-    method: Method, parameters: Mapping[str, Tensor], *, with_inner: bool = True
+    method: Method, parameters: Mapping[str, Tensor], replicas: int, *, has_masters: bool
 ) -> dict[str, int]:
     """What a rank keeps beside parameters and gradients, by kind.
 
     Args:
         method: whose.
         parameters: as of `costs_of`.
-        with_inner: with the local steps' own.
+        replicas: how many.
+        has_masters: whether narrower parameters have float32 masters.
 
     Returns:
-        "shared": the parameters that all replicas have, where the rank's own are others; "kept":
-        momentum or feedback; "own": what has been sent and is to be taken out of that; "outer" and
-        "inner": of these steps; "flight": with `mix="rebase"` what the parameters were when a
-        message was sent. Messages themselves are not among it.
+        "masters"; "shared": the parameters that all replicas have, where the rank's own are others;
+        "kept": momentum or feedback; "own": what has been sent and is to be taken out of that;
+        "outer" and "inner": of these steps; "owner": feedback of what this rank merges; "flight":
+        with `mix="rebase"` what the parameters were when a message was sent. Messages themselves
+        are not among it.
     """
-    found = dict.fromkeys(("shared", "kept", "own", "outer", "inner", "flight"), 0)
+    kinds = ("masters", "shared", "kept", "own", "outer", "inner", "owner", "flight")
+    found = dict.fromkeys(kinds, 0)
     sizes = {n: local_tensor(p.detach()).numel() * _wide(p).itemsize for n, p in parameters.items()}
     for name, p in parameters.items():
-        if method.is_local or method.lookahead or p.dtype != _wide(p):
+        narrow = p.dtype != _wide(p)
+        found["masters"] += sizes[name] if narrow and has_masters else 0
+        own = narrow or method.lookahead
+        if method.is_local or (own and not (narrow and has_masters)):
             found["shared"] += sizes[name]
         found["outer"] += sizes[name] if isinstance(method.outer, Nesterov) else 0
-        if not method.is_local and method.what == "gradient":
+        if method.what == "gradient":
             found["outer"] += _moments(method.outer, name, p) * sizes[name]
-        if method.inner is not None and with_inner:
-            found["inner"] += _moments(method.inner, name, p) * sizes[name]
-    cuts = layouts(method, parameters)
-    for plan in (plan for layout in cuts for plan in layout.plans):
+        found["inner"] += _moments(method.inner, name, p) * sizes[name]
+    owned = are_owned(method, replicas)
+    for plan in (plan for layout in layouts(method, parameters) for plan in layout.plans):
         size = plan.compute_dtype.itemsize
+        all_of_it = plan.chunks * plan.totalk * size
         if method.what == "momentum" or method.feedback != "none":
-            found["kept"] += plan.chunks * plan.totalk * size
+            found["kept"] += all_of_it
         if method.feedback != "none":
             places = {"all": 0, "random": 8, "topk": plan.index_dtype.itemsize}[method.select]
             found["own"] += plan.chunks * plan.k * (size + places)
+        if owned and method.feedback == "sent" and method.select != "random":
+            found["owner"] += all_of_it // replicas
     if method.delay and method.mix == "rebase":
         parts = fragment_names(method, sorted(parameters))
         found["flight"] = max(sum(sizes[n] for n in names) for names in parts)
