@@ -334,6 +334,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         self.exchange.check(
             distro=self.optimizer.distro,
             elastic=self.parallelism.elastic,
+            replicas=replicas,
             ranks_per_replica=self.parallelism.ranks_per_replica,
             has_masters=self.model.master_dtype == "float32",
         )

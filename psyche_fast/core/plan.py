@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from psyche_fast.config import Parallelism, RunConfig, flag
+from psyche_fast.config import FLAGS, Parallelism, RunConfig, flag
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
@@ -32,6 +32,8 @@ from psyche_fast.models.source import (
     text_config,
     vocabulary_size,
 )
+from psyche_fast.rank.choice import CHOSEN
+from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
 from psyche_fast.start import knock, tls
 from psyche_fast.start.devices import Devices, choose_devices, cores
@@ -169,7 +171,7 @@ def _summary(
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
-        *_left_over(config),
+        *left_over(config),
         *_in_clear(config),
     )
 
@@ -198,9 +200,11 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def _left_over(config: RunConfig) -> tuple[str, ...]:
+def left_over(config: RunConfig) -> tuple[str, ...]:
     """The last local steps, where nothing is sent after them."""
     method, steps = method_of(config), config.schedule.total_steps
+    if config.exchange.link is not None and config.exchange.every is None:
+        return ()  # the local steps are chosen when the run starts
     left = 0 if method is None else steps % method.every
     if method is None or not left:
         return ()
@@ -262,9 +266,21 @@ def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
         saved = start.manifest.config
         changes["cold_start_step"] = saved.get("cold_start_step", saved.get("start_step", 1))
     changes["resume" if config.run.resume else "fork"] = str(folder)
+    was = start.manifest.config
+    if config.run.resume and config.exchange.link is not None and "link" in was:
+        # What was chosen then stays; what is given is looked at as ever.
+        chosen = {name: was[name] for name in CHOSEN if name in was}
+        changes |= {name: v for name, v in chosen.items() if _is_default(config, name)}
+        if config.exchange.link == AUTO:
+            changes["link"] = was["link"]
     if config.run.resume and config.run.output is None and folder.parent.name == "checkpoints":
         changes["output"] = str(folder.parent.parent)
     return config.replace(**changes)
+
+
+def _is_default(config: RunConfig, name: str) -> bool:
+    known = FLAGS[name]
+    return bool(getattr(getattr(config, known.section), name) == known.default)
 
 
 def _check_output(output: Path, config: RunConfig) -> None:

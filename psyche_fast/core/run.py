@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import time
@@ -20,7 +21,7 @@ from psyche_fast.core.elastic import Members
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
-from psyche_fast.core.plan import Plan
+from psyche_fast.core.plan import Plan, left_over
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
@@ -42,6 +43,7 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
@@ -170,6 +172,9 @@ def _train(
     else:
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
+    if trainer.settled is not None:
+        plan = _settled(plan, trainer.settled, output, console)
+        config = plan.resolved
     restore(trainer, config)
     if members is not None:
         members.begin(trainer)
@@ -230,6 +235,21 @@ def _train(
     if unsaved is not None:
         raise unsaved
     return RunResult(output, checkpoint, last_step, stopped)
+
+
+def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Plan:
+    """The run with what has been chosen for its link, which its directory then has too."""
+    for line in settled.lines:
+        console.message(line)
+    plan = dataclasses.replace(
+        plan,
+        config=plan.config.replace(**settled.changes),
+        resolved=plan.resolved.replace(**settled.changes),
+    )
+    (output / "config.toml").write_text(_of_the_whole_run(plan.config).to_toml())
+    for line in left_over(plan.config):
+        console.message(line)
+    return plan
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -328,6 +348,8 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
         }
+        if trainer.settled is not None and step == schedule.start_step:
+            fields["link"] = trainer.settled.measured
         if members is not None:
             fields["rows"] = sent.rows
         lines.hold(totals, fields)
