@@ -12,6 +12,7 @@ from psyche_fast.distro import exchange
 from psyche_fast.distro.message import hash_bits
 from psyche_fast.distro.verdict import agree
 from psyche_fast.methods.replica import Faults, Replica
+from psyche_fast.sharding import local_tensor
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ class Rounds:
 
     Args:
         replica: this rank's, after whose local steps `exchange` is called.
-        group: the ranks with the other replicas; None where there are none.
+        group: the ranks with the other replicas, of which this rank's counterparts where replicas
+            are sharded; None where there are none.
 
     Raises:
         ValueError: the replicas' methods or shared parameters differ at the start.
@@ -79,11 +81,11 @@ class Rounds:
     def _compare(self) -> None:
         """All replicas have the method, the step and the shared parameters alike."""
         replica = self._replica
-        hashed = torch.stack([hash_bits(p).cpu() for p in replica.plain().values()])
+        shared = [local_tensor(p) for p in replica.plain().values()]
+        hashed = torch.stack([hash_bits(p).cpu() for p in shared])
         method = replica.method.hash() - (1 << 63)  # as int64 has it
         own = torch.tensor([method, replica.step, int(hash_bits(hashed))])
-        device = next(iter(replica.plain().values())).device
-        found = exchange.start(own.to(device), self._group).wait().cpu()
+        found = exchange.start(own.to(shared[0].device), self._group).wait().cpu()
         for what, column in zip(("method", "step", "parameters"), found.t(), strict=True):
             for other in (column != column[0]).nonzero().view(-1).tolist():
                 raise ValueError(

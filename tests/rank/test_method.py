@@ -62,8 +62,14 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         ({"every": 3}, "--every needs --method"),
         ({"method": "distro", "topk": 3}, "--topk is of other methods; DisTrO's options are"),
         ({"method": "dense", "distro": True}, "--distro and --method dense: give one of them"),
-        ({"method": "dense", "param_dtype": "bfloat16"}, "wants --param-dtype float32"),
-        ({"method": "dense", "data_parallelism": 2}, "wants whole replicas: no --data-parallelism"),
+        (
+            {"method": "dense", "param_dtype": "bfloat16", "master_dtype": "bfloat16"},
+            "--method dense adds to float32 parameters or masters.* --master-dtype float32",
+        ),
+        (
+            {"method": "sparseloco", "values": "codebook4", "data_parallelism": 2},
+            "--values codebook4 codes all values of a parameter together, of which each rank has a",
+        ),
         ({"method": "dense", "replicas": 2, "elastic": True}, "--elastic wants --method distro"),
         ({"replicas": 2}, "--replicas 2 needs --distro"),
         ({"method": "loco"}, "--method loco: method: wanted one of distro, demo"),
