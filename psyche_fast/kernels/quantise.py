@@ -1,11 +1,14 @@
 """Blockwise quantisation: values of a chunk as a few bits each, with one or two scales of the chunk.
 
-- 8 and 4 bits: whole multiples, halves to even, of the chunk's largest magnitude divided by 127 or
-  7, in float32. With the scale's reciprocal, not by division, which GPUs do not round as IEEE asks.
-- 2 bits: a sign, and one of two levels of the chunk's magnitudes, bfloat16. Eight of Lloyd's
-  iterations from the mean, on integers, so that all backends come to the same bits: magnitudes in
-  4096ths (or 2048ths) of the largest, halves to even, and thresholds and sums exact. A value has
-  the upper level where its magnitude is above the mean of both.
+- 8 and 4 bits: whole multiples, halves to even, of the chunk's largest magnitude times float32's
+  1/127 or 1/7.
+- 2 bits: a sign, and one of two levels of the chunk's magnitudes, bfloat16: eight of Lloyd's
+  iterations from the mean, on magnitudes in 4096ths (or 2048ths) of the largest, halves to even. A
+  value has the upper level where its magnitude is above the mean of both.
+
+All backends come to the same bits: sums are of integers up to 2^24, which float32 adds up exactly,
+and quotients are products with a reciprocal of three of Newton's steps, each operation rounded as
+IEEE asks. The division of GPUs is not.
 
 A code has the sign in its lowest bit, above it the multiple or the number of the level.
 """

@@ -65,7 +65,7 @@ def _mean(plan: ChunkPlan, values: Tensor) -> Tensor:
     torch.add(values[0], values[1], out=total)
     for value in values[2:]:
         total += value
-    return total.div_(len(values)).view(-1, plan.h, plan.w)
+    return total.mul_(1.0 / len(values)).view(-1, plan.h, plan.w)
 
 
 def _mix(

@@ -17,6 +17,7 @@ from psyche_fast.kernels.reference.workspace import RESULT, scratch
 
 LLOYD = 8
 _BLOCK = 1 << 18  # elements
+_LEAST = 2.0**-125  # of a scale
 _LEAST_EXPONENT = -100  # of a chunk's largest magnitude; below it all are as good as 0
 
 
@@ -113,16 +114,15 @@ def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
         scales.copy_(low_high)
         levels = scales.to(x.dtype)
         upper, negative = torch.empty_like(x), torch.empty_like(x)
-        torch.gt(magnitudes, levels.mean(1, keepdim=True), out=upper)
+        torch.gt(magnitudes, levels.mul(0.5).sum(1, keepdim=True), out=upper)
         torch.lt(x, 0.0, out=negative)
         code = torch.add(negative, upper, alpha=2, out=magnitudes)
         codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
         return _levels(upper, negative, levels, magnitudes)
     limit = (1 << (bits - 1)) - 1
-    scales.copy_((most.to(torch.float32) if most.dtype != torch.float32 else most) / limit)
+    torch.mul(most.to(torch.float32), 1.0 / limit, out=scales)
     wide = scales.to(x.dtype)
-    tiny = torch.finfo(torch.float32).tiny
-    inverse = torch.where(scales >= tiny, 1.0 / scales, 0.0).to(x.dtype)
+    inverse = torch.where(scales >= _LEAST, _newton(scales.clamp(min=_LEAST)), 0.0).to(x.dtype)
     multiples = torch.mul(x, inverse, out=magnitudes).round_().clamp_(-limit, limit)
     signed = multiples.to(torch.int8)
     negative = signed.view(torch.uint8) >> 7
@@ -138,24 +138,32 @@ def _levels(upper: Tensor, negative: Tensor, levels: Tensor, out: Tensor) -> Ten
     return out.mul_(negative.mul_(-2.0).add_(1.0))
 
 
+def _newton(x: Tensor) -> Tensor:
+    """`1 / x` of positive normal float32, near enough, as the kernels come to it."""
+    r = (0x7EF311C3 - x.view(torch.int32)).view(torch.float32)
+    for _ in range(3):
+        r = r * (2.0 - x * r)
+    return r
+
+
 def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
-    """Lower and upper level of each row `[n, 2]`, by the integers of `kernels.quantise`."""
+    """Lower and upper level of each row `[n, 2]`, as `kernels.quantise` defines them."""
     k = magnitudes.shape[1]
     exponent = torch.frexp(most).exponent.clamp_(min=_LEAST_EXPONENT)
     scale = torch.ldexp(torch.ones_like(most), 12 - exponent)
-    q = (magnitudes * scale).round_()
-    above = torch.empty_like(q)
-    wide = torch.float64 if k > MOST_ENTRIES else q.dtype  # sums are exact
+    q = (magnitudes * scale).round_().to(torch.float32)
+    wide = torch.float64 if k > MOST_ENTRIES else torch.float32  # sums are exact
+    total = q.sum(1, keepdim=True, dtype=wide).to(torch.float32)
 
-    total = q.sum(1, keepdim=True, dtype=wide).to(torch.int64)
-    threshold = total // k
+    def mean(sums: Tensor, count: Tensor) -> Tensor:
+        some = count > 0
+        return torch.where(some, sums, total) * _newton(torch.where(some, count, float(k)))
+
+    low = high = mean(total, torch.full_like(total, k))
+    above = torch.empty_like(q)
     for _ in range(LLOYD):
-        torch.gt(q, threshold.to(q.dtype), out=above)
-        count = above.sum(1, keepdim=True, dtype=wide).to(torch.int64)
-        upper = above.mul_(q).sum(1, keepdim=True, dtype=wide).to(torch.int64)
-        is_empty = count == 0
-        rest, lower = k - count, total - upper
-        count, upper = torch.where(is_empty, k, count), torch.where(is_empty, total, upper)
-        threshold = (lower * count + upper * rest) // (2 * count * rest)
-    low, high = lower.to(q.dtype) / rest, upper.to(q.dtype) / count
-    return torch.cat([low, high], dim=1) / scale
+        torch.gt(q, ((low + high) * 0.5).floor_(), out=above)
+        count = above.sum(1, keepdim=True)
+        upper = above.mul_(q).sum(1, keepdim=True, dtype=wide).to(torch.float32)
+        low, high = mean(total - upper, k - count), mean(upper, count)
+    return torch.cat([low, high], dim=1).to(most.dtype) / scale

@@ -58,7 +58,7 @@ def step_out(
 @triton.jit(do_not_specialize=["tiles", "m", "divisor"])
 def outer_tiles(
     members, table, u_members, u_table, own_members, own_table, since_members, since_table,
-    split_basis, indices, values, scratch, length, momentum, mix, tiles, m, divisor,
+    split_basis, indices, values, scratch, length, momentum, mix, share, tiles, m, divisor,
     E: tl.constexpr, ONE_PASS: tl.constexpr, NAMED: tl.constexpr, SIGNS: tl.constexpr,
     NESTEROV: tl.constexpr, MIX: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr,
     W: tl.constexpr, ALIGNED: tl.constexpr,
@@ -94,7 +94,7 @@ def outer_tiles(
 @triton.jit(do_not_specialize=["chunks", "m", "divisor"])
 def outer_plain(
     members, table, u_members, u_table, own_members, own_table, since_members, since_table,
-    split_basis, indices, values, scratch, length, momentum, mix, chunks, m, divisor,
+    split_basis, indices, values, scratch, length, momentum, mix, share, chunks, m, divisor,
     MB: tl.constexpr, DENSE: tl.constexpr, TRANSFORM: tl.constexpr, NAMED: tl.constexpr,
     SIGNS: tl.constexpr, NESTEROV: tl.constexpr, MIX: tl.constexpr, R: tl.constexpr,
     L: tl.constexpr, N: tl.constexpr, w: tl.constexpr, ALIGNED: tl.constexpr,
@@ -104,6 +104,7 @@ def outer_plain(
     Args:
         split_basis: as of `encode_rows` (TRANSFORM).
         values: DENSE: float32 `[m, chunks, L]`, of `m` replicas, and there are no indices.
+        share: `1 / m`, with DENSE.
     """
     pid = tl.program_id(0)
     e = tl.arange(0, N)[None, :]
@@ -118,7 +119,7 @@ def outer_plain(
             for _ in range(1, m):
                 at += tl.cast(chunks, tl.int64) * L
                 x += tl.load(at, mask=inside, other=0.0)
-            x = tl.div_rn(x, tl.cast(m, tl.float32))
+            x *= share
         else:
             x, shift = mean_row_coefficients(
                 indices, values, chunk, live, m, scratch, MB, SIGNS, R, N, NAMED, divisor
@@ -194,7 +195,7 @@ def outer(
     with on_device(plan.device):
         kernel[grid](
             *places, ready.inverse_basis if plan.is_transformed else values, indices, values,
-            scratch, length, momentum, mix, plan.chunks, m, replicas or 1, NAMED=replicas is None,
+            scratch, length, momentum, mix, 1.0 / max(m, 1), plan.chunks, m, replicas or 1, NAMED=replicas is None,
             SIGNS=signs, NESTEROV=momenta is not None, MIX=how,
             ALIGNED=all(one.aligned for one in found), **constants, **options,
         )  # fmt: skip

@@ -27,6 +27,23 @@ from psyche_fast.kernels.triton.plain import take_up
 
 
 @triton.jit
+def newton(x):
+    """`1 / x` of positive normal float32, near enough, by operations that IEEE defines."""
+    r = (0x7EF311C3 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    for _ in tl.static_range(3):
+        r = r * (2.0 - x * r)
+    return r
+
+
+@triton.jit
+def mean_of(sums, count, total, K: tl.constexpr):
+    """`sums / count` of integers, or of all `K` where there are none."""
+    some = count > 0
+    sums = tl.where(some, sums, total).to(tl.float32)
+    return sums * newton(tl.where(some, count, K).to(tl.float32))
+
+
+@triton.jit
 def two_levels(magnitude, most, K: tl.constexpr):
     """Lower and upper level of rows `[R, N]`, zeros beyond their `K`, bfloat16 `[R]`.
 
@@ -34,29 +51,21 @@ def two_levels(magnitude, most, K: tl.constexpr):
         magnitude: float32.
         most: the largest of each row, `[R]`.
     """
-    # An exponent from -100 on: the largest lies below 2 to its power.
+    # Exponents from -100 on: the largest lies below 2 to the power.
     exponent = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 26) - 126
     q = nearest(magnitude, power_of_two(12 - exponent)[:, None]).to(tl.int32)
     total = tl.sum(q, 1)
-    threshold = total // K
-    rest = tl.full(total.shape, K, tl.int32)
-    count = rest
-    lower = total
-    upper = total
+    low = mean_of(total, K + tl.zeros_like(total), total, K)
+    high = low
     for _ in range(8):
+        threshold = ((low + high) * 0.5).to(tl.int32)  # rounds down
         above = q > threshold[:, None]
         count = tl.sum(above.to(tl.int32), 1)
         upper = tl.sum(tl.where(above, q, 0), 1)
-        rest = K - count
-        lower = total - upper
-        upper = tl.where(count == 0, total, upper)
-        count = tl.where(count == 0, K, count)
-        both = lower.to(tl.int64) * count + upper.to(tl.int64) * rest
-        threshold = (both // (2 * count.to(tl.int64) * rest)).to(tl.int32)
+        low = mean_of(total - upper, K - count, total, K)
+        high = mean_of(upper, count, total, K)
     unit = power_of_two(exponent - 12)
-    low = tl.div_rn(lower.to(tl.float32), rest.to(tl.float32)) * unit
-    high = tl.div_rn(upper.to(tl.float32), count.to(tl.float32)) * unit
-    return low.to(tl.bfloat16), high.to(tl.bfloat16)
+    return (low * unit).to(tl.bfloat16), (high * unit).to(tl.bfloat16)
 
 
 @triton.jit
@@ -70,17 +79,17 @@ def quantised(x, chunk, live, scales, K: tl.constexpr, BITS: tl.constexpr):
         tl.store(scales + 2 * chunk.to(tl.int64) + 1, high, mask=live)
         low = low.to(tl.float32)[:, None]
         high = high.to(tl.float32)[:, None]
-        is_high = magnitude > (low + high) * 0.5
+        is_high = magnitude > low * 0.5 + high * 0.5
         negative = x < 0
         level = tl.where(is_high, high, low)
         y = tl.where(negative, -level, level)
         code = is_high.to(tl.int32) * 2 + negative.to(tl.int32)
     else:
         LIMIT: tl.constexpr = (1 << (BITS - 1)) - 1
-        scale = tl.div_rn(most, tl.full(most.shape, LIMIT, tl.float32))
+        scale = most * (1.0 / LIMIT)
         tl.store(scales + chunk.to(tl.int64), scale, mask=live)
-        inverse = tl.div_rn(tl.full(most.shape, 1.0, tl.float32), tl.maximum(scale, 2.0**-126))
-        inverse = tl.where(scale >= 2.0**-126, inverse, 0.0)
+        # Where it has fewer bits than a normal number, all are as good as 0.
+        inverse = tl.where(scale >= 2.0**-125, newton(tl.maximum(scale, 2.0**-125)), 0.0)
         n = nearest(x * inverse[:, None], 1.0)
         n = tl.minimum(tl.maximum(n, -LIMIT), LIMIT)
         y = n * scale[:, None]
