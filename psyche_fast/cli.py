@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import __version__, commands
+from psyche_fast import commands
 from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import knock, signals, tls
@@ -37,8 +37,18 @@ _OURSELVES = [sys.executable, "-m", "psyche_fast"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _say_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from psyche_fast.version import version_lines
+
+        for line in version_lines():
+            click.echo(line)
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="psyche-fast")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_version,
+              help="show version, commit and libraries, and exit")  # fmt: skip
 def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
