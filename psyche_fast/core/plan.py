@@ -34,7 +34,8 @@ from psyche_fast.models.source import (
 )
 from psyche_fast.rank.method import method_of
 from psyche_fast.start import knock, tls
-from psyche_fast.start.devices import Devices, choose_devices, cores
+from psyche_fast.start.devices import Devices, choose_devices
+from psyche_fast.start.early import cores
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,22 @@ ALLOWED = {
     | {"data", "distro", "kernels", "metrics", "models", "psyche_fast", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "on_path": BOTTOM | {"distro", "psyche", "sidecar", "start"},
+    "completion": set(),
     "doctor": BOTTOM | {"distro", "kernels", "metrics", "models", "start", "version"},
-    "commands": BOTTOM | {"conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
+    "commands": BOTTOM
+    | {"completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "cli": BOTTOM
-    | {"commands", "conversion", "core", "kernels", "metrics", "runfile", "sidecar", "start"}
+    | {
+        "commands",
+        "completion",
+        "conversion",
+        "core",
+        "kernels",
+        "metrics",
+        "runfile",
+        "sidecar",
+        "start",
+    }
     | {"version"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
