@@ -1,4 +1,4 @@
-"""What CI looks for in a wheel. CI itself builds and runs one, which takes longer than a test may."""
+"""What CI looks for in a wheel; CI itself builds and runs one, which takes too long for a test."""
 
 from __future__ import annotations
 
