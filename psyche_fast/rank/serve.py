@@ -63,7 +63,7 @@ def build_trainer(
     optimizer: Optimizer
     if method is not None:
         assert not isinstance(topology.peers, Gathers), "refused by the configuration"
-        optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
+        optimizer = MethodOptimizer(parameters, method, topology.peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed

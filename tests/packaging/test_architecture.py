@@ -13,7 +13,7 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
+    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers", "links"),
     *("locations", "options", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
@@ -22,6 +22,7 @@ ALLOWED = {
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "links": set(),
     "locations": {"options", "strict"},
     "exchanges": {"options"},
     "options": set(),
@@ -301,7 +302,7 @@ def test_the_package_stays_small() -> None:
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
-    assert methods < 2_200
+    assert methods < 2_560  # levels of methods are 350 of them
     # What looks at machines grows with what can be wrong with them.
     doctor = sum(n for module, n in lines.items() if part(module) == "doctor")
     assert doctor < 2_200
