@@ -8,6 +8,8 @@ from typing import Literal
 
 import click
 
+from psyche_fast.completion import completion
+from psyche_fast.doctor.command import doctor
 from psyche_fast.start.logs import quiet_terminal
 
 
@@ -155,4 +157,4 @@ def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
     click.echo(f"{out}: the model of step {step}")
 
 
-COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export)
+COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export, doctor, completion)

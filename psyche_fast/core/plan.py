@@ -36,7 +36,8 @@ from psyche_fast.rank.choice import CHOSEN
 from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
 from psyche_fast.start import knock, tls
-from psyche_fast.start.devices import Devices, choose_devices, cores
+from psyche_fast.start.devices import Devices, choose_devices
+from psyche_fast.start.early import cores
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
@@ -107,12 +108,13 @@ class Core:
     members: Members | None = None
 
 
-def run(plan: Plan, launch: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
+        early: sidecars that have been started already, as far as they are needed.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -134,7 +136,7 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
                 uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
             for one in uploads:
                 stack.enter_context(waited_for(one))
-            with started(plan, output, launch, console) as ranks:
+            with started(plan, output, launch, console, early) as ranks:
                 result = _train(plan, output, ranks, console, uploads)
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of

@@ -20,6 +20,7 @@ from psyche_fast.core.run import run
 from psyche_fast.data import find_files, iter_texts, tokenize_files, train_tokenizer
 from psyche_fast.metrics import read_metrics
 from psyche_fast.metrics.formatting import format_bytes
+from psyche_fast.start.early import Early
 
 STEPS = 1500
 SEQUENCE_LENGTH = 128
@@ -80,6 +81,7 @@ def run_demo(
     replicas: int,
     data_parallelism: int,
     device: str,
+    early: Early | None = None,
 ) -> None:
     """Tokenises, trains, samples and plots; prints what it did.
 
@@ -89,6 +91,7 @@ def run_demo(
         replicas: DisTrO peers.
         data_parallelism: ranks that share a replica's model.
         device: as of `train`; `auto` uses the CPU where there are fewer GPUs than ranks.
+        early: sidecars that have been started already.
 
     Raises:
         ValueError: the output folder is in use.
@@ -136,7 +139,7 @@ def run_demo(
     )
     for line in plan.summary:
         _say(line)
-    result = run(plan)
+    result = run(plan, early=early)
     if result.signal is not None or result.checkpoint is None:
         sys.exit(128 + (result.signal or 1))
     _report(result.output, result.checkpoint)

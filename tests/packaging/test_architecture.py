@@ -45,12 +45,26 @@ ALLOWED = {
     | {"data", "distro", "kernels", "metrics", "models", "psyche_fast", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "on_path": BOTTOM | {"distro", "psyche", "sidecar", "start"},
-    "commands": BOTTOM | {"conversion", "core", "data", "kernels", "psyche", "start"},
+    "completion": set(),
+    "doctor": BOTTOM | {"distro", "kernels", "metrics", "models", "start", "version"},
+    "commands": BOTTOM
+    | {"completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "cli": BOTTOM
-    | {"commands", "conversion", "core", "kernels", "metrics", "psyche_fast", "runfile"}
-    | {"sidecar", "start"},
+    | {
+        "commands",
+        "completion",
+        "conversion",
+        "core",
+        "kernels",
+        "metrics",
+        "runfile",
+        "sidecar",
+        "start",
+    }
+    | {"version"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
+    "version": {"psyche_fast"},
 }
 
 
@@ -289,7 +303,10 @@ def test_the_package_stays_small() -> None:
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_560  # levels of methods are 350 of them
-    assert sum(lines.values()) - methods < 27_000
+    # What looks at machines grows with what can be wrong with them.
+    doctor = sum(n for module, n in lines.items() if part(module) == "doctor")
+    assert doctor < 2_200
+    assert sum(lines.values()) - methods - doctor < 27_000
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
