@@ -61,6 +61,8 @@ def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
         elif get_origin(known.kind) is Literal:
             words = get_args(known.kind)
             options["type"] = click.Choice(words) if isinstance(words[0], str) else type(words[0])
+        elif get_origin(known.kind) is tuple:
+            options |= {"type": get_args(known.kind)[0], "multiple": True, "show_default": False}
         else:
             options["type"] = known.kind
         function = click.option(*names, name, **options)(function)

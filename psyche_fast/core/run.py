@@ -17,6 +17,7 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.elastic import Members
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
@@ -90,6 +91,7 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
+        evaluation: evaluates and samples.
         members: of an elastic run.
     """
 
@@ -102,6 +104,7 @@ class Core:
     console: Console
     timer: PhaseTimer
     watch: Watch
+    evaluation: Evaluation
     members: Members | None = None
 
 
@@ -178,14 +181,18 @@ def _train(
     )
     timer = PhaseTimer()
     watch = watching(ranks, config, timer, output / "logs", members)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
+    vocabulary = vocabulary_size(trainer.model.config)
+    evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
+    core = Core(
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation, members
+    )
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
     names: Names = flatten
     if run.metric_names == "psyche":
-        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
+        names = PsycheNames(parallelism.replicas, vocabulary)
     with (
         MetricsWriter(
             output / "metrics.jsonl", drop_from_step=first, tell=console.message
@@ -200,6 +207,7 @@ def _train(
             first_step=first,
         ) as tracker,
         also_at_exit_now(tracker.finish),
+        evaluation,
         watch,
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
@@ -339,9 +347,12 @@ def steps(
             except OSError:  # the step itself is done
                 lines.write(checkpoint=True)
                 raise
-            lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)
+        if seen := core.evaluation.after(step):
+            lines.add(seen)
+        if last:
+            lines.write(checkpoint=True)
         if members is not None and joiner is not None:
             hand_on(Join(step), trainer.topology)
             with timer.phase("join"):

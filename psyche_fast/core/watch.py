@@ -17,7 +17,7 @@ from psyche_fast.metrics import PhaseTimer
 from psyche_fast.rank.beats import SECONDS, STACKS, Beat, Patience, beat_key, write_stacks
 from psyche_fast.start.signals import exit_now
 
-_LONG = {"data", "send", "checkpoint", "join", None}
+_LONG = {"data", "send", "checkpoint", "join", "evaluate", "sample", None}
 """Phases of rank 0's in which others may have to wait: each has limits of its own."""
 _STOPPED = 5.0
 """Seconds between two looks, from which on nothing can be said of others."""

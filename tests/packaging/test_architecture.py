@@ -14,7 +14,7 @@ PACKAGE = ROOT / "psyche_fast"
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
     *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
-    *("locations", "options", "schedules", "sharding", "strict"),
+    *("locations", "options", "schedules", "sharding", "strict", "views"),
 }
 ALLOWED = {
     "batch": set(),
@@ -28,7 +28,8 @@ ALLOWED = {
     "sharding": set(),
     "strict": set(),
     "schedules": {"options", "strict"},
-    "config": {"exchanges", "locations", "options", "schedules", "strict"},
+    "views": {"options"},
+    "config": {"exchanges", "locations", "options", "schedules", "strict", "views"},
     "runfile": {"config", "exchanges", "locations", "options", "schedules", "strict"},
     "conversion": {"config", "exchanges", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
@@ -288,7 +289,7 @@ def test_the_package_stays_small() -> None:
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_200
-    assert sum(lines.values()) - methods < 27_000
+    assert sum(lines.values()) - methods < 29_000
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
