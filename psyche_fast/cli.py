@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import __version__, commands
+from psyche_fast import __version__, commands, looking
 from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import knock, signals, tls
@@ -43,7 +43,7 @@ def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
 
-for _command in commands.COMMANDS:
+for _command in (*commands.COMMANDS, *looking.COMMANDS):
     cli.add_command(_command)
 
 

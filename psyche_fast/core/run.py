@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,9 +26,11 @@ from psyche_fast.core.plan import Plan
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.status import Status
 from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.errors import explain
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -135,8 +138,19 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
                 uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
             for one in uploads:
                 stack.enter_context(waited_for(one))
-            with started(plan, output, launch, console) as ranks:
-                result = _train(plan, output, ranks, console, uploads)
+            status = Status(output / "status.json")
+            stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            try:
+                with started(plan, output, launch, console) as ranks:
+                    result = _train(plan, output, ranks, console, uploads, status)
+            except BaseException as error:
+                status.end(f"failed: {explain(error)}")
+                raise
+            stopped = result.signal
+            status.end(
+                f"finished with step {result.last_step}" if stopped is None
+                else f"stopped by {signal.Signals(stopped).name} after step {result.last_step}"
+            )  # fmt: skip
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -155,7 +169,12 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
+    plan: Plan,
+    output: Path,
+    ranks: Ranks,
+    console: Console,
+    uploads: Sequence[Uploads],
+    status: Status,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -180,7 +199,7 @@ def _train(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs", members)
+    watch = watching(ranks, config, timer, output / "logs", members, status)
     vocabulary = vocabulary_size(trainer.model.config)
     evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
     core = Core(
@@ -325,6 +344,7 @@ def steps(
         seconds = time.perf_counter() - began
         fields: dict[str, Any] = {
             "step": step,
+            "time": time.time(),
             "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,

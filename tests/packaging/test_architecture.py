@@ -46,8 +46,9 @@ ALLOWED = {
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "on_path": BOTTOM | {"distro", "psyche", "sidecar", "start"},
     "commands": BOTTOM | {"conversion", "core", "data", "kernels", "psyche", "start"},
+    "looking": BOTTOM | {"core", "metrics", "start"},
     "cli": BOTTOM
-    | {"commands", "conversion", "core", "kernels", "metrics", "psyche_fast", "runfile"}
+    | {"commands", "conversion", "core", "kernels", "looking", "metrics", "psyche_fast", "runfile"}
     | {"sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
