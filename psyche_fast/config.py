@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
+from psyche_fast.budgets import fill, parse_duration, parse_micro_batch
 from psyche_fast.exchanges import Exchange
 from psyche_fast.locations import seed_key
 from psyche_fast.options import (
@@ -30,6 +31,7 @@ from psyche_fast.options import (
     Share,
     flag,
     without_none,
+    written,
 )
 from psyche_fast.options import describe as _help
 from psyche_fast.schedules import BatchSizes, Schedule
@@ -42,9 +44,9 @@ have this rank import. Ranks that rank 0 starts have its own."""
 class Model(Section, frozen=True, kw_only=True):
     """What is trained, for `models`."""
 
-    model: Annotated[str, _help("model folder, or a Hugging Face hub id")] = (
-        "emozilla/llama2-215m-init"
-    )
+    model: Annotated[
+        str, _help("model folder, a Hugging Face hub id, or fresh:20M and the like")
+    ] = "emozilla/llama2-215m-init"
     python_arch: Annotated[str, _help("HfAuto, a registered name, or module:function")] = "HfAuto"
     param_dtype: Annotated[
         Literal["bfloat16", "float32"], _help("the parameters' type in forward and backward")
@@ -120,7 +122,10 @@ class Data(Section, frozen=True, kw_only=True):
 class Training(Section, frozen=True, kw_only=True):
     """How a rank goes through its batch, for `rank.trainer`."""
 
-    micro_batch: Annotated[Positive, _help("sequences per forward on one data-parallel rank")] = 8
+    micro_batch: Annotated[
+        Count, written(parse_micro_batch),
+        _help("sequences per forward on one data-parallel rank; auto = as many as fit"),
+    ] = 8  # fmt: skip
     grad_accum_in_fp32: Annotated[bool, _help("add up micro-batches' gradients in fp32")] = False
     defer_grad_sync: Annotated[
         bool, _help("FSDP2: reduce gradients once per step; see README")
@@ -260,6 +265,10 @@ class Run(Section, frozen=True, kw_only=True):
     batch_warmup_tokens: Annotated[
         Count, _help("tokens over which they rise; needs --total-batch-start")
     ] = 0  # fmt: skip
+    max_time: Annotated[
+        Amount | None, written(parse_duration),
+        _help("end with a checkpoint after this time, as 90m, 8h or 1d12h"),
+    ] = None  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
         str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
@@ -369,8 +378,16 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """The configuration with these flags' values, by name whatever their section."""
-        return cls().replace(**values)
+        """The configuration with these flags' values, by name whatever their section.
+
+        `total_tokens` and `warmup_fraction` bring `total_steps` and `warmup_steps` with them.
+
+        Raises:
+            ValueError: values out of range, or that do not go together.
+        """
+        config = cls().replace(**values)
+        found = fill(values, config.batch_sizes, config.schedule.total_steps)
+        return config.replace(**found) if found else config
 
     def replace(self, **values: Any) -> Self:
         """The configuration with other values of these flags."""
@@ -409,7 +426,12 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def to_toml(self) -> str:
         """A file that `--config` takes, as the run directory's `config.toml`."""
         tables: dict[str, dict[str, Any]] = {}
-        for name, value in self.to_dict().items():
+        values = self.to_dict()
+        for name, value in values.items():
+            if INSTEAD_OF.get(name) in values:
+                continue  # it follows
+            if name == "micro_batch" and value == 0:
+                value = "auto"
             tables.setdefault(FLAGS[name].section, {})[name] = value
         return msgspec.toml.encode(tables).decode()
 
@@ -423,12 +445,14 @@ class Flag:
         kind: its type: a class or a `Literal`.
         default: its value where nobody gives one.
         help: what it does.
+        parse: reads words for its value; None where there are none.
     """
 
     section: str
     kind: Any
     default: Any
     help: str
+    parse: Callable[[str], Any] | None = None
 
 
 def _flags() -> dict[str, Flag]:
@@ -438,12 +462,24 @@ def _flags() -> dict[str, Flag]:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             assert name not in flags, f"{name} is in two sections"
             help = next(meta.description for meta in hint.__metadata__ if meta.description)
-            flags[name] = Flag(section, without_none(bare[name]), getattr(default, name), help)
+            words = [meta.extra["parse"] for meta in hint.__metadata__ if meta.extra]
+            kind_of = without_none(bare[name])
+            parse = words[0] if words else None
+            flags[name] = Flag(section, kind_of, getattr(default, name), help, parse)
     return flags
 
 
+INSTEAD_OF = {"total_steps": "total_tokens", "warmup_steps": "warmup_fraction"}
+"""Options that follow from another where that is given."""
+
 FLAGS: Mapping[str, Flag] = _flags()
 """Every option by its name, in the order of the sections."""
+
+
+def beneath(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the flags' names with others over them: of two that say one thing, theirs."""
+    gone = {n for pair in INSTEAD_OF.items() if not over.keys().isdisjoint(pair) for n in pair}
+    return {name: value for name, value in values.items() if name not in gone} | dict(over)
 
 
 _GONE = frozenset({"mixed_gpus"})
@@ -482,6 +518,12 @@ def _add(values: dict[str, Any], key: str, value: Any, what: str) -> str:
         raise ValueError(f"{what}: there is no key {key!r}{_near(name)}")
     if name in values:
         raise ValueError(f"{what}: key {name!r} appears twice, as {key!r} too")
+    parse = FLAGS[name].parse
+    if parse is not None and isinstance(value, str):
+        try:
+            value = parse(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {key}: {error}") from error
     values[name] = strict.convert(value, FLAGS[name].kind, f"{what}: {key}")
     return name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,12 +69,14 @@ class RunResult:
         checkpoint: the last checkpoint.
         last_step: the last step that was trained.
         signal: what stopped it early, if anything.
+        is_complete: whether it was the run's last step.
     """
 
     output: Path
     checkpoint: Path | None
     last_step: int
     signal: int | None
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Core:
         timer: phases of a step are charged to it.
         watch: is told where the run is.
         members: of an elastic run.
+        ends: `time.perf_counter` at which it has to end.
     """
 
     plan: Plan
@@ -103,6 +107,7 @@ class Core:
     timer: PhaseTimer
     watch: Watch
     members: Members | None = None
+    ends: float = math.inf
 
 
 def run(plan: Plan, launch: Launched | None = None) -> RunResult:
@@ -117,7 +122,7 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
         RuntimeError: replicas that differ, a lost machine, no memory.
         OSError: the run directory or the last checkpoint cannot be written.
     """
-    config = plan.config
+    config, began = plan.config, time.perf_counter()
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
@@ -133,7 +138,8 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
             for one in uploads:
                 stack.enter_context(waited_for(one))
             with started(plan, output, launch, console) as ranks:
-                result = _train(plan, output, ranks, console, uploads)
+                ends = math.inf if config.run.max_time is None else began + config.run.max_time
+                result = _train(plan, output, ranks, console, uploads, ends)
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -152,7 +158,12 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
+    plan: Plan,
+    output: Path,
+    ranks: Ranks,
+    console: Console,
+    uploads: Sequence[Uploads],
+    ends: float,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -178,7 +189,9 @@ def _train(
     )
     timer = PhaseTimer()
     watch = watching(ranks, config, timer, output / "logs", members)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
+    core = Core(
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members, ends
+    )  # fmt: skip
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -229,7 +242,7 @@ def _train(
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
-    return RunResult(output, checkpoint, last_step, stopped)
+    return RunResult(output, checkpoint, last_step, stopped, last_step == total)
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -276,12 +289,13 @@ def steps(
     members, saves = core.members, False
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
-    before = -1
+    before, longest = -1, 0.0
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         core.watch.begins(step)
-        last = step == schedule.total_steps or core.stop.signal is not None
+        late = began + 2 * longest >= core.ends  # as the step after this would be
+        last = step == schedule.total_steps or core.stop.signal is not None or late
         try:
             sent = feed.take()
         except (ValueError, OSError):
@@ -315,6 +329,7 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
+        longest = max(longest, seconds)
         fields: dict[str, Any] = {
             "step": step,
             "grad_norm": output.grad_norm,

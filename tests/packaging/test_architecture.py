@@ -13,11 +13,12 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
-    *("locations", "options", "schedules", "sharding", "strict"),
+    *("batch", "budgets", "compat", "config", "devices", "errors", "exchanges", "integers"),
+    *("locations", "options", "presets", "schedules", "sharding", "strict"),
 }
 ALLOWED = {
     "batch": set(),
+    "budgets": set(),
     "compat": set(),
     "devices": set(),
     "errors": set(),
@@ -25,11 +26,12 @@ ALLOWED = {
     "locations": {"options", "strict"},
     "exchanges": {"options"},
     "options": set(),
+    "presets": {"locations"},
     "sharding": set(),
     "strict": set(),
-    "schedules": {"options", "strict"},
-    "config": {"exchanges", "locations", "options", "schedules", "strict"},
-    "runfile": {"config", "exchanges", "locations", "options", "schedules", "strict"},
+    "schedules": {"budgets", "options", "strict"},
+    "config": {"budgets", "exchanges", "locations", "options", "presets", "schedules", "strict"},
+    "runfile": {"config", "exchanges", "locations", "options", "presets", "schedules", "strict"},
     "conversion": {"config", "exchanges", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
