@@ -18,7 +18,14 @@ from psyche_fast.core.fitting import largest_micro_batch
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
-from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
+from psyche_fast.data import (
+    BlockCache,
+    Dataset,
+    DummyDataset,
+    check_card,
+    folders_of,
+    open_dataset,
+)
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_bytes, format_count
@@ -117,6 +124,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
         dataset.check_vocabulary(vocabulary)
+    cards = _cards(config, source, dataset)
     held = look_at(config, source, vocabulary)
     on_cpu = devices.backend == "gloo"
     _check_parallelism(text_config(model.config), parallelism.tensor_parallelism)
@@ -144,7 +152,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices) + fitted + held.notes
+    summary = _summary(config, resolved, model, dataset, devices) + cards + fitted + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
@@ -195,6 +203,21 @@ def _summary(
         *left_over(config),
         *_in_clear(config),
     )
+
+
+def _cards(config: RunConfig, source: FilesSource, dataset: Dataset) -> tuple[str, ...]:
+    """What the data's cards say, which has to be what the model's tokenizer and the files are."""
+    lines = [
+        check_card(
+            folder,
+            token_size=config.data.token_size,
+            sequence_length=config.model.sequence_length,
+            tokenizer=source.named("tokenizer.json"),
+            model=config.model.model,
+        )
+        for folder in folders_of(dataset)
+    ]
+    return tuple(line for line in lines if line is not None)
 
 
 def _in_clear(config: RunConfig) -> tuple[str, ...]:
