@@ -39,6 +39,10 @@ class Exchange(Section, frozen=True, kw_only=True):
     norm_clip: Annotated[
         Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
     ] = None  # fmt: skip
+    reduce: Annotated[
+        Literal["auto", "gather", "owners"] | None,
+        _help("method: replicas get all results, or each owns chunks and merges them for all"),
+    ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
 

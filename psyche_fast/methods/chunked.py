@@ -18,6 +18,7 @@ from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Muon, Sign
+from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.philox import positions
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -107,7 +108,8 @@ class Fragment:
         self.parts = Parts(tensors, _wholes(method, names, tensors))
         self.layout = Layout(self.parts.layouts, transform=method.transform == "dct")
         self.backends = [_backend(plan, backend) for plan in self.layout.plans]
-        self.format = Format(method, self.layout, self.backends, number)
+        self.format: Format | Owners = Format(method, self.layout, self.backends, number)
+        self._number = number
         self._keeps = method.what == "momentum" or method.feedback != "none"
         self.kept = self.layout.zeros() if self._keeps else None
         self.own: list[Picked] | None = None
@@ -116,6 +118,11 @@ class Fragment:
             for at, (name, whole) in enumerate(zip(names, self.parts.wholes, strict=True)):
                 every = torch.arange(whole.chunks, device=whole.device).view(whole.lead)
                 self._numbers[name] = self.parts.own(at, every).reshape(-1)
+
+    def divide(self, replica: int, replicas: int) -> None:
+        """Have owners merge its results, of which this replica is one."""
+        method, layout = self.method, self.layout
+        self.format = Owners(method, layout, self.backends, self._number, replica, replicas)
 
     def compress(
         self,
@@ -299,10 +306,16 @@ class Fragment:
         return {self.names[at]: self.parts.whole(at, view) for at, view in enumerate(views)}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out."""
+        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out.
+
+        And what has been kept of merged results, where this replica owns chunks.
+        """
         found: dict[str, dict[str, Tensor]] = {}
+        merged = self.format.state()
         for at, plan in enumerate(self.layout.plans):
             kinds = {"kept": None if self.kept is None else self.kept[at]}
+            if merged is not None:
+                kinds["merged"] = merged[at]
             if self.own is not None:
                 kinds["indices"] = self.own[at].indices
                 kinds["values"] = self.own[at].values
@@ -340,6 +353,8 @@ class Fragment:
             loaded = [of("kept", (plan.h, plan.w), plan) for plan in plans]
             for kept, new in zip(self.kept, loaded, strict=True):
                 kept.copy_(new)
+        merged = "merged" in state
+        self.format.load([of("merged", (p.totalk,), p) for p in plans] if merged else None)
         self.own = None
         if "values" in state:
             self.own = [

@@ -16,8 +16,9 @@ from psyche_fast.distro.shards import GradientGuard
 from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.methods.chunked import Fragment, fragment_names, side_by_side
 from psyche_fast.methods.copies import Copies, parts
-from psyche_fast.methods.message import Picked
+from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Sign
+from psyche_fast.methods.owners import Owners, are_owned
 from psyche_fast.methods.steps import OuterStep, Stepped, copied
 from psyche_fast.sharding import local_gradient, local_tensor
 
@@ -53,9 +54,9 @@ class Replica:
         replica.local(lr)
         message = replica.send()                 # None where this step ends no round
         if message is not None:
-            pending.append(exchange(message))
+            pending.append(exchange(message))    # `Rounds` is all this between processes
         while replica.due():
-            replica.receive(pending.popleft())   # uint8 [replicas, size]
+            replica.receive(pending.popleft())   # of all replicas, or of owners
 
     Replicas whose parameters were equal at first, that receive the same messages in the same order
     on the same kind of device, agree on the shared parameters (`plain`) to the bit.
@@ -119,6 +120,9 @@ class Replica:
             Fragment(method, number, names, [self._shared[n] for n in names], backend)
             for number, names in enumerate(fragment_names(method, list(self._shared)))
         ]
+        if are_owned(method, replicas):
+            for fragment in self.fragments:
+                fragment.divide(replica, replicas)
         self.outer = OuterStep(method, self._shared, undecayed)
         if inner is not None and not method.is_local:
             raise ValueError(f"what={method.what!r} takes no local steps: there is no inner")
@@ -135,6 +139,11 @@ class Replica:
     def layout(self) -> list[Any]:
         """How each fragment's parameters are cut: a `Layout` of each."""
         return [fragment.layout for fragment in self.fragments]
+
+    @property
+    def inside(self) -> list[dist.ProcessGroup]:
+        """Groups that together connect all ranks of this replica; none where it has one."""
+        return [] if self._guard is None else self._guard.groups
 
     def bytes_sent(self, step: int) -> int:
         """Size of the message that ends step `step` (from 0), 0 where there is none."""
@@ -293,7 +302,8 @@ class Replica:
         rows = messages.to(fragment.layout.plans[0].device)
         picked, faults = fragment.format.unpack(rows, refused)
         refused |= faults
-        if anywhere := self._refused_elsewhere(refused):
+        # Where messages travel, all ranks have agreed on what to leave out.
+        if leave_out is None and (anywhere := self._refused_elsewhere(refused)):
             refused |= anywhere
             picked, _ = fragment.format.unpack(rows, refused)
         if picked is not None:
@@ -302,6 +312,7 @@ class Replica:
             for name in fragment.names:
                 self._mix(name, sent)
         self._copies.round(fragment.names)
+        fragment.format.received(sent.turn)
         return refused
 
     def plain(self) -> Mapping[str, Tensor]:
@@ -314,6 +325,11 @@ class Replica:
     def put_shared(self) -> None:
         """Give the parameters, and masters, what all replicas share; until `before_forward`."""
         self._copies.put_shared()
+
+    def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
+        """Of a message whose results are to come, the newest or `at`: its format and its round."""
+        sent = self._sent[at]
+        return self._fragment(sent).format, sent.turn
 
     def in_flight(self) -> list[Tensor]:
         """The own messages whose results are to come, the oldest first.

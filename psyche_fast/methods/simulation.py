@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from psyche_fast.methods.exchanges import Arrived, InProcess
 from psyche_fast.methods.method import Method
 from psyche_fast.methods.replica import Replica
 
@@ -53,7 +54,7 @@ def simulate(
         Replica(method, model, replica=number, replicas=replicas)
         for number, model in enumerate(models)
     ]
-    pending: deque[Tensor] = deque()
+    exchange, pending = InProcess(ranks), deque[Arrived]()
     path = []
     for step in range(steps):
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
@@ -65,11 +66,11 @@ def simulate(
             messages.append(rank.send())
         whole = [message for message in messages if message is not None]
         if whole:
-            pending.append(torch.stack(whole))
+            pending.append(exchange.deliver(whole))
         while ranks[0].due():
             arrived = pending.popleft()
             for rank in ranks:
-                faults = rank.receive(arrived)
+                faults = rank.receive(arrived.messages, arrived.leave_out)
                 assert not faults, faults
         path.append({name: p.clone() for name, p in ranks[0].plain().items()})
         for rank in ranks[1:]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import psyche_fast
 from psyche_fast import methods as m
+from psyche_fast.methods.exchanges import InProcess
 from psyche_fast.sharding import part_of, placed_like
 from tests.groups import run_ranks
 from tests.methods.test_replica import METHODS, World, gradient, parameters
@@ -75,7 +76,7 @@ class Shards(World):
         self.ranks = [
             m.Replica(method, model, replica=r, replicas=2) for r, model in enumerate(self.models)
         ]
-        self.pending = deque()
+        self.exchange, self.pending = InProcess(self.ranks), deque()
 
     def step(self):
         sent = []
@@ -86,11 +87,11 @@ class Shards(World):
             rank.local(0.02 / (1 + step))
             sent.append(rank.send())
         if sent[0] is not None:
-            self.pending.append(torch.stack(sent))
+            self.pending.append(self.exchange.deliver(sent))
         while self.ranks[0].due():
-            messages = self.pending.popleft()
+            came = self.pending.popleft()
             for rank in self.ranks:
-                assert rank.receive(messages) == {}
+                assert rank.receive(came.messages, came.leave_out) == {}
 
     def whole(self):
         return [full(p) for p in self.everything()]
