@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from psyche_fast import strict
 from psyche_fast.exchanges import Exchange
+from psyche_fast.exchanges import Parallelism as Parallelism
 from psyche_fast.locations import seed_key
 from psyche_fast.options import (
     Amount,
@@ -168,56 +169,6 @@ class Optimizer(Section, frozen=True, kw_only=True):
             )
 
 
-class Parallelism(Section, frozen=True, kw_only=True):
-    """How many ranks do what, for `rank.topology`."""
-
-    replicas: Annotated[
-        Positive, _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
-    ] = 1
-    data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
-    tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
-    elastic: Annotated[
-        bool, _help("go on without a replica that dies, and with one that comes back or joins")
-    ] = False  # fmt: skip
-    max_replicas: Annotated[
-        Count, _help("with --elastic: the most replicas, with those that join; 0 = --replicas")
-    ] = 0  # fmt: skip
-    device_backend: Annotated[
-        Literal["auto", "nccl", "split"],
-        _help(
-            "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
-        ),
-    ] = "auto"  # fmt: skip
-
-    @property
-    def ranks_per_replica(self) -> int:
-        """Ranks that together hold one copy of the model."""
-        return self.data_parallelism * self.tensor_parallelism
-
-    @property
-    def world_size(self) -> int:
-        """All ranks that the run begins with, the core's own included."""
-        return self.replicas * self.ranks_per_replica
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if not self.elastic:
-            if self.max_replicas:
-                raise ValueError("--max-replicas needs --elastic")
-            return
-        if self.replicas == 1:
-            raise ValueError("--elastic needs --replicas of at least 2: rank 0's own has to stay")
-        if 0 < self.max_replicas < self.replicas:
-            raise ValueError(
-                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
-            )
-        if self.device_backend == "nccl":
-            raise ValueError(
-                "--elastic with --device-backend nccl: what goes between replicas that may die "
-                "goes over gloo; leave it out"
-            )
-
-
 class Machines(Section, frozen=True, kw_only=True):
     """Where the ranks run, for `start`."""
 
@@ -330,24 +281,26 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     run: Run = msgspec.field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
+        replicas, world_size = self.parallelism.copies, self.parallelism.world_size
+        asked = "--simulate" if self.parallelism.simulate else "--replicas"
         self.exchange.check(
             distro=self.optimizer.distro,
             elastic=self.parallelism.elastic,
+            simulate=self.parallelism.simulate,
             ranks_per_replica=self.parallelism.ranks_per_replica,
             param_dtype=self.model.param_dtype,
         )
         if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(
-                f"--replicas {replicas} needs --distro: AdamW has no exchange between peers "
+                f"{asked} {replicas} needs --distro: AdamW has no exchange between peers "
                 "(--method dense has)"
             )
         if self.optimizer.refuse_outliers is not None and replicas < 3:
             raise ValueError(
-                f"--refuse-outliers needs --replicas 3 or more, got {replicas}: of two nobody can "
+                f"--refuse-outliers needs {asked} 3 or more, got {replicas}: of two nobody can "
                 "tell which is the outlier"
             )
-        which = "--max-replicas" if self.parallelism.max_replicas else "--replicas"
+        which = "--max-replicas" if self.parallelism.max_replicas else asked
         most = self.parallelism.max_replicas or replicas
         for name in ("total_batch", "total_batch_start"):
             rows = getattr(self.run, name)

@@ -148,7 +148,7 @@ def _summary(
     rise = ""
     if sizes.warmup_tokens:
         tokens = format_count(sizes.warmup_tokens)
-        rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
+        rise = f" (from {math.ceil(sizes.start / parallelism.copies)} on, over {tokens} tokens)"
     method = "AdamW" if config.exchange.method is None else config.exchange.method
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
@@ -159,13 +159,18 @@ def _summary(
         f"{format_count(model.num_parameters)} parameters",
         f"data     {config.data.data_path}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
-        f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
-        f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
+        (
+            f"ranks    1 for {parallelism.simulate} replicas in turn"
+            if parallelism.simulate
+            else f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data "
+            f"x {parallelism.tensor_parallelism} tensor parallel"
+        )
+        + f" on {devices.describe()}"
         + (", gloo between replicas" if parallelism.device_backend == "split" else "")
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step{rise}, "
+        f"{math.ceil(rows / parallelism.copies)} sequences per replica and step{rise}, "
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),

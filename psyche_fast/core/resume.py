@@ -31,10 +31,10 @@ _FREE = {
     *("tls_key", "tls_cert", "tls_ca"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
-    *("elastic", "max_replicas"),
+    *("elastic", "max_replicas", "link"),
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = ("total_steps", "replicas", "simulate", "data_parallelism", "tensor_parallelism")
 """Flags that may be others, which changes the bits of what is trained from then on."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.rank.trainer import Trainer, TrainOutput
@@ -45,12 +46,11 @@ class Totals:
         """Begins to add up over all ranks."""
         self._output = output
         self._topology = trainer.topology
-        tokens = sum(output.row_tokens)
         device = trainer.model.device
         # float64 holds any number of bytes exactly.
         sent = torch.full((), trainer.bytes_sent, dtype=torch.float64, device=device)
-        here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
-        total = torch.stack([*(t.double() for t in here), sent])
+        here = [_sums(one) for one in (output, *output.others)]
+        total = torch.cat([torch.stack(here).sum(0) if output.others else here[0], sent.view(1)])
         self.replicas: list[int] | None = None
         """After `wait`, in an elastic run: whose results of the step count."""
         self.epoch = 0
@@ -81,7 +81,8 @@ class Totals:
             self._sum = gathered.rows.view(torch.float64).sum(dim=0)
             replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
         loss, kept, left_out, refused, sent = self._sum.tolist()
-        warn_of_refusal(self._output)
+        for output in (self._output, *self._output.others):
+            warn_of_refusal(output)
         ranks = self._topology.dp * self._topology.tp
         return Counts(
             loss / kept if kept else math.nan,
@@ -89,6 +90,13 @@ class Totals:
             round(refused / ranks),
             round(sent / replicas),
         )
+
+
+def _sums(output: TrainOutput) -> Tensor:
+    """What is added up of an output: float64 `[4]`."""
+    tokens = sum(output.row_tokens)
+    here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
+    return torch.stack([t.double() for t in here])
 
 
 def warn_of_refusal(output: TrainOutput) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from psyche_fast.methods import (
     get,
 )
 from psyche_fast.options import flag
+from psyche_fast.rank.clock import Transfer
+from psyche_fast.rank.hub import Here, Peers
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.state import Piece, Reader
 
@@ -104,12 +106,12 @@ class MethodOptimizer(Optimizer):
         self,
         parameters: Mapping[str, Tensor],
         method: Method,
-        peers: dist.ProcessGroup | None,
+        peers: dist.ProcessGroup | Peers | None,
         undecayed: Container[str] = (),
     ) -> None:
         self._parameters, self._method = parameters, method
         self._peers, self._undecayed = peers, undecayed
-        self._made: tuple[Replica, Rounds] | None = None
+        self._made: tuple[Replica, Rounds | Here] | None = None
         self._aside: list[Tensor] | None = None  # the replica's own, while the model has the shared
         self._sent = 0
         self._refused: dict[int, int] = {}
@@ -120,22 +122,35 @@ class MethodOptimizer(Optimizer):
         return self._sent
 
     @property
+    def transfers(self) -> Sequence[Transfer]:
+        """See `Optimizer`."""
+        if not self._sent:
+            return ()
+        others = self._replica()[0].replicas - 1
+        return [Transfer(self._sent, self._sent * others, self._method.delay)]
+
+    @property
     def refused_results(self) -> dict[int, int]:
         """Replicas whose results were refused in the last `step`."""
         return self._refused
 
-    def _replica(self) -> tuple[Replica, Rounds]:
+    def _replica(self) -> tuple[Replica, Rounds | Here]:
         """Made of the parameters that a checkpoint may have brought; a collective at first."""
         if self._made is None:
-            alone = self._peers is None
+            peers, place = self._peers, (0, 1)
+            if isinstance(peers, Peers):
+                place = peers.rank, peers.replicas
+            elif peers is not None:
+                place = dist.get_rank(peers), dist.get_world_size(peers)
             replica = Replica(
                 self._method,
                 self._parameters,
-                replica=0 if alone else dist.get_rank(self._peers),
-                replicas=1 if alone else dist.get_world_size(self._peers),
+                replica=place[0],
+                replicas=place[1],
                 undecayed=self._undecayed,
             )
-            self._made = replica, Rounds(replica, self._peers)
+            rounds = peers.rounds(replica) if isinstance(peers, Peers) else Rounds(replica, peers)
+            self._made = replica, rounds
         return self._made
 
     def look_ahead(self, prev_lr: float) -> None:

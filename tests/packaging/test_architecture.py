@@ -24,7 +24,7 @@ ALLOWED = {
     "integers": set(),
     "links": set(),
     "locations": {"options", "strict"},
-    "exchanges": {"options"},
+    "exchanges": {"links", "options"},
     "options": set(),
     "sharding": set(),
     "strict": set(),
