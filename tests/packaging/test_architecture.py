@@ -289,7 +289,7 @@ def test_the_package_stays_small() -> None:
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 2_560  # levels of methods are 350 of them
-    assert sum(lines.values()) - methods < 27_000
+    assert sum(lines.values()) - methods < 27_500
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
