@@ -288,7 +288,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             elastic=self.parallelism.elastic,
             simulate=self.parallelism.simulate,
             ranks_per_replica=self.parallelism.ranks_per_replica,
-            param_dtype=self.model.param_dtype,
+            has_masters=self.model.master_dtype == "float32",
         )
         if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(

@@ -40,6 +40,10 @@ class Exchange(Section, frozen=True, kw_only=True):
     norm_clip: Annotated[
         Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
     ] = None  # fmt: skip
+    reduce: Annotated[
+        Literal["auto", "gather", "owners"] | None,
+        _help("method: replicas get all results, or each owns chunks and merges them for all"),
+    ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
     link: Annotated[
@@ -62,7 +66,7 @@ class Exchange(Section, frozen=True, kw_only=True):
 
     def check(
         self, *, distro: bool, elastic: bool, simulate: int, ranks_per_replica: int,
-        param_dtype: str,
+        has_masters: bool,
     ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
 
@@ -78,17 +82,17 @@ class Exchange(Section, frozen=True, kw_only=True):
             return
         if distro or method == "distro":
             raise ValueError(f"--distro and --method {method}: give one of them")
-        if ranks_per_replica > 1:
+        if ranks_per_replica > 1 and self.values == "codebook4":
             raise ValueError(
-                f"--method {method} wants whole replicas: no --data-parallelism or "
-                "--tensor-parallelism"
+                "--values codebook4 codes all values of a parameter together, of which each rank "
+                "has a part by --data-parallelism or --tensor-parallelism; 2bit goes by chunks"
             )
         if elastic:
             raise ValueError(f"--elastic wants --method distro, got {method}")
-        if param_dtype != "float32":
+        if not has_masters:
             raise ValueError(
-                f"--method {method} adds to the parameters themselves: it wants --param-dtype "
-                f"float32, got {param_dtype}"
+                f"--method {method} adds to float32 parameters or masters, what bfloat16 would "
+                "round away: it wants --master-dtype float32, got bfloat16"
             )
 
 

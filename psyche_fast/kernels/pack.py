@@ -129,9 +129,9 @@ def pack(
     if isinstance(values, torch.dtype):
         if entries.values.dtype == torch.bool:
             raise TypeError(f"entries: wanted values to be sent in {values}, got signs alone")
-        # As bytes: `out` need not be aligned as the values are.
-        raw = entries.values.to(values).contiguous().view(torch.uint8)
-        out[:value_bytes].copy_(raw.view(-1))
+        # As bytes: `out` need not be aligned as the values are. A single value may have any stride.
+        raw = entries.values.to(values).reshape(-1).contiguous().view(-1).view(torch.uint8)
+        out[:value_bytes].copy_(raw)
     bits = _bits(plan, values)
     if bits:
         planes = out[value_bytes:].view(_groups(plan), bits)

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from psyche_fast.methods.exchanges import Arrived, InProcess
 from psyche_fast.methods.hierarchy import Hierarchy, Levels, checked_levels
 from psyche_fast.methods.method import Method
 
@@ -61,7 +62,11 @@ def simulate(
     ]
     ranks = [Hierarchy(levels, model, rank=number) for number, model in enumerate(models)]
     groups = [list(_groups(counts, at)) for at in range(len(counts))]
-    pending: list[deque[list[Tensor]]] = [deque() for _ in counts]
+    exchanges = [
+        [InProcess([ranks[number].levels[at] for number in group]) for group in groups[at]]
+        for at in range(len(counts))
+    ]
+    pending: list[deque[list[Arrived]]] = [deque() for _ in counts]
     path = []
     for step in range(steps):
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
@@ -73,11 +78,17 @@ def simulate(
             messages = [rank.send(at) for rank in ranks]
             whole = [message for message in messages if message is not None]
             if whole:
-                pending[at].append([torch.stack([whole[n] for n in group]) for group in groups[at]])
+                pending[at].append(
+                    [
+                        exchange.deliver([whole[number] for number in group])
+                        for group, exchange in zip(groups[at], exchanges[at], strict=True)
+                    ]
+                )
             while ranks[0].due(at):
                 for group, arrived in zip(groups[at], pending[at].popleft(), strict=True):
                     for number in group:
-                        faults = ranks[number].receive(at, arrived)
+                        rank = ranks[number]
+                        faults = rank.receive(at, arrived.messages, arrived.leave_out)
                         assert not faults, faults
         path.append({name: p.clone() for name, p in ranks[0].plain().items()})
         for rank in ranks[1:]:

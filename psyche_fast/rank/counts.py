@@ -28,12 +28,14 @@ class Counts:
         refused_gradients: replicas whose gradient was refused because it, or a loss, was not
             finite.
         bytes_sent: what one replica's ranks have sent to other replicas, together.
+        bytes_received: what has come to them from other replicas.
     """
 
     loss: float
     nonfinite_losses: int
     refused_gradients: int
     bytes_sent: int
+    bytes_received: int
 
 
 class Totals:
@@ -48,9 +50,12 @@ class Totals:
         self._topology = trainer.topology
         device = trainer.model.device
         # float64 holds any number of bytes exactly.
-        sent = torch.full((), trainer.bytes_sent, dtype=torch.float64, device=device)
+        sent = [
+            torch.full((), n, dtype=torch.float64, device=device)
+            for n in (trainer.bytes_sent, trainer.bytes_received)
+        ]
         here = [_sums(one) for one in (output, *output.others)]
-        total = torch.cat([torch.stack(here).sum(0) if output.others else here[0], sent.view(1)])
+        total = torch.cat([torch.stack(here).sum(0), torch.stack(sent)])
         self.replicas: list[int] | None = None
         """After `wait`, in an elastic run: whose results of the step count."""
         self.epoch = 0
@@ -80,7 +85,7 @@ class Totals:
             self.epoch = self._topology.peers.epoch
             self._sum = gathered.rows.view(torch.float64).sum(dim=0)
             replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
-        loss, kept, left_out, refused, sent = self._sum.tolist()
+        loss, kept, left_out, refused, sent, received = self._sum.tolist()
         for output in (self._output, *self._output.others):
             warn_of_refusal(output)
         ranks = self._topology.dp * self._topology.tp
@@ -89,6 +94,7 @@ class Totals:
             round(left_out / ranks),
             round(refused / ranks),
             round(sent / replicas),
+            round(received / replicas),
         )
 
 

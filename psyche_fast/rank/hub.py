@@ -13,6 +13,7 @@ from torch import Tensor
 
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.methods import Replica
+from psyche_fast.methods.exchanges import Arrived, InProcess, traffic
 from psyche_fast.methods.replica import Faults
 
 
@@ -91,21 +92,30 @@ class _Board:
     """A method's replicas, and their messages under way by the number of their round."""
 
     def __init__(self, replicas: int) -> None:
-        self._replicas = replicas
+        self._count = replicas
+        self._replicas: dict[int, Replica] = {}
         self._sent: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
-        self._taken: defaultdict[int, int] = defaultdict(int)
+        self._arrived: dict[int, tuple[Arrived, set[int]]] = {}
+
+    def join(self, replica: Replica) -> None:
+        self._replicas[replica.replica] = replica
 
     def put(self, number: int, replica: int, message: Tensor) -> None:
         self._sent[number][replica] = message
 
-    def take(self, number: int) -> Tensor:
-        """What all have sent; to be asked for once by each."""
-        sent = self._sent[number]
-        assert len(sent) == self._replicas, "all have their turns before one receives"
-        self._taken[number] += 1
-        if self._taken[number] == self._replicas:
-            del self._taken[number], self._sent[number]
-        return torch.stack([sent[r] for r in range(self._replicas)])
+    def take(self, number: int, replica: int) -> Arrived:
+        """What a replica receives of the oldest messages that it has not received yet."""
+        if number not in self._arrived:
+            sent = self._sent.pop(number)
+            assert len(sent) == self._count, "all have their turns before one receives"
+            members = range(self._count)
+            exchange = InProcess([self._replicas[r] for r in members])
+            self._arrived[number] = exchange.deliver([sent[r] for r in members], at=0), set()
+        arrived, takers = self._arrived[number]
+        takers.add(replica)
+        if len(takers) == self._count:
+            del self._arrived[number]
+        return arrived
 
 
 class Here:
@@ -114,12 +124,17 @@ class Here:
     Args:
         replica: this one.
         board: what all of them share.
+
+    Attributes:
+        bytes_sent: as of `Rounds`.
+        bytes_received: likewise.
     """
 
     def __init__(self, replica: Replica, board: _Board) -> None:
         self._replica, self._board = replica, board
         self._sent = self._received = 0
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_received = 0
+        board.join(replica)
 
     def send(self) -> int:
         """As of `Rounds`."""
@@ -127,16 +142,23 @@ class Here:
         if message is None:
             return 0
         self._put(message)
-        self.bytes_sent += message.nbytes
-        return message.nbytes
+        form, _ = self._replica.flight()
+        up, down = traffic(form, self._replica.replica, self._replica.replicas)
+        self.bytes_sent += up
+        self.bytes_received += down
+        return up
 
     def receive(self) -> Faults:
         """As of `Rounds`; nothing is damaged on the way."""
         refused: Faults = {}
         while self._replica.due():
-            refused |= self._replica.receive(self._board.take(self._received))
+            arrived = self._board.take(self._received, self._replica.replica)
+            refused |= self._replica.receive(arrived.messages, arrived.leave_out)
             self._received += 1
         return refused
+
+    def settle(self) -> None:
+        """As of `Rounds`: nothing is under way."""
 
     def resume(self) -> None:
         """As of `Rounds`."""

@@ -77,7 +77,7 @@ def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Train
     if method is not None:
         peers = topology.peers
         assert isinstance(peers, Peers) or not isinstance(peers, Gathers), "refused by then"
-        optimizer = MethodOptimizer(parameters, method, peers, undecayed)
+        optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed

@@ -67,7 +67,12 @@ class Simulated(Trainer):
     @property
     def bytes_sent(self) -> int:
         """Bytes of all replicas' contributions to the last exchange."""
-        return sum(one.bytes_sent for one in self._trainers)
+        return sum(t.up for one in self._trainers for t in one.transfers)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that come to all replicas by that exchange."""
+        return sum(t.down for one in self._trainers for t in one.transfers)
 
     @property
     def refusals(self) -> dict[str, dict[str, int]]:
