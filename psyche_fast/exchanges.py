@@ -1,4 +1,4 @@
-"""How many replicas there are and how they learn from each other, as options of a run."""
+"""How replicas learn from each other, as options of a run."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ class Exchange(Section, frozen=True, kw_only=True):
         Literal["auto", "gather", "owners"] | None,
         _help("method: replicas get all results, or each owns chunks and merges them for all"),
     ] = None  # fmt: skip
-    outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
-    outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
     link: Annotated[
         str | None,
-        _help("with --simulate: a virtual clock for this link, RATE,LATENCY as in 10Mbit,100ms"),
+        _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "
+              "replicas: choose topk, every and delay so that exchanges hide behind compute; with "
+              "--simulate a virtual clock"),
     ] = None  # fmt: skip
+    outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
+    outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -65,7 +67,7 @@ class Exchange(Section, frozen=True, kw_only=True):
                 )
 
     def check(
-        self, *, distro: bool, elastic: bool, simulate: int, ranks_per_replica: int,
+        self, *, distro: bool, elastic: bool, simulate: int, replicas: int, ranks_per_replica: int,
         has_masters: bool,
     ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
@@ -75,9 +77,17 @@ class Exchange(Section, frozen=True, kw_only=True):
         """
         method = self.method
         if self.link is not None:
-            if not simulate:
-                raise ValueError("--link needs --simulate, whose virtual clock it is for")
-            Link.parse(self.link)
+            if self.link != "auto":
+                Link.parse(self.link)
+            elif simulate:
+                raise ValueError("--link auto measures a link, which --simulate has none of")
+            if not distro and method is None:
+                raise ValueError("--link needs --distro or --method, whose exchanges go over it")
+            if replicas < 2:
+                asked = "--replicas or --simulate"
+                raise ValueError(f"--link needs {asked} of at least 2: one exchanges nothing")
+            if elastic:
+                raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):
             return
         if distro or method == "distro":
@@ -94,76 +104,3 @@ class Exchange(Section, frozen=True, kw_only=True):
                 f"--method {method} adds to float32 parameters or masters, what bfloat16 would "
                 "round away: it wants --master-dtype float32, got bfloat16"
             )
-
-
-class Parallelism(Section, frozen=True, kw_only=True):
-    """How many ranks do what, for `rank.topology`."""
-
-    replicas: Annotated[
-        Positive, _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
-    ] = 1
-    simulate: Annotated[
-        Count,
-        _help("in place of --replicas: so many in one process, which take turns on one device"),
-    ] = 0
-    data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
-    tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
-    elastic: Annotated[
-        bool, _help("go on without a replica that dies, and with one that comes back or joins")
-    ] = False  # fmt: skip
-    max_replicas: Annotated[
-        Count, _help("with --elastic: the most replicas, with those that join; 0 = --replicas")
-    ] = 0  # fmt: skip
-    device_backend: Annotated[
-        Literal["auto", "nccl", "split"],
-        _help(
-            "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
-        ),
-    ] = "auto"  # fmt: skip
-
-    @property
-    def copies(self) -> int:
-        """Replicas, each in ranks of its own or all in one."""
-        return self.simulate or self.replicas
-
-    @property
-    def ranks_per_replica(self) -> int:
-        """Ranks that together hold one copy of the model."""
-        return self.data_parallelism * self.tensor_parallelism
-
-    @property
-    def world_size(self) -> int:
-        """All ranks that the run begins with, the core's own included."""
-        return self.replicas * self.ranks_per_replica
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.simulate:
-            self._check_simulated()
-        if not self.elastic:
-            if self.max_replicas:
-                raise ValueError("--max-replicas needs --elastic")
-            return
-        if self.replicas == 1:
-            raise ValueError("--elastic needs --replicas of at least 2: rank 0's own has to stay")
-        if 0 < self.max_replicas < self.replicas:
-            raise ValueError(
-                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
-            )
-        if self.device_backend == "nccl":
-            raise ValueError(
-                "--elastic with --device-backend nccl: what goes between replicas that may die "
-                "goes over gloo; leave it out"
-            )
-
-    def _check_simulated(self) -> None:
-        given = {
-            "replicas": self.replicas > 1, "data_parallelism": self.data_parallelism > 1,
-            "tensor_parallelism": self.tensor_parallelism > 1, "elastic": self.elastic,
-        }  # fmt: skip
-        for name, is_given in given.items():
-            if is_given:
-                raise ValueError(
-                    f"--simulate {self.simulate} is one process that has whole replicas, with no "
-                    f"other ranks: leave out {flag(name)}"
-                )

@@ -328,12 +328,13 @@ class Replica:
             before: the shared ones as they were, where the replica `keeps_own`.
         """
         if self.method.is_local:
-            own, shared = parts(self._stepped), parts(self._shared)
-            if self.keeps_own:
-                torch._foreach_add_(own, shared)
-                torch._foreach_sub_(own, parts(before, self._shared))
-            else:
-                torch._foreach_copy_(own, shared)
+            for name, own, shared in zip(
+                self._shared, parts(self._stepped), parts(self._shared), strict=True
+            ):
+                if self.keeps_own:
+                    own.add_(shared - local_tensor(before[name]))
+                else:
+                    own.copy_(shared)
         self._copies.round()
 
     def plain(self) -> Mapping[str, Tensor]:

@@ -19,11 +19,12 @@ from psyche_fast.models import CausalLM
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
-from psyche_fast.rank import elastic, protocol
+from psyche_fast.rank import elastic, evaluation, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.hub import Peers
+from psyche_fast.rank.link import settle
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
@@ -63,11 +64,17 @@ def build_trainer(
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
     )
-    make = partial(_trainer_of, config, model)
     if config.parallelism.simulate:
         link = None if config.exchange.link is None else Link.parse(config.exchange.link)
+        make = partial(_trainer_of, config, model)
         return Simulated(model, config.parallelism.simulate, make, link)
-    return make(topology)
+    settled = None
+    if config.exchange.link is not None and config.run.resume is None:
+        settled = settle(config, model, trainable(model), topology)
+        config = config.replace(**settled.changes)
+    trainer = _trainer_of(config, model, topology)
+    trainer.settled = settled
+    return trainer
 
 
 def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Trainer:
@@ -114,6 +121,8 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     keep_rank_log(logs / f"rank-{rank}.log", rank)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
+    if trainer.settled is not None:
+        config = config.replace(**trainer.settled.changes)
     if epochs is None or not epochs.joins:
         restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)
@@ -150,6 +159,12 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
                 case protocol.Join():
                     beats.at(step, "join")
                     elastic.welcome(trainer)
+                case protocol.Evaluate(rows):
+                    beats.at(rows.step, "evaluate")
+                    evaluation.evaluate(trainer, rows.batch())
+                case protocol.Continue(at, prompts, tokens):
+                    beats.at(at, "sample")
+                    evaluation.continued(trainer, prompts, tokens)
                 case protocol.Exit():
                     if totals is not None:
                         totals.wait()

@@ -38,7 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def known(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What of lines does not hang on time or on where ranks are."""
     names = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "bytes_sent",
-             "bytes_received", "dense_bytes", "nonfinite_losses", "refused_gradients", "optim_stats")  # fmt: skip
+             "bytes_received", "dense_bytes", "nonfinite_losses", "refused_gradients",
+             "optim_stats")  # fmt: skip
     return [{name: line[name] for name in names} for line in metrics]
 
 
