@@ -179,7 +179,7 @@ def _summary(
     rise = ""
     if sizes.warmup_tokens:
         tokens = format_count(sizes.warmup_tokens)
-        rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
+        rise = f" (from {math.ceil(sizes.start / parallelism.copies)} on, over {tokens} tokens)"
     method = "AdamW" if config.exchange.method is None else config.exchange.method
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
@@ -190,13 +190,18 @@ def _summary(
         f"{format_count(model.num_parameters)} parameters",
         f"data     {config.data.data_path}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
-        f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
-        f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
+        (
+            f"ranks    1 for {parallelism.simulate} replicas in turn"
+            if parallelism.simulate
+            else f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data "
+            f"x {parallelism.tensor_parallelism} tensor parallel"
+        )
+        + f" on {devices.describe()}"
         + (", gloo between replicas" if parallelism.device_backend == "split" else "")
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step{rise}, "
+        f"{math.ceil(rows / parallelism.copies)} sequences per replica and step{rise}, "
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
@@ -247,7 +252,7 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
 def left_over(config: RunConfig) -> tuple[str, ...]:
     """The last local steps, where nothing is sent after them."""
     method, steps = method_of(config), config.schedule.total_steps
-    if config.exchange.link is not None and config.exchange.every is None:
+    if config.chooses_for_link and config.exchange.every is None:
         return ()  # the local steps are chosen when the run starts
     left = 0 if method is None else steps % method.every
     if method is None or not left:
@@ -311,7 +316,7 @@ def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
         changes["cold_start_step"] = saved.get("cold_start_step", saved.get("start_step", 1))
     changes["resume" if config.run.resume else "fork"] = str(folder)
     was = start.manifest.config
-    if config.run.resume and config.exchange.link is not None and "link" in was:
+    if config.run.resume and config.chooses_for_link and "link" in was:
         # What was chosen then stays; what is given is looked at as ever.
         chosen = {name: was[name] for name in CHOSEN if name in was}
         changes |= {name: v for name, v in chosen.items() if _is_default(config, name)}
