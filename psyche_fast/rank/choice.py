@@ -210,6 +210,13 @@ def _dividing(least: int, parts: int, most: int, run: RunConfig) -> int:
     return least
 
 
-def said(found: Over) -> str:
-    """The chosen settings as flags."""
-    return " ".join(f"{flag(name)} {value}" for name, value in found.changes.items())
+def chosen(found: Over) -> str:
+    """A line for the user: the settings as flags."""
+    flags = " ".join(f"{flag(name)} {value}" for name, value in found.changes.items())
+    lost = found.loss
+    assert lost is not None
+    much = "which hides behind compute" if not lost else f"which costs {lost:.1%} of a step"
+    return (
+        f"chosen   {flags or 'nothing: all is given'} for {found.name}: "
+        f"{format_bytes(found.sent)} up a round, {found.exchange:.3g} s, {much}"
+    )
