@@ -20,11 +20,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import __version__, commands
+from psyche_fast import commands, looking
+from psyche_fast.completion import places
 from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
 from psyche_fast.start import knock, signals, tls
 from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start.early import early
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import tcp_url
 from psyche_fast.start.parent import TIMEOUT
@@ -39,13 +41,23 @@ _DEFAULT = click.core.ParameterSource.DEFAULT
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _say_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from psyche_fast.version import version_lines
+
+        for line in version_lines():
+            click.echo(line)
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="psyche-fast")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_version,
+              help="show version, commit and libraries, and exit")  # fmt: skip
 def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
 
-for _command in commands.COMMANDS:
+for _command in (*commands.COMMANDS, *looking.COMMANDS):
     cli.add_command(_command)
 
 
@@ -63,8 +75,12 @@ def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
         elif get_origin(known.kind) is Literal:
             words = get_args(known.kind)
             options["type"] = click.Choice(words) if isinstance(words[0], str) else type(words[0])
+        elif get_origin(known.kind) is tuple:
+            options |= {"type": get_args(known.kind)[0], "multiple": True, "show_default": False}
         else:
             options["type"] = known.kind
+            if known.kind is str:
+                options["shell_complete"] = places
         function = click.option(*names, name, **options)(function)
     return function
 
@@ -105,8 +121,10 @@ def _resolve(
 
 
 @cli.command()
-@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
-@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
+@click.option("--config", type=click.Path(), metavar="FILE.toml",
+              help="fields by name; flags go over them")  # fmt: skip
+@click.option("--run-file", type=click.Path(), metavar="state.toml",
+              help="Psyche's; --config and flags go over it")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="start a run that fails again, from its last checkpoint")  # fmt: skip
@@ -139,19 +157,22 @@ def train(
             if not dry_run:
                 _serve(resolved, launch)
             return
-    from psyche_fast.core.plan import make_plan
+    count = 0 if dry_run or launch is not None else resolved.ranks_here - 1
+    machines = resolved.machines
+    with early(count, resolved.ranks_here, machines.device, machines.threads) as sidecars:
+        from psyche_fast.core.plan import make_plan
 
-    plan = make_plan(
-        resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
-    )
-    for line in plan.summary:
-        click.echo(line, err=True)
-    if dry_run:
-        click.echo(resolved.to_toml(), nl=False)
-        return
-    from psyche_fast.core.run import run
+        plan = make_plan(
+            resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
+        )
+        for line in plan.summary:
+            click.echo(line, err=True)
+        if dry_run:
+            click.echo(resolved.to_toml(), nl=False)
+            return
+        from psyche_fast.core.run import run
 
-    result = run(plan, launch)
+        result = run(plan, launch, sidecars)
     with suppress(OSError):  # a terminal that has been closed
         click.echo(f"run         {result.output}")
         click.echo(f"checkpoint  {result.checkpoint}")
@@ -247,9 +268,11 @@ def _serve(config: RunConfig, launch: Launched) -> None:
 @click.option("--device", default="auto", show_default=True, help="as of train")
 def demo(**options: Any) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
-    from psyche_fast.core.showcase import run_demo
+    ranks = options["replicas"] * options["data_parallelism"]
+    with early(ranks - 1, ranks, options["device"], threads=0) as sidecars:
+        from psyche_fast.core.showcase import run_demo
 
-    run_demo(**options)
+        run_demo(**options, early=sidecars)
 
 
 _ESTIMATED = (
@@ -317,8 +340,10 @@ _SCHEDULED = (
 
 
 @cli.command()
-@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
-@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
+@click.option("--run-file", type=click.Path(), metavar="state.toml",
+              help="Psyche's; --config and flags go over it")  # fmt: skip
+@click.option("--config", type=click.Path(), metavar="FILE.toml",
+              help="fields by name; flags go over them")  # fmt: skip
 @click.option("--every", type=click.IntRange(min=1), help="steps from line to line (default: few)")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default="schedule.png",
               show_default=True, help="file that takes the plot")  # fmt: skip

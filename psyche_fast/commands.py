@@ -9,6 +9,8 @@ from typing import Literal
 
 import click
 
+from psyche_fast.completion import completion
+from psyche_fast.doctor.command import doctor
 from psyche_fast.start import probe
 from psyche_fast.start.logs import quiet_terminal
 
@@ -170,4 +172,6 @@ def link(host: str, port: int) -> None:
         probe.serve(listener, click.echo)
 
 
-COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export, link)
+COMMANDS = (
+    *(convert, tokenize, psyche_path, kernels, results, diff, export, link, doctor, completion),
+)

@@ -40,6 +40,10 @@ class Exchange(Section, frozen=True, kw_only=True):
     norm_clip: Annotated[
         Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
     ] = None  # fmt: skip
+    reduce: Annotated[
+        Literal["auto", "gather", "owners"] | None,
+        _help("method: replicas get all results, or each owns chunks and merges them for all"),
+    ] = None  # fmt: skip
     link: Annotated[
         str | None,
         _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from psyche_fast.config import FLAGS, Parallelism, RunConfig, flag
+from psyche_fast.core.evaluation import Held, look_at
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
@@ -36,7 +37,8 @@ from psyche_fast.rank.choice import CHOSEN
 from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
 from psyche_fast.start import knock, tls
-from psyche_fast.start.devices import Devices, choose_devices, cores
+from psyche_fast.start.devices import Devices, choose_devices
+from psyche_fast.start.early import cores
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Plan:
         devices: of the ranks on this machine.
         summary: lines for the user.
         trackers: what trackers call the run that goes on, by their names.
+        held: what is evaluated and sampled.
     """
 
     config: RunConfig
@@ -62,6 +65,7 @@ class Plan:
     devices: Devices
     summary: tuple[str, ...]
     trackers: dict[str, str] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)
 
 
 def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) -> Plan:
@@ -111,6 +115,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
         dataset.check_vocabulary(vocabulary)
+    held = look_at(config, source, vocabulary)
     on_cpu = devices.backend == "gloo"
     _check_parallelism(text_config(model.config), parallelism.tensor_parallelism)
     on_gpus = {"liger": options.liger, "offload_delta": config.optimizer.offload_delta}
@@ -125,13 +130,15 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices)
+    summary = _summary(config, resolved, model, dataset, devices) + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
         summary += (_kernels(config, devices.devices[0], tensor_shapes(source).values()),)
     trackers = start.manifest.tracker if start is not None and run.fork is None else {}
-    return Plan(config, resolved, source, dataset, identity(dataset), devices, summary, trackers)
+    return Plan(
+        config, resolved, source, dataset, identity(dataset), devices, summary, trackers, held
+    )
 
 
 def _summary(

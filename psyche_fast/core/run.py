@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.elastic import Members
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
@@ -25,9 +27,11 @@ from psyche_fast.core.plan import Plan, left_over
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.status import Status
 from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.errors import explain
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -53,6 +57,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
@@ -92,6 +97,7 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
+        evaluation: evaluates and samples.
         members: of an elastic run.
     """
 
@@ -104,15 +110,17 @@ class Core:
     console: Console
     timer: PhaseTimer
     watch: Watch
+    evaluation: Evaluation
     members: Members | None = None
 
 
-def run(plan: Plan, launch: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
+        early: sidecars that have been started already, as far as they are needed.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -134,8 +142,19 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
                 uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
             for one in uploads:
                 stack.enter_context(waited_for(one))
-            with started(plan, output, launch, console) as ranks:
-                result = _train(plan, output, ranks, console, uploads)
+            status = Status(output / "status.json")
+            stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            try:
+                with started(plan, output, launch, console, early) as ranks:
+                    result = _train(plan, output, ranks, console, uploads, status)
+            except BaseException as error:
+                status.end(f"failed: {explain(error)}")
+                raise
+            stopped = result.signal
+            status.end(
+                f"finished with step {result.last_step}" if stopped is None
+                else f"stopped by {signal.Signals(stopped).name} after step {result.last_step}"
+            )  # fmt: skip
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -154,7 +173,12 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
+    plan: Plan,
+    output: Path,
+    ranks: Ranks,
+    console: Console,
+    uploads: Sequence[Uploads],
+    status: Status,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -182,15 +206,19 @@ def _train(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs", members)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
+    watch = watching(ranks, config, timer, output / "logs", members, status)
+    vocabulary = vocabulary_size(trainer.model.config)
+    evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
+    core = Core(
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation, members
+    )
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
     names: Names = flatten
     if run.metric_names == "psyche":
-        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
+        names = PsycheNames(parallelism.replicas, vocabulary)
     with (
         MetricsWriter(
             output / "metrics.jsonl", drop_from_step=first, tell=console.message
@@ -205,6 +233,7 @@ def _train(
             first_step=first,
         ) as tracker,
         also_at_exit_now(tracker.finish),
+        evaluation,
         watch,
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
@@ -337,6 +366,7 @@ def steps(
         seconds = time.perf_counter() - began
         fields: dict[str, Any] = {
             "step": step,
+            "time": time.time(),
             "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,
@@ -361,9 +391,12 @@ def steps(
             except OSError:  # the step itself is done
                 lines.write(checkpoint=True)
                 raise
-            lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)
+        if seen := core.evaluation.after(step):
+            lines.add(seen)
+        if last:
+            lines.write(checkpoint=True)
         if members is not None and joiner is not None:
             hand_on(Join(step), trainer.topology)
             with timer.phase("join"):

@@ -185,9 +185,7 @@ class Link:
         # what tensor parallelism replicates is every rank's.
         places = {tuple(dist.get_process_group_ranks(group))}
         for connected in inside:
-            found: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size(connected)
-            dist.all_gather_object(found, places, group=connected)
-            places = set().union(*found)
+            places = _united(places, connected)
         everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
         self._order = [sorted(everyone).index(rank) for rank in everyone]
         # Groups of their own, as each is used by threads alone, and at its own pace.
@@ -244,6 +242,18 @@ class _Parts:
             self._work.wait()
         beside.synchronize()
         return self._received
+
+
+def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple[int, ...]]:
+    """What any rank of a group has: tuples of one length, at least one on each."""
+    own = message_for(group, torch.tensor(sorted(places)))
+    counts = [own.new_empty(()) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own.new_tensor(len(own)), group=group)
+    rows = max(int(count) for count in counts)
+    padded = torch.cat([own, own[:1].expand(rows - len(own), -1)])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded, group=group)
+    return {tuple(row) for row in torch.cat(found).tolist()}
 
 
 def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:

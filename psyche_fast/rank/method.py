@@ -31,7 +31,7 @@ from psyche_fast.sharding import local_tensor
 _FIELDS = {
     "every": "every", "fragments": "fragments", "delay": "delay", "topk": "k", "chunk": "chunk",
     "values": "values", "beta": "decay", "subtract": "subtract", "merge": "merge",
-    "norm_clip": "clip",
+    "norm_clip": "clip", "reduce": "reduce",
 }  # fmt: skip
 """Flags, and the fields of a method that they set."""
 
@@ -113,13 +113,18 @@ class MethodOptimizer(Optimizer):
         self._parameters, self._method = parameters, method
         self._peers, self._masters, self._undecayed = peers, masters, undecayed
         self._made: tuple[Replica, Rounds] | None = None
-        self._sent = 0
+        self._sent = self._received = 0
         self._refused: dict[int, int] = {}
 
     @property
     def bytes_sent(self) -> int:
-        """Size of this rank's last message, 0 after a step without one."""
+        """What this rank has handed over in the last step, 0 after a step without a message."""
         return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """What comes from other replicas by this step's message."""
+        return self._received
 
     @property
     def refused_results(self) -> dict[int, int]:
@@ -150,12 +155,20 @@ class MethodOptimizer(Optimizer):
         """The local step; what it ends is sent on its way."""
         replica, rounds = self._replica()
         replica.local(lr, factor)
-        self._sent = rounds.send()
+        before = rounds.bytes_sent, rounds.bytes_received
+        rounds.send()
+        self._sent = rounds.bytes_sent - before[0]
+        self._received = rounds.bytes_received - before[1]
 
     def step(self, lr: float) -> None:
         """Apply what is due, which is waited for."""
         _, rounds = self._replica()
         self._refused = dict.fromkeys(rounds.receive(), 1)
+
+    def settle(self) -> None:
+        """Wait until nothing is under way between replicas; results stay to be received."""
+        if self._made is not None:
+            self._made[1].settle()
 
     def plain(self) -> None:
         """Give the model the parameters that all replicas share."""

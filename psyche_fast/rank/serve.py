@@ -16,7 +16,7 @@ from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
-from psyche_fast.rank import elastic, protocol
+from psyche_fast.rank import elastic, evaluation, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
@@ -145,6 +145,12 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
                 case protocol.Join():
                     beats.at(step, "join")
                     elastic.welcome(trainer)
+                case protocol.Evaluate(rows):
+                    beats.at(rows.step, "evaluate")
+                    evaluation.evaluate(trainer, rows.batch())
+                case protocol.Continue(at, prompts, tokens):
+                    beats.at(at, "sample")
+                    evaluation.continued(trainer, prompts, tokens)
                 case protocol.Exit():
                     if totals is not None:
                         totals.wait()

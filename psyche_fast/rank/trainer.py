@@ -117,6 +117,11 @@ class Trainer:
         return self._optimizer.bytes_sent
 
     @property
+    def bytes_received(self) -> int:
+        """Bytes that come from other replicas by that exchange."""
+        return self._optimizer.bytes_received
+
+    @property
     def refusals(self) -> dict[str, dict[str, int]]:
         """Of the results that the last step applied, by replica; only what there is.
 

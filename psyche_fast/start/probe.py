@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from statistics import median
 
 from psyche_fast.links import Link
 
@@ -95,7 +94,8 @@ def arrivals(began: float, times: Sequence[float], piece: int) -> tuple[float, f
     if seconds < _SHORT:  # they were all there when this process looked
         return seconds, 8 * piece * len(times) / max(times[-1] - began, 1e-6)
     whole = 8 * piece * (len(times) - 1) / seconds
-    usual = 8 * piece / max(median(after - before for before, after in pairwise(times)), 1e-9)
+    gaps = sorted(after - before for before, after in pairwise(times))
+    usual = 8 * piece / max(gaps[len(gaps) // 2], 1e-9)
     return seconds, usual if whole < _MORE * usual < _MOST * whole else whole
 
 
