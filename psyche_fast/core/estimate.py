@@ -240,7 +240,7 @@ def estimate(
             if run.optimizer.offload_delta:
                 optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
-            for at in (at for members in shared.values() for at in members):
+            for at in shared:
                 part = layout.parameters[at].chunks * layout.parameters[at].totalk
                 held = local_tensor(list(named.values())[at].detach()).numel()
                 optimizer += 8 * (part + held) + part * dtype.itemsize

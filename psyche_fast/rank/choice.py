@@ -183,9 +183,8 @@ def _local(place: Place, method: Method, changes: dict[str, Any]) -> Iterator[di
     changed = run.replace(**changes)
     costs: Costs = costs_of(changed, place.parameters, method_of(changed))
     exchange = costs.exchange_seconds(place.link, place.ranks)
-    delay = options.delay
-    if delay is None:
-        delay = max(1, math.ceil(exchange / (_MARGIN * step)))
+    beside = max(1, math.ceil(exchange / (_MARGIN * step)))
+    delay = beside if options.delay is None else options.delay
     if options.every is not None:
         every = method.every
         delay = min(delay, method.window - 1)
