@@ -152,8 +152,7 @@ def _settings(place: Place) -> Iterator[dict[str, Any]]:
     """What may be chosen, the best first."""
     run, method = place.run, method_of(place.run)
     if method is None:
-        for k in _fewer(run.optimizer.compression_topk, 1):
-            yield {"compression_topk": k}
+        yield from ({"compression_topk": k} for k in _fewer(run.optimizer.compression_topk, 1))
         return
     ks: list[int | None] = [None]
     if method.select != "all" and run.exchange.topk is None:
