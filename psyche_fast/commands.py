@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import click
 
 from psyche_fast.completion import completion
 from psyche_fast.doctor.command import doctor
+from psyche_fast.start import probe
 from psyche_fast.start.logs import quiet_terminal
 
 
@@ -181,6 +183,19 @@ def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
     click.echo(f"{out}: the model of step {step}")
 
 
+@click.command()
+@click.option("--host", default="0.0.0.0", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(1, 65535), default=probe.PORT, show_default=True)
+def link(host: str, port: int) -> None:
+    """Answer another machine's `estimate --link HOST`, until Ctrl-C: what the link carries."""
+    from psyche_fast.start.network import listen
+
+    with listen(host, port) as listener:
+        click.echo(f"listening at {host} port {port}; on the other machine: psyche-fast estimate "
+                   f"--link {platform.node()}:{port} ...")  # fmt: skip
+        probe.serve(listener, click.echo)
+
+
 COMMANDS = (
-    init, convert, tokenize, psyche_path, kernels, results, diff, export, doctor, completion,
+    init, convert, tokenize, psyche_path, kernels, results, diff, export, link, doctor, completion,
 )  # fmt: skip

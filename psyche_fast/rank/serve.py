@@ -121,6 +121,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     keep_rank_log(logs / f"rank-{rank}.log", rank)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
+    folder = config.run.output
     if trainer.settled is not None:
         config = config.replace(**trainer.settled.changes)
     if epochs is None or not epochs.joins:
@@ -128,7 +129,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     log.info("loaded %s on %s", config.model.python_arch, device)
     first = 0 if epochs is None else elastic.enter(epochs, client, trainer)
     inbox = protocol.Inbox(client, trainer.topology, first)
-    writer = StateWriter(client.clone(), config.run.output)
+    writer = StateWriter(client.clone(), folder)
     totals: Totals | None = None
     step = 0
     with beats:
