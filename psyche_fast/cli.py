@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import commands
+from psyche_fast import commands, looking
 from psyche_fast.completion import places
 from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
@@ -55,7 +55,7 @@ def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
 
-for _command in commands.COMMANDS:
+for _command in (*commands.COMMANDS, *looking.COMMANDS):
     cli.add_command(_command)
 
 
@@ -73,6 +73,8 @@ def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
         elif get_origin(known.kind) is Literal:
             words = get_args(known.kind)
             options["type"] = click.Choice(words) if isinstance(words[0], str) else type(words[0])
+        elif get_origin(known.kind) is tuple:
+            options |= {"type": get_args(known.kind)[0], "multiple": True, "show_default": False}
         else:
             options["type"] = known.kind
             if known.kind is str:

@@ -33,6 +33,7 @@ from psyche_fast.options import (
 )
 from psyche_fast.options import describe as _help
 from psyche_fast.schedules import BatchSizes, Schedule
+from psyche_fast.views import Evaluation, Tracking
 
 ARCHITECTURES = "PSYCHE_FAST_ARCHITECTURES"
 """Environment variable: which `module:function`, one or several with commas between, rank 0 may
@@ -328,12 +329,15 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     parallelism: Parallelism = msgspec.field(default_factory=Parallelism)
     machines: Machines = msgspec.field(default_factory=Machines)
     run: Run = msgspec.field(default_factory=Run)
+    evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
+    tracking: Tracking = msgspec.field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
         self.exchange.check(
             distro=self.optimizer.distro,
             elastic=self.parallelism.elastic,
+            replicas=replicas,
             ranks_per_replica=self.parallelism.ranks_per_replica,
             has_masters=self.model.master_dtype == "float32",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Self
 
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -82,5 +83,6 @@ def _rate(bits: float) -> str:
     unit, factor = next(
         (u, f) for u, f in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)) if bits >= f or f == 1.0
     )
-    # Of large numbers as digits alone: `1e+16` is nothing that `parse` knows.
-    return f"{bits / factor:.15f}".rstrip("0").rstrip(".") + f"{unit}bit"
+    # As digits alone: `1e+16` is nothing that `parse` knows.
+    digits = f"{Decimal(repr(bits / factor)):f}"
+    return f"{digits.removesuffix('.0')}{unit}bit"

@@ -22,6 +22,7 @@ from psyche_fast.kernels.backends import explain
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
+from psyche_fast.views import Evaluation, Tracking
 
 _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id"),
@@ -32,6 +33,8 @@ _FREE = {
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
     *("elastic", "max_replicas"),
+    *Evaluation.__struct_fields__,
+    *Tracking.__struct_fields__,
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
 _NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")

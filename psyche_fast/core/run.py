@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,16 +19,19 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.elastic import Members
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
-from psyche_fast.core.plan import Plan
+from psyche_fast.core.plan import Plan, left_over
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.status import Status
 from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.errors import explain
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -42,6 +47,7 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
@@ -91,6 +97,7 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
+        evaluation: evaluates and samples.
         members: of an elastic run.
     """
 
@@ -103,6 +110,7 @@ class Core:
     console: Console
     timer: PhaseTimer
     watch: Watch
+    evaluation: Evaluation
     members: Members | None = None
 
 
@@ -134,8 +142,19 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
                 uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
             for one in uploads:
                 stack.enter_context(waited_for(one))
-            with started(plan, output, launch, console, early) as ranks:
-                result = _train(plan, output, ranks, console, uploads)
+            status = Status(output / "status.json")
+            stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            try:
+                with started(plan, output, launch, console, early) as ranks:
+                    result = _train(plan, output, ranks, console, uploads, status)
+            except BaseException as error:
+                status.end(f"failed: {explain(error)}")
+                raise
+            stopped = result.signal
+            status.end(
+                f"finished with step {result.last_step}" if stopped is None
+                else f"stopped by {signal.Signals(stopped).name} after step {result.last_step}"
+            )  # fmt: skip
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -154,7 +173,12 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
+    plan: Plan,
+    output: Path,
+    ranks: Ranks,
+    console: Console,
+    uploads: Sequence[Uploads],
+    status: Status,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -172,6 +196,9 @@ def _train(
     else:
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
+    if trainer.settled is not None:
+        plan = _settled(plan, trainer.settled, output, console)
+        config = plan.resolved
     restore(trainer, config)
     if members is not None:
         members.begin(trainer)
@@ -179,15 +206,19 @@ def _train(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs", members)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
+    watch = watching(ranks, config, timer, output / "logs", members, status)
+    vocabulary = vocabulary_size(trainer.model.config)
+    evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
+    core = Core(
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation, members
+    )
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
     names: Names = flatten
     if run.metric_names == "psyche":
-        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
+        names = PsycheNames(parallelism.replicas, vocabulary)
     with (
         MetricsWriter(
             output / "metrics.jsonl", drop_from_step=first, tell=console.message
@@ -202,6 +233,7 @@ def _train(
             first_step=first,
         ) as tracker,
         also_at_exit_now(tracker.finish),
+        evaluation,
         watch,
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
@@ -232,6 +264,21 @@ def _train(
     if unsaved is not None:
         raise unsaved
     return RunResult(output, checkpoint, last_step, stopped)
+
+
+def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Plan:
+    """The run with what has been chosen for its link, which its directory then has too."""
+    for line in settled.lines:
+        console.message(line)
+    plan = dataclasses.replace(
+        plan,
+        config=plan.config.replace(**settled.changes),
+        resolved=plan.resolved.replace(**settled.changes),
+    )
+    (output / "config.toml").write_text(_of_the_whole_run(plan.config).to_toml())
+    for line in left_over(plan.config):
+        console.message(line)
+    return plan
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -319,6 +366,7 @@ def steps(
         seconds = time.perf_counter() - began
         fields: dict[str, Any] = {
             "step": step,
+            "time": time.time(),
             "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,
@@ -330,6 +378,8 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
         }
+        if trainer.settled is not None and step == schedule.start_step:
+            fields["link"] = trainer.settled.measured
         if members is not None:
             fields["rows"] = sent.rows
         lines.hold(totals, fields)
@@ -341,9 +391,12 @@ def steps(
             except OSError:  # the step itself is done
                 lines.write(checkpoint=True)
                 raise
-            lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)
+        if seen := core.evaluation.after(step):
+            lines.add(seen)
+        if last:
+            lines.write(checkpoint=True)
         if members is not None and joiner is not None:
             hand_on(Join(step), trainer.topology)
             with timer.phase("join"):

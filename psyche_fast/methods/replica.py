@@ -327,12 +327,15 @@ class Replica:
         Args:
             before: the shared ones as they were, where the replica `keeps_own`.
         """
-        for name, local in self._local.items():
-            shared = self._shared[name]
-            if self.keeps_own:
-                local.add_(shared - before[name])
-            elif local is not shared and not self.method.lookahead:
-                local.copy_(shared)
+        if self.method.is_local:
+            for name, own, shared in zip(
+                self._shared, parts(self._stepped), parts(self._shared), strict=True
+            ):
+                if self.keeps_own:
+                    own.add_(shared - local_tensor(before[name]))
+                else:
+                    own.copy_(shared)
+        self._copies.round()
 
     def plain(self) -> Mapping[str, Tensor]:
         """The shared parameters by name, not copies: to evaluate, to export, to compare.

@@ -180,8 +180,9 @@ def in_a_loop(rank):
         local(None)
     steps, found = local(peers), []
     replica = mesh.get_local_rank("replicate")
-    faults = steps.replica.faults
-    steps.replica.faults = lambda messages: faults(_damaged(messages, rank, steps.replica.step))
+    form = steps.replica.fragments[0].format
+    faults = form.faults
+    form.faults = lambda turn, messages: faults(turn, _damaged(messages, rank, turn))
     for step in range(STEPS):
         _set_gradients(model, replica, step)
         steps.step()
@@ -189,9 +190,9 @@ def in_a_loop(rank):
     return muon, found
 
 
-def _damaged(messages, rank, step):
+def _damaged(messages, rank, turn):
     """In the second round, of replica 0 and on one rank alone."""
-    if rank == 2 and step == 6:
+    if rank == 2 and turn == 1:
         messages[0, -1] ^= 1
     return messages
 
