@@ -265,9 +265,7 @@ def _unpack(
     bits = _bits(plan, values)
     if bits and chunks and peers:
         planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        implementation(backend, "pack").unpack(
-            code, planes, indices, signs, valid, _planes(values)
-        )
+        implementation(backend, "pack").unpack(code, planes, indices, signs, valid, _planes(values))
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )

@@ -67,9 +67,7 @@ def quantise(
     return found
 
 
-def dequantise(
-    plan: ChunkPlan, codes: Codes, bits: Bits, *, backend: str = "torch"
-) -> Tensor:
+def dequantise(plan: ChunkPlan, codes: Codes, bits: Bits, *, backend: str = "torch") -> Tensor:
     """Values `[peers, n, k]` in the compute dtype.
 
     Args:
