@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from psyche_fast.config import FLAGS, Parallelism, RunConfig, flag
+from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.evaluation import Held, look_at
+from psyche_fast.core.fitting import largest_micro_batch
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
-from psyche_fast.metrics.formatting import format_count
+from psyche_fast.metrics.formatting import format_bytes, format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
 from psyche_fast.models.loading import check_fit
@@ -36,6 +37,7 @@ from psyche_fast.models.source import (
 from psyche_fast.rank.choice import CHOSEN
 from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
+from psyche_fast.ranks import Parallelism
 from psyche_fast.start import knock, tls
 from psyche_fast.start.devices import Devices, choose_devices
 from psyche_fast.start.early import cores
@@ -125,12 +127,24 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     sharing = ranks_on_this_machine or config.ranks_here
     split = parallelism.elastic or _splits(parallelism, on_cpu, sharing)
     threads = config.machines.threads or (max(1, cores() // sharing) if on_cpu else 0)
+    micro_batch = config.training.micro_batch
+    fitted: tuple[str, ...] = ()
+    if micro_batch == 0 and start is not None:
+        micro_batch = start.manifest.config["micro_batch"]  # whatever fits by now: bits hang on it
+    elif micro_batch == 0:
+        fit = largest_micro_batch(config, model.config, devices.devices[0], sharing)
+        micro_batch = fit.micro_batch
+        fitted = (
+            f"memory   micro-batches of {micro_batch} sequences: about "
+            f"{format_bytes(fit.needed)} of the {format_bytes(fit.free)} that a rank may take",
+        )
     resolved = config.replace(
+        micro_batch=micro_batch,
         attn_implementation=attention,
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices) + held.notes
+    summary = _summary(config, resolved, model, dataset, devices) + fitted + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 import signal
 import time
@@ -75,12 +76,14 @@ class RunResult:
         checkpoint: the last checkpoint.
         last_step: the last step that was trained.
         signal: what stopped it early, if anything.
+        is_complete: whether it was the run's last step.
     """
 
     output: Path
     checkpoint: Path | None
     last_step: int
     signal: int | None
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Core:
         watch: is told where the run is.
         evaluation: evaluates and samples.
         members: of an elastic run.
+        ends: `time.perf_counter` at which it has to end.
     """
 
     plan: Plan
@@ -112,6 +116,7 @@ class Core:
     watch: Watch
     evaluation: Evaluation
     members: Members | None = None
+    ends: float = math.inf
 
 
 def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
@@ -127,7 +132,7 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
         RuntimeError: replicas that differ, a lost machine, no memory.
         OSError: the run directory or the last checkpoint cannot be written.
     """
-    config = plan.config
+    config, began = plan.config, time.perf_counter()
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
@@ -144,17 +149,14 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
                 stack.enter_context(waited_for(one))
             status = Status(output / "status.json")
             stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            ends = math.inf if config.run.max_time is None else began + config.run.max_time
             try:
                 with started(plan, output, launch, console, early) as ranks:
-                    result = _train(plan, output, ranks, console, uploads, status)
+                    result = _train(plan, output, ranks, console, uploads, status, ends)
             except BaseException as error:
                 status.end(f"failed: {explain(error)}")
                 raise
-            stopped = result.signal
-            status.end(
-                f"finished with step {result.last_step}" if stopped is None
-                else f"stopped by {signal.Signals(stopped).name} after step {result.last_step}"
-            )  # fmt: skip
+            status.end(_how(result))
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -163,6 +165,15 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
         except OSError as error:  # the run is complete without them
             console.message(f"plots not written: {error}")
     return result
+
+
+def _how(result: RunResult) -> str:
+    """How a run ended, for its page."""
+    if result.signal is not None:
+        return f"stopped by {signal.Signals(result.signal).name} after step {result.last_step}"
+    if not result.is_complete:
+        return f"ended by --max-time after step {result.last_step}"
+    return f"finished with step {result.last_step}"
 
 
 def _of_the_whole_run(config: RunConfig) -> RunConfig:
@@ -179,6 +190,7 @@ def _train(
     console: Console,
     uploads: Sequence[Uploads],
     status: Status,
+    ends: float,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -210,8 +222,9 @@ def _train(
     vocabulary = vocabulary_size(trainer.model.config)
     evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
     core = Core(
-        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation, members
-    )
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation,
+        members, ends,
+    )  # fmt: skip
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
@@ -263,7 +276,7 @@ def _train(
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
-    return RunResult(output, checkpoint, last_step, stopped)
+    return RunResult(output, checkpoint, last_step, stopped, last_step == total)
 
 
 def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Plan:
@@ -325,12 +338,13 @@ def steps(
     members, saves = core.members, False
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
-    before = -1
+    before, longest = -1, 0.0
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         core.watch.begins(step)
-        last = step == schedule.total_steps or core.stop.signal is not None
+        late = began + 2 * longest >= core.ends  # as the step after this would be
+        last = step == schedule.total_steps or core.stop.signal is not None or late
         try:
             sent = feed.take()
         except (ValueError, OSError):
@@ -364,6 +378,7 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
+        longest = max(longest, seconds)
         fields: dict[str, Any] = {
             "step": step,
             "time": time.time(),

@@ -13,24 +13,38 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers", "links"),
-    *("locations", "options", "schedules", "sharding", "strict", "views"),
+    *(
+        "batch",
+        "budgets",
+        "compat",
+        "config",
+        "devices",
+        "errors",
+        "exchanges",
+        "integers",
+        "links",
+    ),
+    *("locations", "options", "presets", "ranks", "schedules", "sharding", "strict", "views"),
 }
 ALLOWED = {
     "batch": set(),
+    "budgets": set(),
     "compat": set(),
     "devices": set(),
     "errors": set(),
     "integers": set(),
     "links": set(),
     "locations": {"options", "strict"},
-    "exchanges": {"options"},
+    "exchanges": {"links", "options"},
     "options": set(),
+    "presets": {"locations"},
+    "ranks": {"options"},
     "sharding": set(),
     "strict": set(),
-    "schedules": {"options", "strict"},
+    "schedules": {"budgets", "options", "strict"},
     "views": {"options"},
-    "config": {"exchanges", "locations", "options", "schedules", "strict", "views"},
+    "config": {"budgets", "exchanges", "locations", "options", "ranks", "schedules", "strict"}
+    | {"views"},
     "runfile": {"config", "exchanges", "locations", "options", "schedules", "strict"},
     "conversion": {"config", "exchanges", "locations", "runfile", "strict"},
     "kernels": BOTTOM,

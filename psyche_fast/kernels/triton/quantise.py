@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Rates
 from psyche_fast.kernels.quantise import Bits, Codes, scales_like
-from psyche_fast.kernels.triton.arithmetic import MAGNITUDE, nearest, power_of_two
+from psyche_fast.kernels.triton.arithmetic import nearest, power_of_two
 from psyche_fast.kernels.triton.launch import (
     TILE_ELEMENTS,
     launch_options,
