@@ -55,6 +55,14 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         distro=True, distro_quantization=True, compression_topk=2
     ).optimizer  # fmt: skip
     assert method_of(run) is None
+    with_share = RunConfig.of(
+        method="distro", subtract=0.2, topk=2, beta=0.995, values="parameter", replicas=2,
+        weight_decay=0.0,
+    )  # fmt: skip
+    assert not with_share.optimizer.distro
+    assert method_of(with_share) == m.get(
+        "distro", subtract=0.2, k=2, decay=0.995, values="parameter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,10 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
             "--values codebook4 codes all values of a parameter together, of which each rank has a",
         ),
         ({"method": "dense", "replicas": 2, "elastic": True}, "--elastic wants --method distro"),
+        (
+            {"method": "distro", "subtract": 0.2, "replicas": 2, "elastic": True},
+            "--elastic wants --method distro, got it with --subtract",
+        ),
         ({"replicas": 2}, "--replicas 2 needs --distro"),
         ({"method": "loco"}, "--method loco: method: wanted one of distro, demo"),
         ({"method": "sparseloco", "delay": 30}, "--method sparseloco: delay=30 must be less"),
