@@ -144,9 +144,7 @@ def _check_products(device: torch.device, backend: str) -> None:
             )
 
 
-def hindrance(
-    h: int, w: int, dtype: torch.dtype, *, is_transformed: bool = True
-) -> str | None:
+def hindrance(h: int, w: int, dtype: torch.dtype, *, is_transformed: bool = True) -> str | None:
     """Why the Triton kernels cannot take chunks of `h` x `w`; None where they can.
 
     Args:

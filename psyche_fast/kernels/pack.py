@@ -157,8 +157,8 @@ def unpack(plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "tor
         backend: resolved backend name.
 
     Returns:
-        Indices in `plan.index_dtype` and values (bool for "sign", uint8 for codes), `[chunks, peers * k]` with the
-        peers in the order of the rows. `unique` for a single peer.
+        Indices in `plan.index_dtype` and values (bool for "sign", uint8 for codes), `[chunks,
+        peers * k]` with the peers in the order of the rows. `unique` for a single peer.
 
     Raises:
         TypeError: `values` is neither "sign" nor a floating-point dtype.
@@ -265,9 +265,7 @@ def _unpack(
     bits = _bits(plan, values)
     if bits and chunks and peers:
         planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        implementation(backend, "pack").unpack(
-            code, planes, indices, signs, valid, _planes(values)
-        )
+        implementation(backend, "pack").unpack(code, planes, indices, signs, valid, _planes(values))
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )

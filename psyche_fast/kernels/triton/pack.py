@@ -102,9 +102,7 @@ def pack_planes(
                 for plane in tl.static_range(PLANES):
                     end = K * LOW + UPPER + (plane + 1) * K
                     one = (bits >> plane) & 1
-                    _store_bits(
-                        planes, one, shift, group, position + plane * K, groups, end, BITS
-                    )
+                    _store_bits(planes, one, shift, group, position + plane * K, groups, end, BITS)
 
 
 @triton.jit
