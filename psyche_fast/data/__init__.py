@@ -1,7 +1,8 @@
 """Training data: token files, Parquet, their seeded order, background batches, tokenising."""
 
 from psyche_fast.batch import Batch
-from psyche_fast.data.datasets import open_dataset
+from psyche_fast.data.card import check_card
+from psyche_fast.data.datasets import folders_of, open_dataset
 from psyche_fast.data.dummy import DummyDataset
 from psyche_fast.data.local import LocalDataset
 from psyche_fast.data.mixture import MixtureDataset
@@ -12,7 +13,7 @@ from psyche_fast.data.remote import BlockCache
 from psyche_fast.data.samples import Dataset, Sample, collate
 from psyche_fast.data.texts import find_files, iter_texts
 from psyche_fast.data.tokenize import TokenizeSummary, tokenize_files
-from psyche_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from psyche_fast.data.tokenizer import bytes_of_tokens, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -25,8 +26,11 @@ __all__ = [
     "ParquetDataset",
     "Sample",
     "TokenizeSummary",
+    "bytes_of_tokens",
+    "check_card",
     "collate",
     "find_files",
+    "folders_of",
     "iter_texts",
     "load_tokenizer",
     "open_dataset",

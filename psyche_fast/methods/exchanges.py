@@ -73,6 +73,17 @@ class InProcess:
         return Arrived(arrived, form.faults(turn, arrived, refused), refused)
 
 
+def traffic(form: Format | Owners, replica: int, replicas: int) -> tuple[int, int]:
+    """The bytes that a replica hands over for a message, and those that come from others."""
+    if replicas == 1:
+        return 0, 0
+    if not isinstance(form, Owners):
+        return form.size, (replicas - 1) * form.size
+    own, merged = form.sizes[replica], form.merged_sizes
+    sent = form.size - own + (replicas - 1) * merged[replica]
+    return sent, (replicas - 1) * own + sum(merged) - merged[replica]
+
+
 class Flight:
     """A message on its way between processes, until all have agreed on what has come of it.
 
@@ -95,16 +106,13 @@ class Flight:
             self._decided.set_result(None)
             self._arrived.set_result(Arrived(message[None], {}))
             return
+        self.bytes_sent, self.bytes_received = traffic(form, replica, replicas)
         if isinstance(form, Owners):
-            own, merged = form.sizes[replica], form.merged_sizes
-            self.bytes_sent = form.size - own + (replicas - 1) * merged[replica]
-            self.bytes_received = (replicas - 1) * own + sum(merged) - merged[replica]
+            own = form.sizes[replica]
             parts = _Parts(message, form.sizes, [own] * replicas, link.group)
             work = partial(self._own, form, parts, before)
         else:
             pending = exchange.start(message, link.group)
-            self.bytes_sent = pending.bytes_sent
-            self.bytes_received = (replicas - 1) * pending.bytes_sent
             work = partial(self._gather, form, pending, before)
         threading.Thread(target=self._run, args=(work,), name="results", daemon=True).start()
 
@@ -185,9 +193,7 @@ class Link:
         # what tensor parallelism replicates is every rank's.
         places = {tuple(dist.get_process_group_ranks(group))}
         for connected in inside:
-            found: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size(connected)
-            dist.all_gather_object(found, places, group=connected)
-            places = set().union(*found)
+            places = _united(places, connected)
         everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
         self._order = [sorted(everyone).index(rank) for rank in everyone]
         # Groups of their own, as each is used by threads alone, and at its own pace.
@@ -244,6 +250,18 @@ class _Parts:
             self._work.wait()
         beside.synchronize()
         return self._received
+
+
+def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple[int, ...]]:
+    """What any rank of a group has: tuples of one length, at least one on each."""
+    own = message_for(group, torch.tensor(sorted(places)))
+    counts = [own.new_empty(()) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own.new_tensor(len(own)), group=group)
+    rows = max(int(count) for count in counts)
+    padded = torch.cat([own, own[:1].expand(rows - len(own), -1)])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded, group=group)
+    return {tuple(row) for row in torch.cat(found).tolist()}
 
 
 def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
