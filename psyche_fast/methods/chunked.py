@@ -229,14 +229,9 @@ class Fragment:
 
     def places(self, plan: ChunkPlan, turn: int) -> Tensor:
         """The positions that a round's random selection takes, int64 `[n, k]`."""
-        names = [self.names[m.position] for m in plan.members]
-        seed = self.method.seed
-        return torch.cat(
-            [
-                positions(name, self._numbers[name], plan.totalk, plan.k, seed=seed, turn=turn)
-                for name in names
-            ]
-        )
+        named = [self.names[m.position] for m in plan.members]
+        numbers = {name: self._numbers[name] for name in named}
+        return positions(numbers, plan.totalk, plan.k, seed=self.method.seed, turn=turn)
 
     def merge(self, received: Sequence[Picked], turn: int) -> list[Tensor]:
         """The mean of the replicas' results, transformed back: this rank's shards, in order."""
