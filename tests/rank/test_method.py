@@ -12,7 +12,7 @@ from psyche_fast import methods as m
 from psyche_fast.config import RunConfig
 from psyche_fast.rank.method import method_of
 from tests.core.test_resume import parameters, same, states, without_later
-from tests.core.test_run import losses, train
+from tests.core.test_run import losses, start, train
 from tests.tiny import save_llama, save_tokens
 
 FP32 = {"param_dtype": "float32"}
@@ -132,6 +132,9 @@ def test_a_run_by_local_steps_goes_on_to_the_bit(place: Path, tmp_path: Path) ->
     assert same(parameters(whole, 2), first)
     assert not same(parameters(whole, 6), first)
     resumed = without_later(whole, tmp_path / "resumed", 2)
+    refused = start(place, resumed, *arguments[2:], "--resume", "auto", "--dry-run")
+    assert "--resume: --data-parallelism 2 -> 1 since" in refused.stderr
+    assert refused.returncode == 2
     train(place, resumed, *arguments, "--resume", "auto", ranks=4)
     assert same(parameters(whole, 6), parameters(resumed, 6))
     assert same(states(whole, 6), states(resumed, 6))
