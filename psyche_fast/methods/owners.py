@@ -60,8 +60,8 @@ def are_owned(method: Method, replicas: int) -> bool:
     """Whether owners merge a method's results, of so many replicas.
 
     That hangs on nothing else, so that all ranks of all replicas come to the same. Above `GATHERED`
-    replicas selected entries go to owners where fewer bytes come in by that, of a chunk of full
-    size and entries that no two replicas name.
+    replicas selected entries go to owners where that is fewer bytes, of a chunk of full size and
+    entries that no two replicas name.
     """
     if replicas < 2 or method.reduce == "gather":
         return False
@@ -71,19 +71,17 @@ def are_owned(method: Method, replicas: int) -> bool:
         return False
     if method.select == "all" or replicas <= GATHERED:
         return method.select == "all"
-    n = method.chunk**2
-    k = min(method.k, n)
-    empty = torch.empty(0, 0)
+    n, none, chunks = method.chunk**2, torch.empty(0, 0), 1 << 10
     plan = sent_plan(
         ChunkPlan(
-            h=1, w=n, k=k, dtype=torch.float32, compute_dtype=torch.float32,
-            device=torch.device("cpu"), basis_h=empty, basis_w=empty, rows_h=empty, rows_w=empty,
-            members=(Member(0, (8,), 0, 8),), slices=(),
+            h=1, w=n, k=min(method.k, n), dtype=torch.float32, compute_dtype=torch.float32,
+            device=torch.device("cpu"), basis_h=none, basis_w=none, rows_h=none, rows_w=none,
+            members=(Member(0, (chunks,), 0, chunks),), slices=(),
         ),
         method,
     )  # fmt: skip
-    own, merged = class_bytes(plan, method.values), _Merged.of(method, plan, replicas).bytes
-    return own + merged < replicas * own
+    own = class_bytes(plan, method.values)
+    return own + _Merged.of(method, plan, replicas).bytes < replicas * own
 
 
 @dataclass(frozen=True)
@@ -237,6 +235,7 @@ class Owners:
 
     Attributes:
         size: bytes of a message.
+        device: where they are made.
         sizes: of it, bytes for each owner.
         merged_sizes: bytes of each owner's merged results.
     """
@@ -250,7 +249,7 @@ class Owners:
         replica: int,
         replicas: int,
     ) -> None:
-        self._method, self._layout = method, layout
+        self._method, self._layout, self.device = method, layout, layout.plans[0].device
         self._replica, self._replicas = replica, replicas
         self._mask = -(-replicas // 8)
         owned = owners_of(layout, replicas)
@@ -571,7 +570,7 @@ def _rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     """Rows of indices, which have few operations in their own dtype."""
     if tensor is None:
         return None
-    return tensor.view(_SIGNED[tensor.dtype])[rows].view(tensor.dtype)
+    return tensor.view(_SIGNED.get(tensor.dtype, tensor.dtype))[rows].view(tensor.dtype)
 
 
 def _joined(parts: Sequence[Picked], places: Tensor, plan: ChunkPlan) -> Picked:
