@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from psyche_fast.links import Link
 from psyche_fast.options import Amount, Count, Positive, Section, Share, flag
 from psyche_fast.options import describe as _help
 
@@ -43,13 +44,18 @@ class Exchange(Section, frozen=True, kw_only=True):
         Literal["auto", "gather", "owners"] | None,
         _help("method: replicas get all results, or each owns chunks and merges them for all"),
     ] = None  # fmt: skip
+    link: Annotated[
+        str | None,
+        _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "
+              "replicas: choose topk, every and delay so that exchanges hide behind compute"),
+    ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         for name in self.__struct_fields__:
-            if name == "method" or getattr(self, name) is None:
+            if name in ("method", "link") or getattr(self, name) is None:
                 continue
             if self.method is None:
                 raise ValueError(f"{flag(name)} needs --method")
@@ -60,14 +66,24 @@ class Exchange(Section, frozen=True, kw_only=True):
                 )
 
     def check(
-        self, *, distro: bool, elastic: bool, ranks_per_replica: int, has_masters: bool
-    ) -> None:
+        self, *, distro: bool, elastic: bool, replicas: int, ranks_per_replica: int,
+        has_masters: bool,
+    ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
 
         Raises:
             ValueError: it does not.
         """
         method = self.method
+        if self.link is not None:
+            if self.link != "auto":
+                Link.parse(self.link)
+            if not distro and method is None:
+                raise ValueError("--link needs --distro or --method, whose exchanges go over it")
+            if replicas < 2:
+                raise ValueError("--link needs --replicas of at least 2: one exchanges nothing")
+            if elastic:
+                raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):
             return
         if distro or method == "distro":

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
-import uuid
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast.compat import all_to_all, default_store, group_timeout
+from psyche_fast.devices import message_for
 from psyche_fast.distro import exchange
 from psyche_fast.distro.verdict import conclude, opinions
 from psyche_fast.methods.message import Format
@@ -190,19 +190,20 @@ class Link:
         if group is None:
             return
         self.replica, self.replicas = dist.get_rank(group), dist.get_world_size(group)
-        peers = tuple(dist.get_process_group_ranks(group))
-        # A name that nobody has had, of each place's ranks. All places have to leave out the same,
-        # whatever is in their shards: what tensor parallelism replicates is every rank's.
-        named = {peers: _gathered(uuid.uuid4().hex, group)[0]}
+        peers = dist.get_process_group_ranks(group)
+        name = message_for(group, torch.tensor([secrets.randbits(62)]))
+        name = exchange.start(name, group).wait()[0]  # that nobody has had
+        # Counterparts by their places. All have to leave out the same, whatever is in their shards:
+        # what tensor parallelism replicates is every rank's.
+        places = {(*peers, int(name))}
         for connected in inside:
-            for others in _gathered(named, connected):
-                named |= others
-        places = sorted(named)
-        everyone = [rank for row in zip(*places, strict=True) for rank in row]
-        self._first = _Gloo(named[places[0]] + "/first", everyone) if owned else None
-        self._last = _Gloo(named[places[0]] + "/last", everyone)
+            places = _united(places, connected)
+        *rows, names = zip(*sorted(places), strict=True)
+        everyone = [rank for row in rows for rank in row]
+        self._first = _Gloo(f"{names[0]}/first", everyone) if owned else None
+        self._last = _Gloo(f"{names[0]}/last", everyone)
         if owned:
-            self.up, self.down = (_Gloo(f"{named[peers]}/{way}", peers) for way in ("up", "down"))
+            self.up, self.down = (_Gloo(f"{int(name)}/{way}", peers) for way in ("up", "down"))
 
     def agree(self, faults: Faults, messages: Iterable[Tensor], *, first: bool = False) -> Faults:
         """What any rank of any replica refuses; a collective, see `distro.verdict.agree`.
@@ -270,8 +271,13 @@ class Parts:
         return self._received
 
 
-def _gathered(what: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's, in order."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, what, group=group)
-    return found
+def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple[int, ...]]:
+    """What any rank of a group has: tuples of one length, at least one on each."""
+    own = message_for(group, torch.tensor(sorted(places)))
+    counts = [own.new_empty(()) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own.new_tensor(len(own)), group=group)
+    rows = max(int(count) for count in counts)
+    padded = torch.cat([own, own[:1].expand(rows - len(own), -1)])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded, group=group)
+    return {tuple(row) for row in torch.cat(found).tolist()}

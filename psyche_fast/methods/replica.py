@@ -315,6 +315,28 @@ class Replica:
         fragment.format.received(sent.turn)
         return refused
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a round leaves a replica something of its own in its parameters."""
+        return self.method.is_local and (self.method.mix != 0.0 or self.method.fragments > 1)
+
+    @torch.no_grad()
+    def follow(self, before: Mapping[str, Tensor]) -> None:
+        """Have the own parameters go with the shared ones, which another has changed in place.
+
+        Args:
+            before: the shared ones as they were, where the replica `keeps_own`.
+        """
+        if self.method.is_local:
+            for name, own, shared in zip(
+                self._shared, parts(self._stepped), parts(self._shared), strict=True
+            ):
+                if self.keeps_own:
+                    own.add_(shared - local_tensor(before[name]))
+                else:
+                    own.copy_(shared)
+        self._copies.round()
+
     def plain(self) -> Mapping[str, Tensor]:
         """The shared parameters by name, not copies: to evaluate, to export, to compare.
 

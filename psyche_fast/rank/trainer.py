@@ -29,6 +29,7 @@ from psyche_fast.rank.gradients import (
     gradients,
     local_parts,
 )
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.snapshot import Snapshot
 from psyche_fast.rank.state import Piece, Reader, State, parameters_file, piece_of, rank_file
@@ -73,7 +74,12 @@ class Trainer:
         optimizer: over the model's `trainable` parameters.
         options: how the batch is gone through.
         max_grad_norm: clip the gradient's global norm; 0 for no limit.
+
+    Attributes:
+        settled: what has been chosen for the run's link; None where nothing was to be.
     """
+
+    settled: Settled | None = None
 
     def __init__(
         self,

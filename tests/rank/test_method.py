@@ -103,14 +103,15 @@ def test_dense_replicas_are_adamw_on_all_rows(place: Path, tmp_path: Path) -> No
 
 @pytest.mark.processes
 def test_a_run_by_local_steps_goes_on_to_the_bit(place: Path, tmp_path: Path) -> None:
-    """Also in the middle of a round, with a message in flight."""
+    """On shards, in bfloat16 with masters; in the middle of a round, with a message in flight."""
     arguments = (
+        "--data-parallelism", "2", "--param-dtype", "bfloat16", "--save-dtype", "float32",
         "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
         "--chunk", "16", "--topk", "16", "--replicas", "2", "--checkpoint-every", "2",
         "--decay", "matrices",
     )  # fmt: skip
     whole = tmp_path / "whole"
-    metrics = train(place, whole, *arguments, ranks=2)
+    metrics = train(place, whole, *arguments, ranks=4)
     assert [line["bytes_sent"] > 0 for line in metrics] == [False, True, False] * 2
     assert [line["bytes_received"] for line in metrics] == [line["bytes_sent"] for line in metrics]
     assert losses(metrics)[-1] < losses(metrics)[0]
@@ -119,6 +120,6 @@ def test_a_run_by_local_steps_goes_on_to_the_bit(place: Path, tmp_path: Path) ->
     assert same(parameters(whole, 2), first)
     assert not same(parameters(whole, 6), first)
     resumed = without_later(whole, tmp_path / "resumed", 2)
-    train(place, resumed, *arguments, "--resume", "auto", ranks=2)
+    train(place, resumed, *arguments, "--resume", "auto", ranks=4)
     assert same(parameters(whole, 6), parameters(resumed, 6))
     assert same(states(whole, 6), states(resumed, 6))
