@@ -308,7 +308,7 @@ def test_the_package_stays_small() -> None:
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 6_000
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
-    assert methods < 3_000  # levels of methods are 350 of them
+    assert methods < 3_900  # levels of methods are 350 of them, exchanges and owners 900
     # What looks at machines grows with what can be wrong with them.
     doctor = sum(n for module, n in lines.items() if part(module) == "doctor")
     assert doctor < 2_200
