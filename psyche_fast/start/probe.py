@@ -24,17 +24,15 @@ PINGS = 6
 FIRST_BYTES = 1 << 18
 MOST_BYTES = 1 << 28
 """Of a message."""
-PIECES = 64
+PIECES = 32
 """Of a message."""
 TARGET_SECONDS = 0.8
 """What a message is to take, to say what a link carries."""
 MOST_SECONDS = 4.0
 """After which no further message is sent."""
 _SHORT = 0.01
-_EVEN = 6
-"""As many mean gaps is the largest at most where pieces come evenly."""
-_BURST = 1.4
-"""By how much the second half may be faster than all, before it is taken for a burst."""
+_MORE, _MOST = 1.1, 2.2
+"""Between what the usual rate is to the mean one, where both are of one link."""
 _SAME = 0.1
 """By how much two rates may differ."""
 
@@ -90,20 +88,17 @@ def arrivals(began: float, times: Sequence[float], piece: int) -> tuple[float, f
         piece: bytes of each.
 
     Returns:
-        Seconds from the first to the last piece; and bits in a second, of the second half where
-        that came evenly, before which a sender may have had to find its speed. Where pieces came in
-        bursts some have waited for a lost one: only all of them say how fast they were.
+        Seconds from the first to the last piece, and bits in a second. That is by the median of the
+        times between two pieces, since some come late and many at once after them where a packet
+        was lost or a sender had yet to find its speed; by all of them where most are like that.
     """
     seconds = times[-1] - times[0]
     if seconds < _SHORT:  # they were all there when this process looked
         return seconds, 8 * piece * len(times) / max(times[-1] - began, 1e-6)
     whole = 8 * piece * (len(times) - 1) / seconds
-    late = times[len(times) // 2 :]
-    gaps = [after - before for before, after in pairwise(late)]
-    span = max(sum(gaps), 1e-6)
-    later = 8 * piece * len(gaps) / span
-    is_even = max(gaps) <= _EVEN * span / len(gaps) and later < _BURST * whole
-    return seconds, later if is_even else whole
+    gaps = sorted(after - before for before, after in pairwise(times))
+    usual = 8 * piece / max(gaps[len(gaps) // 2], 1e-9)
+    return seconds, usual if whole < _MORE * usual < _MOST * whole else whole
 
 
 def is_host(text: str) -> bool:
