@@ -15,6 +15,7 @@ from torch import Tensor
 from psyche_fast.devices import message_for
 from psyche_fast.distro import exchange
 from psyche_fast.distro.verdict import agree
+from psyche_fast.methods.hierarchy import Level
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.replica import Faults, Replica
@@ -42,7 +43,7 @@ class InProcess:
         replicas: in the order of their numbers.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica | Level]) -> None:
         self._replicas = replicas
 
     @torch.no_grad()
@@ -197,10 +198,10 @@ class Link:
         everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
         self._order = [sorted(everyone).index(rank) for rank in everyone]
         # Groups of their own, as each is used by threads alone, and at its own pace.
-        self._agreements = [_group(everyone, "gloo") for _ in range(2 if owned else 1)]
+        self._agreements = [group_of(everyone, "gloo") for _ in range(2 if owned else 1)]
         if owned:
             ranks = dist.get_process_group_ranks(group)
-            self.down = _group(ranks, dist.get_backend_config(group))
+            self.down = group_of(ranks, dist.get_backend_config(group))
 
     def agree(
         self, faults: Faults, messages: Tensor | Sequence[Tensor], *, first: bool = False
@@ -264,7 +265,7 @@ def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple
     return {tuple(row) for row in torch.cat(found).tolist()}
 
 
-def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+def group_of(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
     """A group of ranks, who alone take part in making it."""
     made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
