@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 
+from psyche_fast.bench.command import bench
 from psyche_fast.start.logs import quiet_terminal
 
 
@@ -155,4 +156,4 @@ def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
     click.echo(f"{out}: the model of step {step}")
 
 
-COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export)
+COMMANDS = (bench, convert, tokenize, psyche_path, kernels, results, diff, export)
