@@ -36,6 +36,14 @@ class Lines:
         assert self._held is None, "one line at a time"
         self._held = totals, {**fields, "seconds": self.timer.take()}
 
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Adds to the line that is held: what was found out after its step, and its seconds."""
+        assert self._held is not None
+        line = self._held[1]
+        line |= fields
+        for phase, more in self.timer.take().items():
+            line["seconds"][phase] = line["seconds"].get(phase, 0.0) + more
+
     def write(self, *, checkpoint: bool = False) -> None:
         """Writes the line that is held, if one is; waits for the ranks and the device.
 

@@ -22,6 +22,7 @@ from psyche_fast.kernels.backends import explain
 from psyche_fast.rank import state
 from psyche_fast.rank.saving import fits
 from psyche_fast.rank.state import Manifest
+from psyche_fast.views import Evaluation, Tracking
 
 _FREE = {
     *("output", "save_path", "checkpoint_every", "keep", "keep_every", "run_id"),
@@ -31,10 +32,12 @@ _FREE = {
     *("tls_key", "tls_cert", "tls_ca"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
-    *("elastic", "max_replicas"),
+    *("elastic", "max_replicas", "max_time"),
+    *Evaluation.__struct_fields__,
+    *Tracking.__struct_fields__,
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = ("total_steps", "total_tokens", "replicas", "data_parallelism", "tensor_parallelism")
 """Flags that may be others, which changes the bits of what is trained from then on."""
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,16 +20,19 @@ import torch.distributed as dist
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.core.elastic import Members
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
-from psyche_fast.core.plan import Plan
+from psyche_fast.core.plan import Plan, left_over
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
+from psyche_fast.core.status import Status
 from psyche_fast.core.uploads import Uploads, waited_for
 from psyche_fast.core.watch import Watch, watching
 from psyche_fast.data import BatchPrefetcher
+from psyche_fast.errors import explain
 from psyche_fast.metrics import (
     Console,
     MetricsWriter,
@@ -42,6 +48,7 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
@@ -51,6 +58,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
@@ -68,12 +76,14 @@ class RunResult:
         checkpoint: the last checkpoint.
         last_step: the last step that was trained.
         signal: what stopped it early, if anything.
+        is_complete: whether it was the run's last step.
     """
 
     output: Path
     checkpoint: Path | None
     last_step: int
     signal: int | None
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,9 @@ class Core:
         console: for what the user should know.
         timer: phases of a step are charged to it.
         watch: is told where the run is.
+        evaluation: evaluates and samples.
         members: of an elastic run.
+        ends: `time.perf_counter` at which it has to end.
     """
 
     plan: Plan
@@ -102,22 +114,25 @@ class Core:
     console: Console
     timer: PhaseTimer
     watch: Watch
+    evaluation: Evaluation
     members: Members | None = None
+    ends: float = math.inf
 
 
-def run(plan: Plan, launch: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
+        early: sidecars that have been started already, as far as they are needed.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
         RuntimeError: replicas that differ, a lost machine, no memory.
         OSError: the run directory or the last checkpoint cannot be written.
     """
-    config = plan.config
+    config, began = plan.config, time.perf_counter()
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
@@ -132,8 +147,16 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
                 uploads.append(RemoteUploads(config.run.checkpoint_to, console.message))
             for one in uploads:
                 stack.enter_context(waited_for(one))
-            with started(plan, output, launch, console) as ranks:
-                result = _train(plan, output, ranks, console, uploads)
+            status = Status(output / "status.json")
+            stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            ends = math.inf if config.run.max_time is None else began + config.run.max_time
+            try:
+                with started(plan, output, launch, console, early) as ranks:
+                    result = _train(plan, output, ranks, console, uploads, status, ends)
+            except BaseException as error:
+                status.end(f"failed: {explain(error)}")
+                raise
+            status.end(_how(result))
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -144,6 +167,15 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
     return result
 
 
+def _how(result: RunResult) -> str:
+    """How a run ended, for its page."""
+    if result.signal is not None:
+        return f"stopped by {signal.Signals(result.signal).name} after step {result.last_step}"
+    if not result.is_complete:
+        return f"ended by --max-time after step {result.last_step}"
+    return f"finished with step {result.last_step}"
+
+
 def _of_the_whole_run(config: RunConfig) -> RunConfig:
     """The configuration without where this part of the run begins."""
     if config.run.resume is None and config.run.fork is None:
@@ -152,7 +184,13 @@ def _of_the_whole_run(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    plan: Plan, output: Path, ranks: Ranks, console: Console, uploads: Sequence[Uploads]
+    plan: Plan,
+    output: Path,
+    ranks: Ranks,
+    console: Console,
+    uploads: Sequence[Uploads],
+    status: Status,
+    ends: float,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -170,6 +208,9 @@ def _train(
     else:
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
+    if trainer.settled is not None:
+        plan = _settled(plan, trainer.settled, output, console)
+        config = plan.resolved
     restore(trainer, config)
     if members is not None:
         members.begin(trainer)
@@ -177,15 +218,20 @@ def _train(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
     timer = PhaseTimer()
-    watch = watching(ranks, config, timer, output / "logs", members)
-    core = Core(plan, output, trainer, sender, checkpoints, stop, console, timer, watch, members)
+    watch = watching(ranks, config, timer, output / "logs", members, status)
+    vocabulary = vocabulary_size(trainer.model.config)
+    evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
+    core = Core(
+        plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation,
+        members, ends,
+    )  # fmt: skip
     log.info("training begins")
     last_step, checkpoint = 0, None
     stop.has_work = True
     first, total = config.schedule.start_step, config.schedule.total_steps
     names: Names = flatten
     if run.metric_names == "psyche":
-        names = PsycheNames(parallelism.replicas, vocabulary_size(trainer.model.config))
+        names = PsycheNames(parallelism.replicas, vocabulary)
     with (
         MetricsWriter(
             output / "metrics.jsonl", drop_from_step=first, tell=console.message
@@ -200,6 +246,7 @@ def _train(
             first_step=first,
         ) as tracker,
         also_at_exit_now(tracker.finish),
+        evaluation,
         watch,
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
@@ -229,7 +276,22 @@ def _train(
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
-    return RunResult(output, checkpoint, last_step, stopped)
+    return RunResult(output, checkpoint, last_step, stopped, last_step == total)
+
+
+def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Plan:
+    """The run with what has been chosen for its link, which its directory then has too."""
+    for line in settled.lines:
+        console.message(line)
+    plan = dataclasses.replace(
+        plan,
+        config=plan.config.replace(**settled.changes),
+        resolved=plan.resolved.replace(**settled.changes),
+    )
+    (output / "config.toml").write_text(_of_the_whole_run(plan.config).to_toml())
+    for line in left_over(plan.config):
+        console.message(line)
+    return plan
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -276,12 +338,13 @@ def steps(
     members, saves = core.members, False
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
-    before = -1
+    before, longest = -1, 0.0
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         core.watch.begins(step)
-        last = step == schedule.total_steps or core.stop.signal is not None
+        late = began + 2 * longest >= core.ends  # as the step after this would be
+        last = step == schedule.total_steps or core.stop.signal is not None or late
         try:
             sent = feed.take()
         except (ValueError, OSError):
@@ -315,8 +378,10 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
+        longest = max(longest, seconds)
         fields: dict[str, Any] = {
             "step": step,
+            "time": time.time(),
             "grad_norm": output.grad_norm,
             "learning_rate": trainer.learning_rate(step),
             "num_tokens": num_tokens,
@@ -328,6 +393,8 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
         }
+        if trainer.settled is not None and step == schedule.start_step:
+            fields["link"] = trainer.settled.measured
         if members is not None:
             fields["rows"] = sent.rows
         lines.hold(totals, fields)
@@ -339,9 +406,12 @@ def steps(
             except OSError:  # the step itself is done
                 lines.write(checkpoint=True)
                 raise
-            lines.write(checkpoint=True)
         elif saves:
             core.checkpoints.begin(step)
+        if seen := core.evaluation.after(step):
+            lines.add(seen)
+        if last:
+            lines.write(checkpoint=True)
         if members is not None and joiner is not None:
             hand_on(Join(step), trainer.topology)
             with timer.phase("join"):

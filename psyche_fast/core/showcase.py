@@ -20,11 +20,15 @@ from psyche_fast.core.run import run
 from psyche_fast.data import find_files, iter_texts, tokenize_files, train_tokenizer
 from psyche_fast.metrics import read_metrics
 from psyche_fast.metrics.formatting import format_bytes
+from psyche_fast.metrics.report import write as write_page
+from psyche_fast.start.early import Early
 
 STEPS = 1500
 SEQUENCE_LENGTH = 128
 VOCABULARY = 1024
 PROMPTS = ("def ", "class ", "import ")
+_HELD_OUT = 40
+"""One module in so many is not trained on."""
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
 
 
@@ -80,6 +84,7 @@ def run_demo(
     replicas: int,
     data_parallelism: int,
     device: str,
+    early: Early | None = None,
 ) -> None:
     """Tokenises, trains, samples and plots; prints what it did.
 
@@ -89,6 +94,7 @@ def run_demo(
         replicas: DisTrO peers.
         data_parallelism: ranks that share a replica's model.
         device: as of `train`; `auto` uses the CPU where there are fewer GPUs than ranks.
+        early: sidecars that have been started already.
 
     Raises:
         ValueError: the output folder is in use.
@@ -103,11 +109,14 @@ def run_demo(
         device = "cpu"
     _say("reading Python's standard library and training a tokenizer on it ...")
     files = standard_library()
+    held_out = files[_HELD_OUT // 2 :: _HELD_OUT]
+    files = [file for file in files if file not in held_out]
     tokenizer = train_tokenizer(iter_texts(files, errors="skip"), VOCABULARY)
-    summary = tokenize_files(
-        files, tokenizer, output / "data", errors="skip", progress=sys.stderr.isatty()
-    )
-    _say(f"{summary.documents} modules, {summary.tokens:,} tokens")
+    for some, folder in ((held_out, "held-out"), (files, "data")):
+        summary = tokenize_files(
+            some, tokenizer, output / folder, errors="skip", progress=sys.stderr.isatty()
+        )
+    _say(f"{summary.documents} modules, {summary.tokens:,} tokens, {len(held_out)} more held out")
     make_model(output / "model", tokenizer)
     steps = max_steps or STEPS
     plan = make_plan(
@@ -131,12 +140,18 @@ def run_demo(
             param_dtype="float32",
             device=device,
             seed=1,
+            eval_data=str(output / "held-out"),
+            eval_every=max(1, steps // 10),
+            eval_sequences=128,
+            samples_every=max(1, steps // 5),
+            sample_prompt=PROMPTS,
+            sample_tokens=40,
             output=str(output),
         )
     )
     for line in plan.summary:
         _say(line)
-    result = run(plan)
+    result = run(plan, early=early)
     if result.signal is not None or result.checkpoint is None:
         sys.exit(128 + (result.signal or 1))
     _report(result.output, result.checkpoint)
@@ -151,6 +166,8 @@ def _report(output: Path, checkpoint: Path) -> None:
         f"\nloss        {first['loss']:.2f} at step {first['step']}, {mean:.2f} over the last "
         f"{len(last)} of {last[-1]['step']} steps"
     )
+    if (bits := metrics[-1].get("eval_bits_per_byte")) is not None:
+        print(f"held out    {bits:.3f} bits per byte of modules that were not trained on")
     sent = sum(m["bytes_sent"] for m in metrics)
     dense = sum(m["dense_bytes"] for m in metrics)
     if sent:
@@ -160,6 +177,9 @@ def _report(output: Path, checkpoint: Path) -> None:
         )
     print(f"checkpoint  {checkpoint} (AutoModelForCausalLM.from_pretrained loads it)")
     print(f"plots       {output / 'plots'}")
+    print(
+        f"page        {write_page([output]).resolve()} (open it in a browser; it needs no network)"
+    )
     for prompt in PROMPTS:
         print(f"\n--- the model continues {prompt!r} ---\n{sample(checkpoint, prompt)}")
 

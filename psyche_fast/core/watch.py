@@ -13,11 +13,12 @@ import torch.distributed as dist
 from psyche_fast.config import RunConfig
 from psyche_fast.core.elastic import Members
 from psyche_fast.core.ranks import Ranks
+from psyche_fast.core.status import Status
 from psyche_fast.metrics import PhaseTimer
 from psyche_fast.rank.beats import SECONDS, STACKS, Beat, Patience, beat_key, write_stacks
 from psyche_fast.start.signals import exit_now
 
-_LONG = {"data", "send", "checkpoint", "join", None}
+_LONG = {"data", "send", "checkpoint", "join", "evaluate", "sample", None}
 """Phases of rank 0's in which others may have to wait: each has limits of its own."""
 _STOPPED = 5.0
 """Seconds between two looks, from which on nothing can be said of others."""
@@ -29,6 +30,7 @@ def watching(
     timer: PhaseTimer,
     logs: Path,
     members: Members | None = None,
+    status: Status | None = None,
 ) -> Watch:
     """The watch over a run.
 
@@ -38,6 +40,7 @@ def watching(
         timer: says what rank 0 does.
         logs: takes what the ranks were doing.
         members: of an elastic run, which goes on without the rank that is named.
+        status: is told of the signs of life.
     """
     most = config.machines.timeout
     # A new shape is compiled anew, while nothing is wrong.
@@ -47,7 +50,7 @@ def watching(
     if members is not None:
         world = members.epochs.replicas * members.epochs.size
     kill = ranks.sidecars.kill
-    return Watch(store, world, timer, patience, Patience(most), logs, kill, members)
+    return Watch(store, world, timer, patience, Patience(most), logs, kill, members, status)
 
 
 class Watch:
@@ -62,6 +65,7 @@ class Watch:
         logs: takes what the ranks were doing.
         kill: ends those of this machine.
         members: of an elastic run, which goes on without the rank that is named.
+        status: is told of the signs of life.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Watch:
         logs: Path,
         kill: Callable[[], None],
         members: Members | None = None,
+        status: Status | None = None,
     ) -> None:
+        self._status = status
         self._store, self._ranks, self._timer = store, range(1, ranks), timer
         self._patience, self._silence = patience, silence
         self._logs, self._kill, self._members = logs, kill, members
@@ -91,15 +97,15 @@ class Watch:
         self._step, self._since = step, now
 
     def __enter__(self) -> Watch:
-        """Begins to watch, where there is somebody to wait for."""
-        if self._ranks:
+        """Begins to watch, where there is somebody to wait for or to tell."""
+        if self._ranks or self._status is not None:
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ends; whatever goes on is then for others to limit."""
         self._over.set()
-        if self._ranks:
+        if self._thread.ident is not None:
             self._thread.join()
 
     def _watch(self) -> None:
@@ -121,6 +127,10 @@ class Watch:
                 beat = msgspec.json.decode(self._store.get(key), type=Beat)
                 if rank not in heard or heard[rank][0].count != beat.count:
                     heard[rank] = beat, now
+            if self._status is not None:
+                self._status.write(self._step, self._since, self._timer.current, heard)
+            if not self._ranks:  # nobody to wait for
+                continue
             for rank, (beat, at) in heard.items():
                 if now - at > self._silence.seconds:
                     what = (
@@ -163,4 +173,6 @@ class Watch:
         if self._over.is_set():
             return  # it has gone on after all, or ended otherwise
         self._kill()
+        if self._status is not None:
+            self._status.end(f"failed: {what}")
         exit_now(1, f"error: {what} (--timeout); {with_stacks}")

@@ -12,7 +12,7 @@ from psyche_fast.data.remote import BlockCache
 from psyche_fast.data.samples import Dataset, Sample, collate
 from psyche_fast.data.texts import find_files, iter_texts
 from psyche_fast.data.tokenize import TokenizeSummary, tokenize_files
-from psyche_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from psyche_fast.data.tokenizer import bytes_of_tokens, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -25,6 +25,7 @@ __all__ = [
     "ParquetDataset",
     "Sample",
     "TokenizeSummary",
+    "bytes_of_tokens",
     "collate",
     "find_files",
     "iter_texts",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -71,3 +74,29 @@ def load_tokenizer(path_or_hub_id: str | Path) -> transformers.PreTrainedTokeniz
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path_or_hub_id} has no end-of-text (eos) token")
     return tokenizer
+
+
+def bytes_of_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> np.ndarray | None:
+    """How many bytes of text each token stands for, `int64 [highest id + 1]`.
+
+    Special tokens stand for none. Byte-level and SentencePiece tokenizers say it of each token by
+    itself; of others it is not known, and None is returned.
+    """
+    backend = tokenizer.backend_tokenizer
+    kinds = re.findall(r'"type": ?"(\w+)"', json.dumps(json.loads(backend.to_str())["decoder"]))
+    of_bytes = "ByteLevel" in kinds
+    if not of_bytes and not {"Metaspace", "Replace"} & set(kinds):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    added = backend.get_added_tokens_decoder()
+    for token, number in vocabulary.items():
+        if number in added:
+            counts[number] = 0 if added[number].special else len(token.encode())
+        elif of_bytes:  # each character stands for one
+            counts[number] = len(token)
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            counts[number] = 1
+        else:
+            counts[number] = len(token.replace("\u2581", " ").encode())
+    return counts

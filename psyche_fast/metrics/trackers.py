@@ -59,14 +59,14 @@ class Tracker:
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Flattens a metrics line to scalars: `{"seconds": {"data": 1}}` -> `{"seconds/data": 1.0}`.
 
-    Strings, None and non-finite values are left out: trackers draw numbers. `step` is left out of
-    the top level, where it is the axis.
+    Strings, None and non-finite values are left out: trackers draw numbers. `step` and `time` are
+    left out of the top level, where they are axes.
     """
     scalars: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             scalars.update(flatten(value, f"{prefix}{name}/"))
-        elif name == "step" and not prefix:
+        elif name in ("step", "time") and not prefix:
             continue
         elif isinstance(value, int | float) and math.isfinite(value):
             scalars[prefix + name] = float(value)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +21,7 @@ from psyche_fast.batch import IGNORE, Batch
 from psyche_fast.models import document_attention as documents
 from psyche_fast.models import head_loss, huggingface, packing
 from psyche_fast.models.gathering import gather_whole
-from psyche_fast.models.outputs import field
+from psyche_fast.models.outputs import cross_entropy, field, targets_of
 from psyche_fast.models.source import vocabulary_size
 
 log = logging.getLogger(__name__)
@@ -163,11 +162,36 @@ class CausalLM:
             return output.loss.float()
         counts = sum(batch.real_tokens()) > 0
         if self._goes_without_logits(batch):
-            targets = _targets(labels)
+            targets = targets_of(labels)
             with head_loss.instead_of_logits(self._head(), targets):
                 output = self._call(batch, logits=False)
             return self._mean(field(output, "logits").sum(), targets, output)
         return self._loss(self._call(batch, labels=labels), labels, counts)
+
+    @torch.no_grad()
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies that `loss` has the mean of, whatever routers add to that.
+
+        Returns:
+            float64, 0-d; 0 where no label counts.
+
+        Raises:
+            ValueError: see `prepare`.
+        """
+        batch = self.prepare(batch)
+        labels = batch.input_ids if batch.labels is None else batch.labels
+        count, targets = sum(batch.real_tokens()), targets_of(labels)
+        if self._prefers_no_logits(batch):
+            with head_loss.instead_of_logits(self._head(), targets):
+                total = field(self._call(batch, logits=False), "logits").sum()
+        else:
+            output = self._call(batch, labels=labels)
+            if isinstance(self.module, PreTrainedModel):
+                total = cross_entropy(field(output, "logits"), targets)
+            else:  # whose mean over nothing may be NaN
+                total = field(output, "loss").float() * count if count else torch.zeros(())
+        self._reshard()
+        return total.to(self.device, torch.float64)
 
     def forward(
         self,
@@ -216,7 +240,10 @@ class CausalLM:
 
     def _goes_without_logits(self, batch: Batch) -> bool:
         """Whether the loss is computed in the head, chunk by chunk; all ranks decide alike."""
-        if self._loss_kind == "plain" or not self.module.training:
+        return self.module.training and self._prefers_no_logits(batch)
+
+    def _prefers_no_logits(self, batch: Batch) -> bool:
+        if self._loss_kind == "plain":
             return False
         if self._loss_kind == "auto":
             logits = 4 * batch.input_ids.numel() * (vocabulary_size(self.config) or 0)
@@ -246,10 +273,11 @@ class CausalLM:
         if type(module.get_output_embeddings()).forward is not nn.Linear.forward:
             return f"the head of {name} is no plain linear layer"
         ids = torch.arange(1, 5, device=self.device)[None] % (vocabulary_size(self.config) or 5)
+        was_training = module.training
         module.eval()  # nothing random
         with head_loss.marked_logits(self._head()) as given:
             logits = field(self._call(Batch(ids)), "logits")
-        module.train()
+        module.train(was_training)
         if len(given) != 1 or not _is_same(logits, *given[0]):
             return f"{name} changes its logits behind the head"
         return ""
@@ -304,11 +332,8 @@ class CausalLM:
             # Its mean over nothing may be NaN, yet backward has to run wherever it is collective.
             return logits.float().sum() * 0.0
         # Ours rather than the model's own, whose mean over no token at all is NaN.
-        targets = _targets(labels)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum"
-        )
-        return self._mean(total, targets, output)
+        targets = targets_of(labels)
+        return self._mean(cross_entropy(logits, targets), targets, output)
 
     def _mean(self, total: Tensor, targets: Tensor, output: Any) -> Tensor:
         count = (targets != IGNORE).sum()
@@ -473,8 +498,3 @@ def _is_same(logits: Tensor, given: Tensor, copy: Tensor) -> bool:
     if isinstance(logits, compat.FakeTensor):  # which has no content to compare
         return logits is given
     return torch.equal(logits.float(), copy.float())
-
-
-def _targets(labels: Tensor) -> Tensor:
-    """What each position predicts, `[B * L]`: labels are shifted, since logits would be copied."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()

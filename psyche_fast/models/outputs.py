@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from psyche_fast.batch import IGNORE
 
 
 def field(output: Any, name: str) -> Tensor:
@@ -30,3 +33,15 @@ def field(output: Any, name: str) -> Tensor:
             "logits, or a tuple (loss, logits)"
         )
     return found
+
+
+def targets_of(labels: Tensor) -> Tensor:
+    """What each position predicts, `[B * L]`: labels are shifted, since logits would be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the losses of logits `[B, L, V]` over the targets `[B * L]` that count, in fp32."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum"
+    )

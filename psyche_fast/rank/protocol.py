@@ -122,11 +122,28 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
     step: int
 
 
+class Evaluate(msgspec.Struct, frozen=True, array_like=True, tag="evaluate"):
+    """Ranks of rank 0's replica take part in the loss of held-out rows."""
+
+    rows: Train
+    """What would be a step; nothing is trained."""
+
+
+class Continue(msgspec.Struct, frozen=True, array_like=True, tag="continue"):
+    """Ranks of rank 0's replica take part in continuing prompts."""
+
+    step: int
+    prompts: list[list[int]]
+    """Token ids, one or more each."""
+    tokens: int
+    """To be added to each."""
+
+
 class Exit(msgspec.Struct, frozen=True, array_like=True, tag="exit"):
     """The end of the run."""
 
 
-Operation = Train | Save | Gather | Join | Exit
+Operation = Train | Save | Gather | Join | Evaluate | Continue | Exit
 
 
 def _pack(tensor: Tensor) -> bytes:

@@ -44,7 +44,9 @@ def rank_log(path: Path, rank: int) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
+    form = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
+    # With the zone: machines of one run may be in several.
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S%z"))
     log.addHandler(handler)
     level = log.level
     log.setLevel(logging.INFO)

@@ -32,6 +32,8 @@ def arguments_of(config: RunConfig) -> list[str]:
             continue
         if isinstance(value, bool):
             arguments.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, tuple):
+            arguments += [word for one in value for word in (flag(name), one)]
         else:
             arguments += [flag(name), str(value)]
     return arguments

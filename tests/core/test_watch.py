@@ -19,6 +19,7 @@ from psyche_fast.core import watch as module
 from psyche_fast.core.watch import Watch
 from psyche_fast.errors import explain
 from psyche_fast.metrics import PhaseTimer
+from psyche_fast.metrics.runs import read_run, state_of
 from psyche_fast.rank.beats import STACKS, Beat, Beats, Patience, beat_key, write_stacks
 from tests.groups import Command
 from tests.processes import wait_until
@@ -194,3 +195,7 @@ def test_a_stopped_rank_is_named_and_the_others_say_what_they_did(tmp_path: Path
     assert "it is stopped or cut off (--timeout)" in said
     assert "all_gather" in (run / "logs" / "collectives-rank-1.json").read_text()
     assert "in optimize" in (run / "logs" / "stacks-rank-1.txt").read_text()
+    state = state_of(found := read_run(run))
+    assert state.name == "failed"
+    assert state.lines[0].startswith("failed: rank 2 on ")
+    assert set(found.stacks) == {"stacks-rank-0.txt", "stacks-rank-1.txt"}
