@@ -20,7 +20,16 @@ log = logging.getLogger(__name__)
 _WORLD = ("replicas", "data_parallelism", "tensor_parallelism")
 _FORM = (
     *("distro", "compression_chunk", "compression_topk", "distro_quantization", "delta_dtype"),
-    *("offload_delta", "param_dtype", "master_dtype", "method", "every", "fragments", "delay"),
+    *(
+        "levels",
+        "offload_delta",
+        "param_dtype",
+        "master_dtype",
+        "method",
+        "every",
+        "fragments",
+        "delay",
+    ),
     *("mix", "chunk", "topk", "values", "subtract", "outer_momentum"),
 )
 """Flags on which the form of an optimiser's state hangs."""
