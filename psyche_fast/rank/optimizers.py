@@ -323,10 +323,8 @@ class DistroOptimizer(DistroStep, Optimizer):
             signs=options.distro_quantization,
             outliers=options.refuse_outliers,
         )
-        self._replicas = 1
         if isinstance(peers, Gathers):
             self._exchange: Exchange = ElasticExchange(form, peers)
-            self._replicas = peers.replicas
         else:
             # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
             agreement = None if peers is None else dist.new_group(backend="gloo")
@@ -351,7 +349,7 @@ class DistroOptimizer(DistroStep, Optimizer):
     def transfers(self) -> Sequence[Transfer]:
         """See `Optimizer`."""
         sent = self._exchange.bytes_sent
-        return [Transfer(sent, sent * (self._replicas - 1), delay=1)]
+        return [Transfer(sent, sent * self._exchange.others, delay=1)]
 
     @property
     def refused_results(self) -> dict[int, int]:
