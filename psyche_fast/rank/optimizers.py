@@ -75,7 +75,7 @@ class Optimizer:
         """Bring the parameters to where the gradient is wanted."""
 
     def receive(self) -> None:
-        """Begin with what has come, between forwards and backwards; waits for and changes nothing."""
+        """Begin with what has come, between forwards and backwards; waits for nothing."""
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Take up the gradients.
