@@ -24,6 +24,7 @@ from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.hub import Peers
+from psyche_fast.rank.levels import LevelsOptimizer, levels_of
 from psyche_fast.rank.link import settle
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
@@ -81,10 +82,14 @@ def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Train
     parameters, method = trainable(model), method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
-    if method is not None:
-        peers = topology.peers
+    levels, peers = levels_of(config), topology.peers
+    if method is not None or levels is not None:
         assert isinstance(peers, Peers) or not isinstance(peers, Gathers), "refused by then"
-        optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
+        if levels is not None:
+            optimizer = LevelsOptimizer(parameters, levels, peers, undecayed)
+        else:
+            assert method is not None
+            optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
