@@ -44,6 +44,8 @@ def convert(file: str, output: Path | None, run_id: str | None) -> None:
 @click.option("--errors", type=click.Choice(["strict", "skip"]), default="strict",
               show_default=True, help="text that is not UTF-8: an error, or left out")  # fmt: skip
 @click.option("--glob", "globs", multiple=True, help="which files of a folder, e.g. '*.py'")
+@click.option("--pack", type=click.IntRange(min=2), metavar="LENGTH",
+              help="pack whole documents into rows of so many tokens, kept apart")  # fmt: skip
 def tokenize(
     inputs: tuple[Path, ...],
     output: Path,
@@ -52,6 +54,7 @@ def tokenize(
     token_size: str | None,
     text_key: str,
     globs: tuple[str, ...],
+    pack: int | None,
     errors: Literal["strict", "skip"],
 ) -> None:
     """Turn text files, folders, jsonl or Parquet into token files."""
@@ -72,12 +75,18 @@ def tokenize(
         text_key=text_key,
         globs=globs or None,
         errors=errors,
+        pack=pack,
+        tokenizer_name=tokenizer,
         progress=sys.stderr.isatty(),
     )
-    click.echo(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens of {summary.token_size} bytes "
-        f"in {len(summary.files)} files -> {output}"
-    )
+    what = f"{summary.documents:,} documents, {summary.tokens:,} tokens"
+    if pack is None:
+        what += f" of {summary.token_size} bytes"
+    else:
+        assert summary.rows is not None
+        full = summary.tokens / summary.rows / pack
+        what += f" in {summary.rows:,} rows of {pack}, {full:.1%} full, {summary.cut:,} cut"
+    click.echo(f"{what} in {len(summary.files)} files -> {output}")
 
 
 @click.command()
