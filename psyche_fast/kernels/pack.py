@@ -34,8 +34,8 @@ Values = Literal["sign"] | int | torch.dtype
 floating-point dtype."""
 
 __all__ = [
-    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares", "unpack",
-    "unpack_checked", "well_formed",
+    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares",
+    "unpack", "unpack_checked", "well_formed",
 ]  # fmt: skip
 
 
