@@ -19,6 +19,7 @@ from psyche_fast.core.plan import make_plan
 from psyche_fast.core.run import run
 from psyche_fast.data import find_files, iter_texts, tokenize_files, train_tokenizer
 from psyche_fast.metrics import read_metrics
+from psyche_fast.metrics.console import print_card
 from psyche_fast.metrics.formatting import format_bytes
 from psyche_fast.metrics.report import write as write_page
 
@@ -146,8 +147,7 @@ def run_demo(
             output=str(output),
         )
     )
-    for line in plan.summary:
-        _say(line)
+    print_card(plan.summary)
     result = run(plan)
     if result.signal is not None or result.checkpoint is None:
         sys.exit(128 + (result.signal or 1))
