@@ -5,7 +5,7 @@
 #   make setup PYTHON=python3.12     choose the Python that .venv is made with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep lint format bench kernels on-cuda-tensors lab floor
+.PHONY: help setup demo test sweep lint format bench kernels on-cuda-tensors lab floor newest uv-lock
 
 # Left empty, the first of these that is new enough is taken.
 PYTHON ?=
@@ -16,7 +16,7 @@ STAMP := .venv/set-up
 ARGS ?=
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv and install psyche-fast with its development tools
 
@@ -82,5 +82,12 @@ lab: on-cuda-tensors ## prove without a GPU that kernels launch and compile as t
 	$(BIN)/python -m pytest -n 2 -p tools.kernel_guard.compile_launches \
 	  --compile-until cubin tests/kernels $(ARGS)
 
-floor: setup ## run the tests with the lowest supported versions, in .venv-floor
-	.ci/floor $(ARGS)
+floor: setup ## run the tests with the lowest supported versions, in .venv-lowest
+	.ci/versions lowest $(ARGS)
+
+newest: setup ## run the tests with the newest supported versions, in .venv-newest
+	.ci/versions newest $(ARGS)
+
+uv-lock: setup ## write uv.lock anew; wants uv, which it installs into .venv
+	$(BIN)/python -m pip install --quiet uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/uv_lock.py

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,11 +21,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from psyche_fast import __version__, commands, looking
-from psyche_fast.config import ARCHITECTURES, FLAGS, Machines, RunConfig, flag, read_toml
+from psyche_fast import commands, looking
+from psyche_fast.completion import places
+from psyche_fast.config import ARCHITECTURES, FLAGS, Flag, RunConfig, beneath, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
+from psyche_fast.presets import values_of
+from psyche_fast.ranks import Machines
 from psyche_fast.start import knock, signals, tls
 from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start.early import early
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import tcp_url
 from psyche_fast.start.parent import TIMEOUT
@@ -37,14 +42,44 @@ _OURSELVES = [sys.executable, "-m", "psyche_fast"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _say_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from psyche_fast.version import version_lines
+
+        for line in version_lines():
+            click.echo(line)
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="psyche-fast")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_version,
+              help="show version, commit and libraries, and exit")  # fmt: skip
 def cli() -> None:
     """Train LLMs over slow links with DisTrO, on one box or many."""
 
 
 for _command in (*commands.COMMANDS, *looking.COMMANDS):
     cli.add_command(_command)
+
+
+_UNTYPED = {click.core.ParameterSource.DEFAULT, None}
+
+
+class _Words(click.ParamType):
+    """The value of an option for which there are words."""
+
+    def __init__(self, known: Flag) -> None:
+        self._known, self.name = known, known.kind.__name__
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """What the words stand for."""
+        assert self._known.parse is not None
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._known.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
@@ -64,7 +99,9 @@ def config_options(function: F, only: tuple[str, ...] | None = None) -> F:
         elif get_origin(known.kind) is tuple:
             options |= {"type": get_args(known.kind)[0], "multiple": True, "show_default": False}
         else:
-            options["type"] = known.kind
+            options["type"] = known.kind if known.parse is None else _Words(known)
+            if known.kind is str:
+                options["shell_complete"] = places
         function = click.option(*names, name, **options)(function)
     return function
 
@@ -75,23 +112,24 @@ def _resolve(
     config: str | None,
     flags: dict[str, Any],
     *,
+    presets: tuple[str, ...] = (),
     trains: bool = True,
     says: bool = True,
 ) -> RunConfig:
-    """Defaults, then `--run-file`, `--config` and the flags that were typed, each over those.
+    """Defaults, then `--preset`, `--run-file`, `--config` and typed flags, each over those.
 
     Args:
         context: the command's.
         run_file: Psyche's, or None.
         config: ours, or None.
         flags: all of the command's by name.
+        presets: names.
         trains: whether model and data are wanted, which a run file may not be able to give.
         says: whether this rank is the one that says what is ignored.
     """
     values = {} if config is None else read_toml(config)
-    for name, value in flags.items():
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            values[name] = value
+    typed = {n: v for n, v in flags.items() if context.get_parameter_source(n) not in _UNTYPED}
+    values = beneath(values, typed)
     if run_file is not None:
         from psyche_fast.runfile import read_run_file
 
@@ -101,12 +139,16 @@ def _resolve(
         if trains and says:
             click.echo(file.ignored_line(), err=True)
         values = file.under(values)
-    return RunConfig.of(**values)
+    return RunConfig.of(**beneath(values_of(presets, values), values))
 
 
 @cli.command()
-@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
-@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
+@click.option("--config", type=click.Path(), metavar="FILE.toml",
+              help="fields by name; flags go over them")  # fmt: skip
+@click.option("--run-file", type=click.Path(), metavar="state.toml",
+              help="Psyche's; --config and flags go over it")  # fmt: skip
+@click.option("--preset", "presets", multiple=True, metavar="NAME",
+              help="20M 125M 350M 1B, slow medium fast: for a model, for a link")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="start a run that fails again, from its last checkpoint")  # fmt: skip
@@ -117,6 +159,7 @@ def train(
     context: click.Context,
     config: str | None,
     run_file: str | None,
+    presets: tuple[str, ...],
     dry_run: bool,
     max_restarts: int,
     python: bool,
@@ -125,7 +168,7 @@ def train(
     """Train a model, as Psyche's train example does."""
     launch = launched()
     first = launch is None or launch.rank == 0
-    resolved = _resolve(context, run_file, config, flags, says=first)
+    resolved = _resolve(context, run_file, config, flags, presets=presets, says=first)
     if max_restarts and not dry_run:
         if launch is not None:
             raise ValueError(
@@ -139,23 +182,32 @@ def train(
             if not dry_run:
                 _serve(resolved, launch)
             return
-    from psyche_fast.core.plan import make_plan
+    count = 0 if dry_run or launch is not None else resolved.ranks_here - 1
+    machines = resolved.machines
+    with early(count, resolved.ranks_here, machines.device, machines.threads) as sidecars:
+        from psyche_fast.core.plan import make_plan
 
-    plan = make_plan(
-        resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
-    )
-    from psyche_fast.metrics.console import print_card
+        plan = make_plan(
+            resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
+        )
+        from psyche_fast.metrics.console import print_card
 
-    print_card(plan.summary)
-    if dry_run:
-        click.echo(resolved.to_toml(), nl=False)
-        return
-    from psyche_fast.core.run import run
+        print_card(plan.summary)
+        if dry_run:
+            click.echo(resolved.to_toml(), nl=False)
+            return
+        from psyche_fast.core.run import run
 
-    result = run(plan, launch)
+        result = run(plan, launch, sidecars)
     with suppress(OSError):  # a terminal that has been closed
         click.echo(f"run         {result.output}")
         click.echo(f"checkpoint  {result.checkpoint}")
+        if not result.is_complete and result.signal is None:
+            total = plan.config.schedule.total_steps
+            click.echo(
+                f"ended       at step {result.last_step} of {total} by --max-time; "
+                f"--output {result.output} --resume auto goes on"
+            )
     if result.signal is not None:
         sys.exit(128 + result.signal)
 
@@ -170,6 +222,8 @@ def _supervised(config: RunConfig, restarts: int) -> int:
     again = config.replace(resume="auto", fork=None, start_step=1)
     metrics = Path(output, "metrics.jsonl")
 
+    began, limit = time.monotonic(), config.run.max_time
+
     def command(life: int) -> list[str]:
         chosen = again if life else config
         others = config.run.resume or config.run.fork
@@ -177,6 +231,8 @@ def _supervised(config: RunConfig, restarts: int) -> int:
             # It has nothing of its own to go on from: it begins again where it began.
             metrics.unlink(missing_ok=True)
             chosen = config
+        if limit is not None:  # of all lives together
+            chosen = chosen.replace(max_time=max(0.0, began + limit - time.monotonic()))
         return [*_OURSELVES, "train", *arguments_of(chosen)]
 
     def last_step() -> int:
@@ -248,9 +304,11 @@ def _serve(config: RunConfig, launch: Launched) -> None:
 @click.option("--device", default="auto", show_default=True, help="as of train")
 def demo(**options: Any) -> None:
     """Train a small Llama on Python's own standard library, with DisTrO at 1 bit."""
-    from psyche_fast.core.showcase import run_demo
+    ranks = options["replicas"] * options["data_parallelism"]
+    with early(ranks - 1, ranks, options["device"], threads=0) as sidecars:
+        from psyche_fast.core.showcase import run_demo
 
-    run_demo(**options)
+        run_demo(**options, early=sidecars)
 
 
 _ESTIMATED = (
@@ -319,8 +377,10 @@ _SCHEDULED = (
 
 
 @cli.command()
-@click.option("--run-file", metavar="state.toml", help="Psyche's; --config and flags go over it")
-@click.option("--config", metavar="FILE.toml", help="fields by name; flags go over them")
+@click.option("--run-file", type=click.Path(), metavar="state.toml",
+              help="Psyche's; --config and flags go over it")  # fmt: skip
+@click.option("--config", type=click.Path(), metavar="FILE.toml",
+              help="fields by name; flags go over them")  # fmt: skip
 @click.option("--every", type=click.IntRange(min=1), help="steps from line to line (default: few)")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default="schedule.png",
               show_default=True, help="file that takes the plot")  # fmt: skip

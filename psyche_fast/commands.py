@@ -8,6 +8,8 @@ from typing import Literal
 
 import click
 
+from psyche_fast.completion import completion
+from psyche_fast.doctor.command import doctor
 from psyche_fast.start.logs import quiet_terminal
 
 
@@ -74,6 +76,21 @@ def tokenize(
         f"{summary.documents:,} documents, {summary.tokens:,} tokens of {summary.token_size} bytes "
         f"in {len(summary.files)} files -> {output}"
     )
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--preset", "presets", multiple=True, metavar="NAME",
+              help="20M 125M 350M 1B, slow medium fast: for a model, for a link")  # fmt: skip
+@click.option("--data-path", help="a folder of tokenize: its tokenizer is the model's")
+@click.option("--seed", default=0, show_default=True, help="of the model's weights")
+def init(folder: Path, presets: tuple[str, ...], data_path: str | None, seed: int) -> None:
+    """Write a commented configuration, and an untrained model of a preset's size."""
+    quiet_terminal()
+    from psyche_fast.core.scaffold import init as make
+
+    for line in make(folder, presets, data_path, seed):
+        click.echo(line)
 
 
 @click.command("psyche-path")
@@ -155,4 +172,6 @@ def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
     click.echo(f"{out}: the model of step {step}")
 
 
-COMMANDS = (convert, tokenize, psyche_path, kernels, results, diff, export)
+COMMANDS = (
+    init, convert, tokenize, psyche_path, kernels, results, diff, export, doctor, completion,
+)  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -18,20 +18,22 @@ import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
+from psyche_fast.budgets import fill, parse_duration, parse_micro_batch
 from psyche_fast.exchanges import Exchange
 from psyche_fast.locations import seed_key
 from psyche_fast.options import (
     Amount,
     Count,
-    Port,
     Positive,
     Section,
     Seed,
     Share,
     flag,
     without_none,
+    written,
 )
 from psyche_fast.options import describe as _help
+from psyche_fast.ranks import Machines, Parallelism
 from psyche_fast.schedules import BatchSizes, Schedule
 from psyche_fast.views import Evaluation, Tracking
 
@@ -43,9 +45,9 @@ have this rank import. Ranks that rank 0 starts have its own."""
 class Model(Section, frozen=True, kw_only=True):
     """What is trained, for `models`."""
 
-    model: Annotated[str, _help("model folder, or a Hugging Face hub id")] = (
-        "emozilla/llama2-215m-init"
-    )
+    model: Annotated[
+        str, _help("model folder, a Hugging Face hub id, or fresh:20M and the like")
+    ] = "emozilla/llama2-215m-init"
     python_arch: Annotated[str, _help("HfAuto, a registered name, or module:function")] = "HfAuto"
     param_dtype: Annotated[
         Literal["bfloat16", "float32"], _help("the parameters' type in forward and backward")
@@ -121,7 +123,10 @@ class Data(Section, frozen=True, kw_only=True):
 class Training(Section, frozen=True, kw_only=True):
     """How a rank goes through its batch, for `rank.trainer`."""
 
-    micro_batch: Annotated[Positive, _help("sequences per forward on one data-parallel rank")] = 8
+    micro_batch: Annotated[
+        Count, written(parse_micro_batch),
+        _help("sequences per forward on one data-parallel rank; auto = as many as fit"),
+    ] = 8  # fmt: skip
     grad_accum_in_fp32: Annotated[bool, _help("add up micro-batches' gradients in fp32")] = False
     defer_grad_sync: Annotated[
         bool, _help("FSDP2: reduce gradients once per step; see README")
@@ -169,84 +174,6 @@ class Optimizer(Section, frozen=True, kw_only=True):
             )
 
 
-class Parallelism(Section, frozen=True, kw_only=True):
-    """How many ranks do what, for `rank.topology`."""
-
-    replicas: Annotated[
-        Positive, _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
-    ] = 1
-    data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
-    tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
-    elastic: Annotated[
-        bool, _help("go on without a replica that dies, and with one that comes back or joins")
-    ] = False  # fmt: skip
-    max_replicas: Annotated[
-        Count, _help("with --elastic: the most replicas, with those that join; 0 = --replicas")
-    ] = 0  # fmt: skip
-    device_backend: Annotated[
-        Literal["auto", "nccl", "split"],
-        _help(
-            "between replicas on GPUs: nccl, or gloo (split); auto = split on several machines"
-        ),
-    ] = "auto"  # fmt: skip
-
-    @property
-    def ranks_per_replica(self) -> int:
-        """Ranks that together hold one copy of the model."""
-        return self.data_parallelism * self.tensor_parallelism
-
-    @property
-    def world_size(self) -> int:
-        """All ranks that the run begins with, the core's own included."""
-        return self.replicas * self.ranks_per_replica
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if not self.elastic:
-            if self.max_replicas:
-                raise ValueError("--max-replicas needs --elastic")
-            return
-        if self.replicas == 1:
-            raise ValueError("--elastic needs --replicas of at least 2: rank 0's own has to stay")
-        if 0 < self.max_replicas < self.replicas:
-            raise ValueError(
-                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
-            )
-        if self.device_backend == "nccl":
-            raise ValueError(
-                "--elastic with --device-backend nccl: what goes between replicas that may die "
-                "goes over gloo; leave it out"
-            )
-
-
-class Machines(Section, frozen=True, kw_only=True):
-    """Where the ranks run, for `start`."""
-
-    device: Annotated[str, _help("auto, cpu, cuda, cuda:N or cuda:X,Y (one per rank)")] = "auto"
-    threads: Annotated[Count, _help("CPU threads per rank; 0 = the cores shared evenly")] = 0
-    host: Annotated[
-        str, _help("address on which the core listens; another one needs --secret-file")
-    ] = "127.0.0.1"  # fmt: skip
-    secret_file: Annotated[
-        str | None, _help("what ranks on other machines have to know to come in: a file of theirs")
-    ] = None  # fmt: skip
-    tls_key: Annotated[
-        str | None, _help("this machine's private key, for gloo by TLS; with --tls-cert, --tls-ca")
-    ] = None  # fmt: skip
-    tls_cert: Annotated[str | None, _help("this machine's certificate")] = None
-    tls_ca: Annotated[
-        str | None, _help("certificate of who has signed those of all machines")
-    ] = None  # fmt: skip
-    port: Annotated[Port, _help("port of the core's store; 0 = a free one")] = 0
-    local_ranks: Annotated[
-        Count, _help("ranks on this machine, the rest by `sidecar`; 0 = all")
-    ] = 0
-    timeout: Annotated[
-        Positive,
-        _help("seconds to wait for a rank at most; 10 usual steps, or 30, once those are known"),
-    ] = 600
-
-
 RUN_ID = re.compile(r"\w[\w.-]{0,63}")
 """What a run may be called."""
 
@@ -261,6 +188,10 @@ class Run(Section, frozen=True, kw_only=True):
     batch_warmup_tokens: Annotated[
         Count, _help("tokens over which they rise; needs --total-batch-start")
     ] = 0  # fmt: skip
+    max_time: Annotated[
+        Amount | None, written(parse_duration),
+        _help("end with a checkpoint after this time, as 90m, 8h or 1d12h"),
+    ] = None  # fmt: skip
     output: Annotated[str | None, _help("run directory (default: runs/DATE-TIME)")] = None
     resume: Annotated[
         str | None, _help("go on exactly: auto, a step, the folder or URL of a run or checkpoint")
@@ -337,8 +268,9 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         self.exchange.check(
             distro=self.optimizer.distro,
             elastic=self.parallelism.elastic,
+            replicas=replicas,
             ranks_per_replica=self.parallelism.ranks_per_replica,
-            param_dtype=self.model.param_dtype,
+            has_masters=self.model.master_dtype == "float32",
         )
         if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(
@@ -372,8 +304,16 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """The configuration with these flags' values, by name whatever their section."""
-        return cls().replace(**values)
+        """The configuration with these flags' values, by name whatever their section.
+
+        `total_tokens` and `warmup_fraction` bring `total_steps` and `warmup_steps` with them.
+
+        Raises:
+            ValueError: values out of range, or that do not go together.
+        """
+        config = cls().replace(**values)
+        found = fill(values, config.batch_sizes, config.schedule.total_steps)
+        return config.replace(**found) if found else config
 
     def replace(self, **values: Any) -> Self:
         """The configuration with other values of these flags."""
@@ -412,7 +352,12 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def to_toml(self) -> str:
         """A file that `--config` takes, as the run directory's `config.toml`."""
         tables: dict[str, dict[str, Any]] = {}
-        for name, value in self.to_dict().items():
+        values = self.to_dict()
+        for name, value in values.items():
+            if INSTEAD_OF.get(name) in values:
+                continue  # it follows
+            if name == "micro_batch" and value == 0:
+                value = "auto"
             tables.setdefault(FLAGS[name].section, {})[name] = value
         return msgspec.toml.encode(tables).decode()
 
@@ -426,12 +371,14 @@ class Flag:
         kind: its type: a class or a `Literal`.
         default: its value where nobody gives one.
         help: what it does.
+        parse: reads words for its value; None where there are none.
     """
 
     section: str
     kind: Any
     default: Any
     help: str
+    parse: Callable[[str], Any] | None = None
 
 
 def _flags() -> dict[str, Flag]:
@@ -441,12 +388,24 @@ def _flags() -> dict[str, Flag]:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             assert name not in flags, f"{name} is in two sections"
             help = next(meta.description for meta in hint.__metadata__ if meta.description)
-            flags[name] = Flag(section, without_none(bare[name]), getattr(default, name), help)
+            words = [meta.extra["parse"] for meta in hint.__metadata__ if meta.extra]
+            kind_of = without_none(bare[name])
+            parse = words[0] if words else None
+            flags[name] = Flag(section, kind_of, getattr(default, name), help, parse)
     return flags
 
 
+INSTEAD_OF = {"total_steps": "total_tokens", "warmup_steps": "warmup_fraction"}
+"""Options that follow from another where that is given."""
+
 FLAGS: Mapping[str, Flag] = _flags()
 """Every option by its name, in the order of the sections."""
+
+
+def beneath(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the flags' names with others over them: of two that say one thing, theirs."""
+    gone = {n for pair in INSTEAD_OF.items() if not over.keys().isdisjoint(pair) for n in pair}
+    return {name: value for name, value in values.items() if name not in gone} | dict(over)
 
 
 _GONE = frozenset({"mixed_gpus"})
@@ -485,6 +444,12 @@ def _add(values: dict[str, Any], key: str, value: Any, what: str) -> str:
         raise ValueError(f"{what}: there is no key {key!r}{_near(name)}")
     if name in values:
         raise ValueError(f"{what}: key {name!r} appears twice, as {key!r} too")
+    parse = FLAGS[name].parse
+    if parse is not None and isinstance(value, str):
+        try:
+            value = parse(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {key}: {error}") from error
     values[name] = strict.convert(value, FLAGS[name].kind, f"{what}: {key}")
     return name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from psyche_fast.links import Link
 from psyche_fast.options import Amount, Count, Positive, Section, Share, flag
 from psyche_fast.options import describe as _help
 
@@ -39,13 +40,22 @@ class Exchange(Section, frozen=True, kw_only=True):
     norm_clip: Annotated[
         Literal["none", "median"] | None, _help("method: scale replicas to the median norm")
     ] = None  # fmt: skip
+    reduce: Annotated[
+        Literal["auto", "gather", "owners"] | None,
+        _help("method: replicas get all results, or each owns chunks and merges them for all"),
+    ] = None  # fmt: skip
+    link: Annotated[
+        str | None,
+        _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "
+              "replicas: choose topk, every and delay so that exchanges hide behind compute"),
+    ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         for name in self.__struct_fields__:
-            if name == "method" or getattr(self, name) is None:
+            if name in ("method", "link") or getattr(self, name) is None:
                 continue
             if self.method is None:
                 raise ValueError(f"{flag(name)} needs --method")
@@ -56,27 +66,37 @@ class Exchange(Section, frozen=True, kw_only=True):
                 )
 
     def check(
-        self, *, distro: bool, elastic: bool, ranks_per_replica: int, param_dtype: str
-    ) -> None:
+        self, *, distro: bool, elastic: bool, replicas: int, ranks_per_replica: int,
+        has_masters: bool,
+    ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
 
         Raises:
             ValueError: it does not.
         """
         method = self.method
+        if self.link is not None:
+            if self.link != "auto":
+                Link.parse(self.link)
+            if not distro and method is None:
+                raise ValueError("--link needs --distro or --method, whose exchanges go over it")
+            if replicas < 2:
+                raise ValueError("--link needs --replicas of at least 2: one exchanges nothing")
+            if elastic:
+                raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):
             return
         if distro or method == "distro":
             raise ValueError(f"--distro and --method {method}: give one of them")
-        if ranks_per_replica > 1:
+        if ranks_per_replica > 1 and self.values == "codebook4":
             raise ValueError(
-                f"--method {method} wants whole replicas: no --data-parallelism or "
-                "--tensor-parallelism"
+                "--values codebook4 codes all values of a parameter together, of which each rank "
+                "has a part by --data-parallelism or --tensor-parallelism; 2bit goes by chunks"
             )
         if elastic:
             raise ValueError(f"--elastic wants --method distro, got {method}")
-        if param_dtype != "float32":
+        if not has_masters:
             raise ValueError(
-                f"--method {method} adds to the parameters themselves: it wants --param-dtype "
-                f"float32, got {param_dtype}"
+                f"--method {method} adds to float32 parameters or masters, what bfloat16 would "
+                "round away: it wants --master-dtype float32, got bfloat16"
             )

@@ -18,6 +18,8 @@ from psyche_fast.options import Count, Positive, Seed
 
 DUMMY = "dummy:"
 """The path of data that are all zeros, and of a model that is there for trying things out."""
+FRESH = "fresh:"
+"""What the path of a model begins with that is made, not read: a preset's shape."""
 MIXTURE = "mixture:"
 """What a mixture's path may begin with where it does not end with `.json` or `.toml`."""
 

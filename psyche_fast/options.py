@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -20,6 +21,11 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 def describe(text: str) -> Meta:
     """The help of an option, for the annotation of its field."""
     return Meta(description=text)
+
+
+def written(parse: Callable[[str], Any]) -> Meta:
+    """How words for the value of an option are read, for the annotation of its field."""
+    return Meta(extra={"parse": parse})
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

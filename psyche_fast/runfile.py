@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from psyche_fast import strict
-from psyche_fast.config import RUN_ID, RunConfig
+from psyche_fast.config import RUN_ID, RunConfig, beneath
 from psyche_fast.locations import (
     DUMMY,
     HttpData,
@@ -181,7 +181,7 @@ class RunFile:
         if over.get("schedule", self.values["schedule"]) != self.values["schedule"]:
             gone |= {name for names in SCHEDULES_OWN for name in names}
         kept = {name: value for name, value in self.values.items() if name not in gone}
-        return {**kept, **over}
+        return beneath(kept, over)
 
 
 def read_run_file(path: str) -> RunFile:

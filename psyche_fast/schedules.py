@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Protocol
 import msgspec
 
 from psyche_fast import strict
-from psyche_fast.options import Amount, Count, Positive, Section, flag
+from psyche_fast.budgets import parse_count
+from psyche_fast.options import Amount, Count, Positive, Section, Share, flag, written
 from psyche_fast.options import describe as _help
 
 
@@ -233,6 +234,9 @@ class Schedule(Section, frozen=True, kw_only=True):
     ] = "cosine"  # fmt: skip
     learning_rate: Annotated[Amount, _help("peak")] = 4e-4
     warmup_steps: Annotated[Count, _help("linear rise to --learning-rate")] = 500
+    warmup_fraction: Annotated[
+        Share | None, _help("the same as a share of all steps, in place of --warmup-steps")
+    ] = None  # fmt: skip
     warmup_init_lr: Annotated[Amount, _help("where that rise begins")] = 0.0
     final_lr: Annotated[
         Amount | None, _help("cosine, linear: where they end (default: a tenth of the peak)")
@@ -256,6 +260,10 @@ class Schedule(Section, frozen=True, kw_only=True):
         Positive | None, _help("where it is 0 (default: --start-step; a resumed run keeps its own)")
     ] = None  # fmt: skip
     total_steps: Annotated[Positive, _help("steps until the end of the run")] = 25000
+    total_tokens: Annotated[
+        Positive | None, written(parse_count),
+        _help("tokens until the end, as 300M or 1.5B, in place of --total-steps"),
+    ] = None  # fmt: skip
     start_step: Annotated[Positive, _help("first step: where the schedule and the data begin")] = 1
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from psyche_fast.errors import explain
-from psyche_fast.start import signals
+from psyche_fast.start import early, signals
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
@@ -51,7 +51,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
-    run(parse(argv))
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == [early.FLAG]:
+        words = early.wait(int(words[1]))
+    run(parse(words))
 
 
 def main_for_psyche(argv: list[str] | None = None) -> None:

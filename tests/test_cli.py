@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -205,9 +205,10 @@ def test_help_is_instant() -> None:
     subprocess.run(command, capture_output=True, check=True)  # bytecode and disk cache
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = os.times()
         result = subprocess.run(command, capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - began)
+        ended = os.times()  # of the processor: other work on the machine takes the clock's
+        times.append(sum(ended[at] - began[at] for at in (2, 3)))
     assert min(times) < 0.5
     assert "--compression-topk" in result.stdout
 
@@ -215,9 +216,11 @@ def test_help_is_instant() -> None:
 def test_nothing_heavy_is_imported_for_help() -> None:
     program = (
         "import sys; from psyche_fast import cli\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+        "of_commands = [[name, '--help'] for name in cli.cli.commands]\n"
+        "for words in [['--help'], ['--version'], *of_commands]:\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "sys.exit(bool({'torch', 'numpy', 'transformers', 'pyarrow', 'rich'} & sys.modules.keys()))"
     )
     assert (
         subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0

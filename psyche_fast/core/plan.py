@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from psyche_fast.config import Parallelism, RunConfig, flag
+from psyche_fast.config import FLAGS, RunConfig, flag
 from psyche_fast.core.evaluation import Held, look_at
+from psyche_fast.core.fitting import largest_micro_batch
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
 from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
-from psyche_fast.metrics.formatting import format_count
+from psyche_fast.metrics.formatting import format_bytes, format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
 from psyche_fast.models.loading import check_fit
@@ -33,9 +34,13 @@ from psyche_fast.models.source import (
     text_config,
     vocabulary_size,
 )
+from psyche_fast.rank.choice import CHOSEN
+from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
+from psyche_fast.ranks import Parallelism
 from psyche_fast.start import knock, tls
-from psyche_fast.start.devices import Devices, choose_devices, cores
+from psyche_fast.start.devices import Devices, choose_devices
+from psyche_fast.start.early import cores
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,24 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     sharing = ranks_on_this_machine or config.ranks_here
     split = parallelism.elastic or _splits(parallelism, on_cpu, sharing)
     threads = config.machines.threads or (max(1, cores() // sharing) if on_cpu else 0)
+    micro_batch = config.training.micro_batch
+    fitted: tuple[str, ...] = ()
+    if micro_batch == 0 and start is not None:
+        micro_batch = start.manifest.config["micro_batch"]  # whatever fits by now: bits hang on it
+    elif micro_batch == 0:
+        fit = largest_micro_batch(config, model.config, devices.devices[0], sharing)
+        micro_batch = fit.micro_batch
+        fitted = (
+            f"memory   micro-batches of {micro_batch} sequences: about "
+            f"{format_bytes(fit.needed)} of the {format_bytes(fit.free)} that a rank may take",
+        )
     resolved = config.replace(
+        micro_batch=micro_batch,
         attn_implementation=attention,
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices) + held.notes
+    summary = _summary(config, resolved, model, dataset, devices) + fitted + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
@@ -175,7 +192,7 @@ def _summary(
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
-        *_left_over(config),
+        *left_over(config),
         *_in_clear(config),
     )
 
@@ -204,9 +221,11 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def _left_over(config: RunConfig) -> tuple[str, ...]:
+def left_over(config: RunConfig) -> tuple[str, ...]:
     """The last local steps, where nothing is sent after them."""
     method, steps = method_of(config), config.schedule.total_steps
+    if config.exchange.link is not None and config.exchange.every is None:
+        return ()  # the local steps are chosen when the run starts
     left = 0 if method is None else steps % method.every
     if method is None or not left:
         return ()
@@ -268,9 +287,21 @@ def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
         saved = start.manifest.config
         changes["cold_start_step"] = saved.get("cold_start_step", saved.get("start_step", 1))
     changes["resume" if config.run.resume else "fork"] = str(folder)
+    was = start.manifest.config
+    if config.run.resume and config.exchange.link is not None and "link" in was:
+        # What was chosen then stays; what is given is looked at as ever.
+        chosen = {name: was[name] for name in CHOSEN if name in was}
+        changes |= {name: v for name, v in chosen.items() if _is_default(config, name)}
+        if config.exchange.link == AUTO:
+            changes["link"] = was["link"]
     if config.run.resume and config.run.output is None and folder.parent.name == "checkpoints":
         changes["output"] = str(folder.parent.parent)
     return config.replace(**changes)
+
+
+def _is_default(config: RunConfig, name: str) -> bool:
+    known = FLAGS[name]
+    return bool(getattr(getattr(config, known.section), name) == known.default)
 
 
 def _check_output(output: Path, config: RunConfig) -> None:

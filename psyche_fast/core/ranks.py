@@ -21,6 +21,7 @@ from psyche_fast.rank.elastic import most_replicas
 from psyche_fast.start import tls
 from psyche_fast.start.cluster import Launched, announce
 from psyche_fast.start.door import Door
+from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.network import listen, tcp_url, use_interface
@@ -50,7 +51,13 @@ class Ranks:
 
 
 @contextmanager
-def started(plan: Plan, output: Path, launch: Launched | None, console: Console) -> Iterator[Ranks]:
+def started(
+    plan: Plan,
+    output: Path,
+    launch: Launched | None,
+    console: Console,
+    early: Early | None = None,
+) -> Iterator[Ranks]:
     """Starts the ranks of this machine; when the block ends, so have they.
 
     Args:
@@ -58,6 +65,7 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
         output: the run directory.
         launch: where the other ranks were started with this one (torchrun, Slurm).
         console: for what the user has to do.
+        early: sidecars that have been started already, as far as they are needed.
 
     Raises:
         SidecarFailed: a sidecar ended before the block did; the message names it.
@@ -82,6 +90,7 @@ def started(plan: Plan, output: Path, launch: Launched | None, console: Console)
         _sidecars(config, devices.backend, address, environment, console) as sidecars,
         stop_on_signal(console.message, sidecars.kill) as stop,
     ):
+        sidecars.early = early
         for rank in range(1, config.ranks_here):
             log_file = output / "logs" / f"rank-{rank}.log"
             sidecars.spawn(rank, devices.devices[rank].index, log_file)

@@ -32,12 +32,12 @@ _FREE = {
     *("tls_key", "tls_cert", "tls_ca"),
     *("device_backend", "check_every", "optim_stats", "attn_implementation"),
     *("data_cache", "data_cache_gb", "cold_start_step"),
-    *("elastic", "max_replicas"),
+    *("elastic", "max_replicas", "max_time"),
     *Evaluation.__struct_fields__,
     *Tracking.__struct_fields__,
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "replicas", "data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = ("total_steps", "total_tokens", "replicas", "data_parallelism", "tensor_parallelism")
 """Flags that may be others, which changes the bits of what is trained from then on."""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import shutil
 import signal
 import time
@@ -24,7 +26,7 @@ from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
 from psyche_fast.core.hub import HubUploads
 from psyche_fast.core.lines import Lines
-from psyche_fast.core.plan import Plan
+from psyche_fast.core.plan import Plan, left_over
 from psyche_fast.core.ranks import Ranks, started
 from psyche_fast.core.remote import RemoteUploads
 from psyche_fast.core.saving import Checkpoints, keep_newest
@@ -50,6 +52,7 @@ from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
@@ -59,6 +62,7 @@ from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
 from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
+from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import link, rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
@@ -76,12 +80,14 @@ class RunResult:
         checkpoint: the last checkpoint.
         last_step: the last step that was trained.
         signal: what stopped it early, if anything.
+        is_complete: whether it was the run's last step.
     """
 
     output: Path
     checkpoint: Path | None
     last_step: int
     signal: int | None
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Core:
         evaluation: evaluates and samples.
         members: of an elastic run.
         full_speed: tokens per second that all devices could train; None where it is not known.
+        ends: `time.perf_counter` at which it has to end.
     """
 
     plan: Plan
@@ -115,21 +122,23 @@ class Core:
     evaluation: Evaluation
     members: Members | None = None
     full_speed: float | None = None
+    ends: float = math.inf
 
 
-def run(plan: Plan, launch: Launched | None = None) -> RunResult:
+def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
+        early: sidecars that have been started already, as far as they are needed.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
         RuntimeError: replicas that differ, a lost machine, no memory.
         OSError: the run directory or the last checkpoint cannot be written.
     """
-    config = plan.config
+    config, began = plan.config, time.perf_counter()
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
@@ -149,17 +158,14 @@ def run(plan: Plan, launch: Launched | None = None) -> RunResult:
                 stack.enter_context(waited_for(one))
             status = Status(output / "status.json")
             stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
+            ends = math.inf if config.run.max_time is None else began + config.run.max_time
             try:
-                with started(plan, output, launch, console) as ranks:
-                    result = _train(plan, output, ranks, console, uploads, status)
+                with started(plan, output, launch, console, early) as ranks:
+                    result = _train(plan, output, ranks, console, uploads, status, ends)
             except BaseException as error:
                 status.end(f"failed: {explain(error)}")
                 raise
-            stopped = result.signal
-            status.end(
-                f"finished with step {result.last_step}" if stopped is None
-                else f"stopped by {signal.Signals(stopped).name} after step {result.last_step}"
-            )  # fmt: skip
+            status.end(_how(result))
         last = result.checkpoint
         if uploads and last is not None:  # which the uploads have let go of
             keep_newest(plan, last, result.last_step, (), console.message, {last.resolve()})
@@ -181,6 +187,15 @@ def warnings_told(tell: Callable[[str], None], logs: Path) -> Iterator[None]:
         ours.removeHandler(handler)
 
 
+def _how(result: RunResult) -> str:
+    """How a run ended, for its page."""
+    if result.signal is not None:
+        return f"stopped by {signal.Signals(result.signal).name} after step {result.last_step}"
+    if not result.is_complete:
+        return f"ended by --max-time after step {result.last_step}"
+    return f"finished with step {result.last_step}"
+
+
 def _of_the_whole_run(config: RunConfig) -> RunConfig:
     """The configuration without where this part of the run begins."""
     if config.run.resume is None and config.run.fork is None:
@@ -195,6 +210,7 @@ def _train(
     console: Console,
     uploads: Sequence[Uploads],
     status: Status,
+    ends: float,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -215,6 +231,9 @@ def _train(
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     before = memory_bytes()["process"]
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
+    if trainer.settled is not None:
+        plan = _settled(plan, trainer.settled, output, console)
+        config = plan.resolved
     restore(trainer, config)
     if members is not None:
         members.begin(trainer)
@@ -234,7 +253,7 @@ def _train(
     evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
     core = Core(
         plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation,
-        members, full_speed,
+        members, full_speed, ends,
     )  # fmt: skip
     log.info("training begins")
     last_step, checkpoint = 0, None
@@ -289,7 +308,22 @@ def _train(
     dist.destroy_process_group()
     if unsaved is not None:
         raise unsaved
-    return RunResult(output, checkpoint, last_step, stopped)
+    return RunResult(output, checkpoint, last_step, stopped, last_step == total)
+
+
+def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Plan:
+    """The run with what has been chosen for its link, which its directory then has too."""
+    for line in settled.lines:
+        console.message(line)
+    plan = dataclasses.replace(
+        plan,
+        config=plan.config.replace(**settled.changes),
+        resolved=plan.resolved.replace(**settled.changes),
+    )
+    (output / "config.toml").write_text(_of_the_whole_run(plan.config).to_toml())
+    for line in left_over(plan.config):
+        console.message(line)
+    return plan
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -336,12 +370,13 @@ def steps(
     members, saves = core.members, False
     num_tokens = config.batch_sizes.before(schedule.start_step) * config.model.sequence_length
     dense = sum(p.numel() * p.element_size() for p in trainer.parameters.values())
-    before = -1
+    before, longest = -1, 0.0
     feed.send(schedule.start_step)
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         core.watch.begins(step)
-        last = step == schedule.total_steps or core.stop.signal is not None
+        late = began + 2 * longest >= core.ends  # as the step after this would be
+        last = step == schedule.total_steps or core.stop.signal is not None or late
         try:
             sent = feed.take()
         except (ValueError, OSError):
@@ -375,6 +410,7 @@ def steps(
         before = sent.number
         num_tokens += sent.tokens
         seconds = time.perf_counter() - began
+        longest = max(longest, seconds)
         fields: dict[str, Any] = {
             "step": step,
             "time": time.time(),
@@ -390,6 +426,8 @@ def steps(
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
         }
+        if trainer.settled is not None and step == schedule.start_step:
+            fields["link"] = trainer.settled.measured
         if members is not None:
             fields["rows"] = sent.rows
         lines.hold(totals, fields)

@@ -22,6 +22,7 @@ from psyche_fast.metrics import read_metrics
 from psyche_fast.metrics.console import print_card
 from psyche_fast.metrics.formatting import format_bytes
 from psyche_fast.metrics.report import write as write_page
+from psyche_fast.start.early import Early
 
 STEPS = 1500
 SEQUENCE_LENGTH = 128
@@ -84,6 +85,7 @@ def run_demo(
     replicas: int,
     data_parallelism: int,
     device: str,
+    early: Early | None = None,
 ) -> None:
     """Tokenises, trains, samples and plots; prints what it did.
 
@@ -93,6 +95,7 @@ def run_demo(
         replicas: DisTrO peers.
         data_parallelism: ranks that share a replica's model.
         device: as of `train`; `auto` uses the CPU where there are fewer GPUs than ranks.
+        early: sidecars that have been started already.
 
     Raises:
         ValueError: the output folder is in use.
@@ -148,7 +151,7 @@ def run_demo(
         )
     )
     print_card(plan.summary)
-    result = run(plan)
+    result = run(plan, early=early)
     if result.signal is not None or result.checkpoint is None:
         sys.exit(128 + (result.signal or 1))
     _report(result.output, result.checkpoint)

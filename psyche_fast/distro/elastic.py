@@ -50,6 +50,7 @@ class ElasticExchange(Exchange):
         gathers: between the ranks.
 
     Attributes:
+        bytes_received: of the others' messages that were received last.
         senders: whose results of the last step that was sent will count or be refused.
     """
 
@@ -77,6 +78,13 @@ class ElasticExchange(Exchange):
         self.senders = senders
         pending = _Arriving(senders, packed.device, gathered, self._size)
         self._under_way.append((pending, check, number))
+
+    def _take(self) -> list[Entries] | None:
+        if self._unpacking is None:
+            self._unpack()
+        assert self._unpacking is not None
+        self.bytes_received = max(len(self._unpacking[2]) - 1, 0) * self.bytes_sent
+        return super()._take()
 
     def _opinion(self, gathered: Gathered, number: int) -> Tensor:
         """What this rank can say of each replica's message: uint8 `[replicas * OPINION]`."""

@@ -136,6 +136,7 @@ class Exchange:
 
     Attributes:
         bytes_sent: size of this rank's last message; 0 where there is nobody to send it to.
+        bytes_received: of the others' messages of that exchange.
         number: exchanges that there have been, those before a checkpoint too.
         standing: whose results are left out for a while.
         refused: replicas whose results among the last that were received have been refused, each
@@ -149,12 +150,13 @@ class Exchange:
         agreement: dist.ProcessGroup | None,
     ) -> None:
         assert (peers is None) == (agreement is None)
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_received = 0
         self._form, self._peers, self._agreement = form, peers, agreement
         self.number = 0
         self._rank, replicas = 0, 1
         if peers is not None:
             self._rank, replicas = dist.get_rank(peers), dist.get_world_size(peers)
+        self._others = replicas - 1
         self.standing = Standing(replicas)
         self.refused: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
@@ -171,6 +173,7 @@ class Exchange:
         """Send this rank's entries on their way."""
         pending = start(self._form.pack(entries, self.number, self._rank), self._peers)
         self.bytes_sent = pending.bytes_sent
+        self.bytes_received = self._others * pending.bytes_sent
         check: Future[Verdict] = Future()
         if self._agreement is None:
             check.set_result(Verdict())

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -119,18 +120,24 @@ class Parts:
         self.wholes = list(wholes)
         self.layouts, shared = own_layouts(parameters, wholes)
         self._scattered: list[tuple[list[int], Scattered]] = []
-        self._chunks: dict[int, Tensor] = {}
         self._where: dict[int, tuple[Scattered, int]] = {}
-        for (group, dtype, device), members in shared.items():
+        for (group, _, device), members in shared.items():
             slabs = [slab(parameters[i]) for i in members]  # type: ignore[arg-type]
             moved = Scattered([wholes[i] for i in members], slabs, group, device)
             self._scattered.append((members, moved))
             for number, i in enumerate(members):
                 assert self.layouts[i] == moved.layouts[number]
                 self._where[i] = (moved, number)
-                self._chunks[i] = torch.empty(
-                    moved.layouts[number].shape, dtype=dtype, device=device
-                )
+
+    @cached_property
+    def _chunks(self) -> dict[int, Tensor]:
+        """Memory for divided chunks by parameter, for those who work on parameters themselves."""
+        return {
+            i: torch.empty(
+                self.layouts[i].shape, dtype=self.parameters[i].dtype, device=moved.device
+            )
+            for i, (moved, _) in self._where.items()
+        }
 
     def tensors(self) -> list[Tensor]:
         """This rank's part of each parameter, sharing the parameter's memory where it can."""
@@ -141,17 +148,24 @@ class Parts:
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's part of each gradient; a collective where chunks have been divided."""
-        parts = [local_gradient(p) for p in self.parameters]
+        return self.of_gradients([local_gradient(p) for p in self.parameters])
+
+    def of_gradients(self, shards: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """This rank's part of what there is of shards, of any dtype; None for zero.
+
+        Args:
+            shards: one per parameter. A collective where chunks have been divided.
+        """
+        parts = list(shards)
         for members, moved in self._scattered:
             dtype = self.parameters[members[0]].dtype
-            given = [g for i in members if (g := parts[i]) is not None]
-            for gradient in given:
+            for gradient in [g for i in members if (g := parts[i]) is not None]:
                 dtype = torch.promote_types(dtype, gradient.dtype)
-            shards = [
+            given = [
                 moved.zeros(number, dtype) if (g := parts[i]) is None else g.to(dtype)
                 for number, i in enumerate(members)
             ]
-            for i, chunks in zip(members, moved.to_chunks(shards), strict=True):
+            for i, chunks in zip(members, moved.to_chunks(given), strict=True):
                 parts[i] = chunks
         return parts
 
@@ -193,6 +207,28 @@ class Parts:
     def push(self) -> None:
         """Bring parameters up to date with their divided chunks; a collective."""
         self.bring_back(self.tensors(), self.parameters)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sums over the ranks that have parts of a parameter, in their order: the same on all.
+
+        Args:
+            values: `[parameters, ...]`, of this rank's parts. A collective where there are shards.
+        """
+        sums, sharing = values.clone(), dict[dist.ProcessGroup, list[int]]()
+        for i, p in enumerate(self.parameters):
+            if isinstance(p, DTensor) and cuts(p):
+                sharing.setdefault(sharing_group(p), []).append(i)
+        for group, members in sharing.items():
+            own = values[members]
+            parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, own, group=group)
+            sums[members] = torch.stack(parts).sum(0)
+        return sums
+
+    @property
+    def are_shards(self) -> bool:
+        """Whether this rank works on all parameters where they lie."""
+        return not self._where
 
     def lies_as_shard(self, position: int) -> bool:
         """Whether this rank works on a parameter where it lies, and not on divided chunks."""
@@ -251,6 +287,7 @@ class Scattered:
 
     Attributes:
         layouts: this rank's chunks of each parameter: `[n * h, w]`, or `[n * w]` of a vector.
+        device: as given.
     """
 
     def __init__(
@@ -260,7 +297,7 @@ class Scattered:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self._wholes, self._group = list(wholes), group
+        self._wholes, self._group, self.device = list(wholes), group, device
         ranks, me = dist.get_world_size(group), dist.get_rank(group)
         everyones = [
             _slabs(numbers, [len(s.start) for s in slabs])

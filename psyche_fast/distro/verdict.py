@@ -41,7 +41,10 @@ class Verdict:
 
 
 def agree(
-    faults: Mapping[int, str], messages: Tensor, group: dist.ProcessGroup
+    faults: Mapping[int, str],
+    messages: Tensor | Sequence[Tensor],
+    group: dist.ProcessGroup,
+    order: Sequence[int] | None = None,
 ) -> tuple[dict[int, str], set[int]]:
     """Which messages any rank of a group refuses; a collective that waits for the other ranks.
 
@@ -51,9 +54,10 @@ def agree(
 
     Args:
         faults: what is wrong with the messages that this rank refuses, by their numbers.
-        messages: uint8 `[senders, n]` in host memory; rank `sender * places + place` has got those
-            of the ranks with its place.
+        messages: uint8 `[senders, n]` in host memory, or `[n]` of each sender; rank
+            `sender * places + place` has got those of the ranks with its place.
         group: the ranks.
+        order: the group's ranks in that order, where it is another than their own.
 
     Returns:
         The same numbers on every rank, in order, each with what is wrong or who refuses it. And the
@@ -66,7 +70,8 @@ def agree(
     sent = own.repeat(ranks, 1, 1).to(device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    return conclude(faults, received.cpu(), senders)
+    received = received.cpu()
+    return conclude(faults, received if order is None else received[list(order)], senders)
 
 
 def opinion(message: Tensor, state: int) -> Tensor:

@@ -99,7 +99,7 @@ def backend_of(plan: ChunkPlan, backend: str) -> tuple[str, str]:
     name, reason = explain(plan.device, backend)
     automatic = backend == "auto" and os.environ.get(ENVIRONMENT, "auto") == "auto"
     if name != "torch":
-        hindered = hindrance(plan.h, plan.w, plan.dtype)
+        hindered = hindrance(plan.h, plan.w, plan.dtype, is_transformed=plan.is_transformed)
         if hindered is None:
             return name, reason
         if not automatic:
@@ -117,7 +117,8 @@ def checked_backend(plan: ChunkPlan, backend: str) -> str:
         ValueError: as `backend_of`; or it does not.
     """
     name, _ = backend_of(plan, backend)
-    _check_products(plan.device, name)
+    if plan.is_transformed:
+        _check_products(plan.device, name)
     return name
 
 
@@ -143,17 +144,20 @@ def _check_products(device: torch.device, backend: str) -> None:
             )
 
 
-def hindrance(h: int, w: int, dtype: torch.dtype) -> str | None:
+def hindrance(h: int, w: int, dtype: torch.dtype, *, is_transformed: bool = True) -> str | None:
     """Why the Triton kernels cannot take chunks of `h` x `w`; None where they can.
 
     Args:
         h: rows.
         w: columns.
         dtype: of the parameters.
+        is_transformed: whether chunks are, or are selected from as they are.
     """
     if dtype not in _TRITON_DTYPES:
         return f"parameters are {dtype}, the kernels take float32, bfloat16 and float16"
-    if max(h, w) > MAX_SIDE:
+    if not is_transformed and h * w > MAX_SIDE**2:
+        return f"chunks are {h} x {w}, the kernels take up to {MAX_SIDE**2} elements"
+    if is_transformed and max(h, w) > MAX_SIDE:
         return f"chunks are {h} x {w}, the kernels take sides of up to {MAX_SIDE}"
     return None
 

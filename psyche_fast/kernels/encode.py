@@ -19,11 +19,15 @@ def encode(
     decay: float,
     gradient_scale: float | Tensor | None = None,
     previous: Entries | None = None,
+    share: float = 1.0,
+    anchors: Sequence[Tensor] | None = None,
     backend: str = "torch",
 ) -> Entries:
     """Update delta, transform it and select the k largest coefficients of every chunk.
 
-    `delta = decay * (delta - decode(previous)) + lr * gradient_scale * gradient`.
+    `delta = decay * (delta - share * decode(previous)) + lr * gradient_scale * gradient`, or with
+    `anchor - gradient` in place of the gradient. A class without transform has its elements for
+    coefficients.
 
     Args:
         plan: the chunk class.
@@ -35,6 +39,8 @@ def encode(
             finite the gradients are left out, as if all were None: a bad gradient never enters the
             state.
         previous: own entries of the previous step, with unquantised values.
+        share: of the previous entries that is taken out.
+        anchors: float32 tensors like the gradients, from which these are subtracted in float32.
         backend: resolved backend name.
 
     Returns:
@@ -46,6 +52,6 @@ def encode(
         RuntimeError: the class is in use on another CUDA stream.
     """
     entries: Entries = implementation(backend, "encode").encode(
-        plan, delta, gradients, learning_rates, decay, gradient_scale, previous
+        plan, delta, gradients, learning_rates, decay, gradient_scale, previous, share, anchors
     )
     return entries

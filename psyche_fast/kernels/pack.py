@@ -12,7 +12,8 @@ Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, wit
 1. values, unless only signs are sent: `[chunks, k]` in their dtype, little-endian;
 2. bit planes, uint8 `[ceil(chunks / 8), bits]`: bit `j` of byte `[g, b]` is bit `b` of chunk
    `8 g + j`. A chunk's bits are the low bits (entry by entry, least significant first), the bit
-   vector, and a sign per entry (1 for negative) where only signs are sent.
+   vector, and a sign per entry (1 for negative) where only signs are sent; of codes of several bits
+   the lowest bit per entry, then the next one of all entries, and so on.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch import Tensor
 from psyche_fast.kernels.backends import implementation
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
-Values = Literal["sign"] | torch.dtype
-"""What is sent of a value: its sign, or all of it in a floating-point dtype."""
+Values = Literal["sign"] | int | torch.dtype
+"""What is sent of a value: its sign, a code of so many bits (up to 8), or all of it in a
+floating-point dtype."""
 
 __all__ = [
     "IndexCode", "Values", "index_code", "pack", "size", "squares", "unpack", "unpack_checked",
@@ -101,8 +103,8 @@ def pack(
         plan: the chunk class.
         entries: `plan.k` entries per chunk, their indices ascending without repetition, as `encode`
             gives them.
-        values: "sign" (values below zero, or bool values that are True, are negative), or the dtype
-            in which values are sent.
+        values: "sign" (values below zero, or bool values that are True, are negative), the bits of
+            the codes that the values then are (uint8), or the dtype in which values are sent.
         out: where to write, uint8 `[size(plan, values)]`, contiguous; new memory where None.
         backend: resolved backend name.
 
@@ -129,15 +131,15 @@ def pack(
     if isinstance(values, torch.dtype):
         if entries.values.dtype == torch.bool:
             raise TypeError(f"entries: wanted values to be sent in {values}, got signs alone")
-        # As bytes: `out` need not be aligned as the values are.
-        raw = entries.values.to(values).contiguous().view(torch.uint8)
-        out[:value_bytes].copy_(raw.view(-1))
+        # As bytes: `out` need not be aligned as the values are. A single value may have any stride.
+        raw = entries.values.to(values).reshape(-1).contiguous().view(-1).view(torch.uint8)
+        out[:value_bytes].copy_(raw)
     bits = _bits(plan, values)
     if bits:
         planes = out[value_bytes:].view(_groups(plan), bits)
-        signs = entries.values if values == "sign" else None
+        signs = None if isinstance(values, torch.dtype) else entries.values
         implementation(backend, "pack").pack(
-            index_code(plan.totalk, plan.k), entries.indices, signs, planes
+            index_code(plan.totalk, plan.k), entries.indices, signs, planes, _planes(values)
         )
     return out
 
@@ -155,7 +157,7 @@ def unpack(plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "tor
         backend: resolved backend name.
 
     Returns:
-        Indices in `plan.index_dtype` and values (bool for "sign"), `[chunks, peers * k]` with the
+        Indices in `plan.index_dtype` and values (bool for "sign", uint8 for codes), `[chunks, peers * k]` with the
         peers in the order of the rows. `unique` for a single peer.
 
     Raises:
@@ -206,7 +208,7 @@ def well_formed(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
         chunks = min(plan.chunks - group * _CHUNKS_AT_ONCE, _CHUNKS_AT_ONCE)
         indices = torch.empty(chunks, len(data), plan.k, dtype=plan.index_dtype)
         valid = torch.ones(len(data), chunks, dtype=torch.bool)
-        implementation("torch", "pack").unpack(code, part, indices, None, valid)
+        implementation("torch", "pack").unpack(code, part, indices, None, valid, 0)
         good &= valid.all(dim=1)
     return good
 
@@ -255,14 +257,15 @@ def _unpack(
             valid &= numbers.isfinite().all(dim=2)
         result, signs = numbers.transpose(0, 1), None
     else:
-        result = signs = torch.empty(shape, dtype=torch.bool, device=rows.device)
+        dtype = torch.bool if values == "sign" else torch.uint8
+        result = signs = torch.empty(shape, dtype=dtype, device=rows.device)
     if code.bits == 0:
         everything = torch.arange(k, device=rows.device)
         indices.copy_(everything.to(plan.index_dtype).expand(shape))
     bits = _bits(plan, values)
     if bits and chunks and peers:
         planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        implementation(backend, "pack").unpack(code, planes, indices, signs, valid)
+        implementation(backend, "pack").unpack(code, planes, indices, signs, valid, _planes(values))
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )
@@ -285,11 +288,18 @@ def _groups(plan: ChunkPlan) -> int:
 
 
 def _bits(plan: ChunkPlan, values: Values) -> int:
-    return index_code(plan.totalk, plan.k).bits + (plan.k if values == "sign" else 0)
+    return index_code(plan.totalk, plan.k).bits + plan.k * _planes(values)
+
+
+def _planes(values: Values) -> int:
+    """Bits of an entry beside its index."""
+    if isinstance(values, int):
+        return values
+    return 1 if values == "sign" else 0
 
 
 def _value_bytes(plan: ChunkPlan, values: Values) -> int:
-    if values == "sign":
+    if values == "sign" or isinstance(values, int):
         return 0
     if isinstance(values, torch.dtype) and values.is_floating_point:
         return plan.chunks * plan.k * values.itemsize

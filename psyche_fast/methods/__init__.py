@@ -4,6 +4,7 @@
 part of it in a loop, `simulate` several of them in one process.
 """
 
+from psyche_fast.methods.hierarchy import Hierarchy
 from psyche_fast.methods.local_steps import LocalSteps
 from psyche_fast.methods.method import SGD, AdamW, Method, Muon, Nesterov, Sign
 from psyche_fast.methods.muon import MuonAdamW
@@ -15,6 +16,7 @@ from psyche_fast.methods.simulation import simulate
 __all__ = [
     "SGD",
     "AdamW",
+    "Hierarchy",
     "LocalSteps",
     "Method",
     "Muon",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,29 @@ import torch
 from torch import Tensor
 
 from psyche_fast.distro.chunks import Layout, ParameterLayout
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.apply import subtract
 from psyche_fast.kernels.backends import ENVIRONMENT, checked_backend, explain
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Muon, Sign
+from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.philox import positions
 
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _NOISE = 64
 """Of a chunk's largest value times the type's epsilon."""
 
 
 def cut(method: Method, names: Sequence[str], tensors: Sequence[Tensor]) -> Layout:
     """The chunks of parameters: a method's matrices in blocks, vectors in as many elements."""
+    return Layout(_wholes(method, names, tensors), transform=method.transform == "dct")
+
+
+def _wholes(
+    method: Method, names: Sequence[str], tensors: Sequence[Tensor]
+) -> list[ParameterLayout]:
     layouts = []
     for name, tensor in zip(names, tensors, strict=True):
         is_flat = tensor.dim() < 2 and method.transform == "none"
@@ -36,7 +46,31 @@ def cut(method: Method, names: Sequence[str], tensors: Sequence[Tensor]) -> Layo
             compression_topk=method.chunk**2 if method.select == "all" else method.k,
         )
         layouts.append(layout)
-    return Layout(layouts, transform=method.transform == "dct")
+    return layouts
+
+
+def fragment_names(method: Method, names: list[str]) -> list[list[str]]:
+    """Which parameters are a fragment's.
+
+    A parameter's layer is the first whole number between the dots of its name. Layers are strided:
+    the n-th is of fragment `n mod fragments`; what has no number goes with the first. Where no name
+    has one, the n-th parameter is of fragment `n mod fragments`.
+
+    Raises:
+        ValueError: fewer layers than fragments.
+    """
+    found = {name: _LAYER.search(name) for name in names}
+    layers = sorted({int(match[1]) for match in found.values() if match})
+    places = {layer: at for at, layer in enumerate(layers)}
+    fragments: list[list[str]] = [[] for _ in range(method.fragments)]
+    for at, (name, match) in enumerate(found.items()):
+        place = at if not layers else places[int(match[1])] if match else 0
+        fragments[place % method.fragments].append(name)
+    if not all(fragments):
+        raise ValueError(
+            f"fragments={method.fragments} wants as many layers, got {len(layers) or len(names)}"
+        )
+    return fragments
 
 
 class Fragment:
@@ -46,12 +80,15 @@ class Fragment:
         method: whose.
         number: of the fragment.
         names: of its parameters.
-        tensors: the shared parameters, float32 or float64.
+        tensors: the shared parameters, float32 or float64, of which this rank may have shards.
+            Making this, and whatever has to do with these, is a collective of the ranks that share
+            them where a shard's edge cuts a chunk.
         backend: as of `DistroStep`.
 
     Attributes:
         names: as given.
-        layout: its chunks.
+        parts: the way from shards to this rank's chunks and back.
+        layout: this rank's chunks.
         backends: resolved backend of every chunk class.
         format: its messages.
         kept: momentum or feedback, `[chunks, h, w]` per class, of which the own last result
@@ -68,12 +105,24 @@ class Fragment:
         backend: str,
     ) -> None:
         self.method, self.names = method, list(names)
-        self.layout = cut(method, names, tensors)
+        self.parts = Parts(tensors, _wholes(method, names, tensors))
+        self.layout = Layout(self.parts.layouts, transform=method.transform == "dct")
         self.backends = [_backend(plan, backend) for plan in self.layout.plans]
-        self.format = Format(method, self.layout, self.backends, number)
+        self.format: Format | Owners = Format(method, self.layout, self.backends, number)
+        self._number = number
         self._keeps = method.what == "momentum" or method.feedback != "none"
         self.kept = self.layout.zeros() if self._keeps else None
         self.own: list[Picked] | None = None
+        self._numbers = {}
+        if method.select == "random":
+            for at, (name, whole) in enumerate(zip(names, self.parts.wholes, strict=True)):
+                every = torch.arange(whole.chunks, device=whole.device).view(whole.lead)
+                self._numbers[name] = self.parts.own(at, every).reshape(-1)
+
+    def divide(self, replica: int, replicas: int) -> None:
+        """Have owners merge its results, of which this replica is one."""
+        method, layout = self.method, self.layout
+        self.format = Owners(method, layout, self.backends, self._number, replica, replicas)
 
     def compress(
         self,
@@ -86,7 +135,7 @@ class Fragment:
         """Take up gradients or pseudo-gradients, `kept = decay (kept - own) + factor source`.
 
         Args:
-            sources: one per parameter; None for zero.
+            sources: this rank's shards, one per parameter; None for zero.
             factor: on all of them.
             scale: a further factor; where it is not finite, all sources are left out.
             turn: number of the round.
@@ -95,6 +144,7 @@ class Fragment:
         Returns:
             The message.
         """
+        sources = self.parts.of_gradients(sources)
         kept = self.layout.zeros() if self.kept is None else self.kept
         pick = self._largest if self.method.select == "topk" else self._at_known_places
         picked = [
@@ -174,18 +224,18 @@ class Fragment:
 
     def places(self, plan: ChunkPlan, turn: int) -> Tensor:
         """The positions that a round's random selection takes, int64 `[n, k]`."""
-        named = [(self.names[m.position], m.count) for m in plan.members]
-        seed, device = self.method.seed, plan.device
+        names = [self.names[m.position] for m in plan.members]
+        seed = self.method.seed
         return torch.cat(
             [
-                positions(name, n, plan.totalk, plan.k, seed=seed, turn=turn, device=device)
-                for name, n in named
+                positions(name, self._numbers[name], plan.totalk, plan.k, seed=seed, turn=turn)
+                for name in names
             ]
         )
 
     def merge(self, received: Sequence[Picked], turn: int) -> list[Tensor]:
-        """The mean of the replicas' results, transformed back: one tensor per parameter."""
-        merged: dict[int, Tensor] = {}
+        """The mean of the replicas' results, transformed back: this rank's shards, in order."""
+        merged = []
         for at, (plan, p) in enumerate(zip(self.layout.plans, received, strict=True)):
             chunks = self._mean(at, plan, p, turn)
             if plan.is_transformed and isinstance(self.method.outer, Sign | Muon):
@@ -193,13 +243,20 @@ class Fragment:
                 limit = chunks.abs().amax((1, 2), keepdim=True) if chunks.numel() else 0.0
                 noise = limit * (_NOISE * torch.finfo(chunks.dtype).eps)
                 chunks = torch.where(chunks.abs() <= noise, 0.0, chunks)
+            merged.append(chunks)
+        return self.shards(merged)
+
+    def shards(self, chunks: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's shard of each parameter from chunks `[n, h, w]` of each class."""
+        parts: dict[int, Tensor] = {}
+        for plan, of_class in zip(self.layout.plans, chunks, strict=True):
             for m in plan.members:
                 layout = self.layout.parameters[m.position]
-                own = chunks[m.start : m.start + m.count].view(*m.lead, plan.h, plan.w)
+                own = of_class[m.start : m.start + m.count].view(*m.lead, plan.h, plan.w)
                 if len(layout.shape) >= 2:
                     own = own.transpose(-3, -2)
-                merged[m.position] = own.reshape(layout.shape)
-        return [merged[at] for at in range(len(self.names))]
+                parts[m.position] = own.reshape(layout.shape)
+        return self.parts.shards([parts[at] for at in range(len(self.names))])
 
     def _mean(self, at: int, plan: ChunkPlan, p: Picked, turn: int) -> Tensor:
         """`[chunks, h, w]`."""
@@ -230,22 +287,35 @@ class Fragment:
 
     def clipped(self, received: Sequence[Picked]) -> list[Picked]:
         """Every replica's values of a parameter scaled down to the lower median of the norms."""
-        clipped = []
-        for plan, p in zip(self.layout.plans, received, strict=True):
-            values = p.values.clone()
-            for m in plan.members:
-                own = values[:, m.start : m.start + m.count]
-                norms = own.flatten(1).square().sum(1).sqrt()
-                factors = (norms.median() / (norms + 1e-8)).clamp(max=1.0)
-                own.mul_(factors.view(-1, 1, 1))
-            clipped.append(Picked(p.indices, values))
+        clipped = [Picked(p.indices, p.values.clone()) for p in received]
+        pairs = list(zip(self.layout.plans, clipped, strict=True))
+        own = {
+            m.position: p.values[:, m.start : m.start + m.count] for plan, p in pairs
+            for m in plan.members
+        }  # fmt: skip
+        squares = [own[at].flatten(1).square().sum(1) for at in range(len(self.names))]
+        norms = self.parts.summed(torch.stack(squares)).sqrt()
+        medians = norms.median(1, keepdim=True).values
+        for at, factors in enumerate((medians / (norms + 1e-8)).clamp(max=1.0)):
+            own[at].mul_(factors.view(-1, 1, 1))
         return clipped
 
+    def momentum(self) -> dict[str, Tensor]:
+        """What is kept by parameter, in the encoded shape; see `Parts.whole`."""
+        views = [] if self.kept is None else self.layout.views(self.kept)
+        return {self.names[at]: self.parts.whole(at, view) for at, view in enumerate(views)}
+
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out."""
+        """Copies, by kind and parameter: what is kept, `[chunks, h, w]`, and what to take out.
+
+        And what has been kept of merged results, where this replica owns chunks.
+        """
         found: dict[str, dict[str, Tensor]] = {}
+        merged = self.format.state()
         for at, plan in enumerate(self.layout.plans):
             kinds = {"kept": None if self.kept is None else self.kept[at]}
+            if merged is not None:
+                kinds["merged"] = merged[at]
             if self.own is not None:
                 kinds["indices"] = self.own[at].indices
                 kinds["values"] = self.own[at].values
@@ -283,6 +353,8 @@ class Fragment:
             loaded = [of("kept", (plan.h, plan.w), plan) for plan in plans]
             for kept, new in zip(self.kept, loaded, strict=True):
                 kept.copy_(new)
+        merged = "merged" in state
+        self.format.load([of("merged", (p.totalk,), p) for p in plans] if merged else None)
         self.own = None
         if "values" in state:
             self.own = [

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from psyche_fast.methods.method import Method
 from psyche_fast.methods.presets import get
@@ -28,6 +29,10 @@ class LocalSteps(torch.optim.Optimizer):
         optimizer.step()
         optimizer.zero_grad()
 
+    With sharded parameters (FSDP2, tensor parallelism) a replica is several ranks, and
+    `process_group` is this rank's counterparts in the others: for a mesh of
+    `("replicate", "shard")`, whose `mesh["shard"]` FSDP2 has, `mesh.get_group("replicate")`.
+
     Gradients must not be averaged between replicas by other means (no DDP over this group). All
     ranks call `step` equally often. Learning rates, parameter groups and schedulers are the inner
     optimiser's; schedules go by inner steps. `shared` are the parameters to evaluate and to export.
@@ -41,8 +46,8 @@ class LocalSteps(torch.optim.Optimizer):
             (`model.named_parameters()`) fragments are layers.
         method: a name that `psyche_fast.methods.get` knows, or a `Method`, with
             `what="pseudo_gradient"`.
-        process_group: the replicas; the default group where None. Without torch.distributed there
-            is one replica.
+        process_group: the replicas; the default group where None, which sharded parameters do not
+            take. Without torch.distributed there is one replica.
         backend: "auto", "triton", "torch" or "interpret".
         **overrides: fields of the method.
 
@@ -52,9 +57,9 @@ class LocalSteps(torch.optim.Optimizer):
         bytes_sent: bytes of this rank's messages so far.
 
     Raises:
-        ValueError: a method without local steps, or that cannot take these parameters; or replicas
-            that differ at the start.
-        TypeError: a field that no method has, or a parameter that is sharded.
+        ValueError: a method without local steps, or that cannot take these parameters; replicas
+            that differ at the start; or a group with other ranks of this replica.
+        TypeError: a field that no method has.
     """
 
     _step_supports_amp_scaling = True  # the scaler then leaves it to `step` what to leave out
@@ -82,12 +87,14 @@ class LocalSteps(torch.optim.Optimizer):
         self._share()
         self._complete = True
         group = process_group
+        named = _named(optimizer)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
+        _check_group(named, group)
         alone = group is None or dist.get_world_size(group) == 1
         self.replica = Replica(
             method,
-            _named(optimizer),
+            named,
             replica=0 if group is None else dist.get_rank(group),
             replicas=1 if group is None else dist.get_world_size(group),
             inner=optimizer,
@@ -177,3 +184,21 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             if p.requires_grad:
                 named[name] = p
     return named
+
+
+def _check_group(named: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Checks that no parameter is sharded over ranks that are replicas of each other.
+
+    Raises:
+        ValueError: one is.
+    """
+    replicas = set() if group is None else set(dist.get_process_group_ranks(group))
+    for name, p in named.items():
+        if not isinstance(p, DTensor):
+            continue
+        both = sorted(replicas & set(p.device_mesh.mesh.flatten().tolist()))
+        if len(both) > 1:
+            raise ValueError(
+                f"process_group: parameter {name} is spread over ranks {both}, which are of one "
+                "replica; wanted the group of this rank's counterparts in the other replicas"
+            )

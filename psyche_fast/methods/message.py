@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ from psyche_fast.distro.message import hash_rows
 from psyche_fast.integers import definition_hash
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import ChunkPlan, Entries
-from psyche_fast.methods.method import Method
+from psyche_fast.methods.method import Method, Values
 from psyche_fast.methods.values import (
     PLANES,
     Codes,
@@ -48,7 +48,8 @@ from psyche_fast.methods.values import (
 VERSION = 1
 _MAGIC = b"PFLM"
 _FIELDS = struct.Struct("<4sHHQQII")  # all but the checksum
-_HEADER = _FIELDS.size + 8
+HEADER = _FIELDS.size + 8
+MALFORMED = "an index is out of order or range, or a value is not finite"
 _NAMES = ("magic", "version", "fragment", "size", "hash of method and layout", "round", "sender")
 
 
@@ -65,56 +66,47 @@ class Picked:
     values: Tensor
 
 
-class Format:
-    """How a fragment's results travel, on the device of its first chunk class.
+class Envelope:
+    """Header and checksum around a fixed number of bytes.
 
     Args:
-        method: whose.
-        layout: of the fragment's parameters.
-        backends: resolved backend of every chunk class.
+        payload: how many, without what fills them up.
+        content: what they are; equal on sender and receiver, and hashed as its `repr` has it.
         fragment: its number.
+        device: where messages are made.
 
     Attributes:
         size: bytes of a message.
+        device: see above.
     """
 
-    def __init__(
-        self, method: Method, layout: Layout, backends: Sequence[str], fragment: int
-    ) -> None:
-        self._kind, self._layout, self._backends = method.values, layout, tuple(backends)
-        self._sent = tuple(_sent_plan(plan, method) for plan in layout.plans)
-        self._device = layout.plans[0].device
-        sizes = [self._entry_bytes(plan) + packed_bytes(plan, self._kind) for plan in self._sent]
-        self._payload = sum(sizes) + -sum(sizes) % 8
-        self.size = _HEADER + self._payload
-        described = [(p.name, p.shape, p.h, p.w, p.k, str(p.dtype)) for p in layout.parameters]
-        sides = [side for p in layout.plans if p.is_transformed for side in (p.h, p.w)]
-        digest = hashlib.blake2b(
-            repr((method.hash(), described, definition_hash(sides))).encode(), digest_size=8
-        )
-        self._hash, self._fragment = int.from_bytes(digest.digest(), "little"), fragment
+    def __init__(self, payload: int, content: object, fragment: int, device: torch.device) -> None:
+        self.size, self._fragment, self.device = enclosed(payload), fragment, device
+        self._payload = self.size - HEADER
+        digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+        self._hash = int.from_bytes(digest, "little")
 
-    def pack(self, turn: int, sender: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
-        """A message, uint8 `[size]`, and what its receivers see of the values of every class."""
-        message = torch.zeros(self.size, dtype=torch.uint8, device=self._device)
+    def seal(self, turn: int, sender: int, parts: Iterable[Tensor]) -> Tensor:
+        """A message, uint8 `[size]`, of parts of its payload in their order, each uint8 `[n]`."""
+        message = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
         message[: _FIELDS.size] = self._fields(turn, sender)
-        seen, at = [], _HEADER
-        for plan, p, backend in zip(self._sent, picked, self._backends, strict=True):
-            indices = p.indices
-            if indices is None or plan.k == plan.totalk:  # not sent: all, or known to all
-                indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
-                indices = indices.expand(plan.chunks, plan.k)
-            parts, values = self._parts(plan, indices, p.values, backend)
-            seen.append(values)
-            for part in parts:
-                message[at : at + part.numel()] = part
-                at += part.numel()
+        at = HEADER
+        for part in parts:
+            message[at : at + part.numel()] = part
+            at += part.numel()
         words = message.view(torch.int64)
-        words[_HEADER // 8 - 1] = hash_rows(words[None, _HEADER // 8 :])[0]
-        return message, seen
+        words[HEADER // 8 - 1] = hash_rows(words[None, HEADER // 8 :])[0]
+        return message
 
-    def faults(self, turn: int, messages: Tensor) -> dict[int, str]:
-        """What is wrong with the header or the checksum of messages, `[peers, size]`.
+    def faults(
+        self, turn: int, messages: Tensor, senders: Sequence[int] | None = None
+    ) -> dict[int, str]:
+        """What is wrong with the header or the checksum of messages, by their rows.
+
+        Args:
+            turn: the number of their round.
+            messages: uint8 `[peers, size]`.
+            senders: the replica that each should be of; that of its row's number where None.
 
         Raises:
             ValueError: messages of another shape or dtype.
@@ -124,11 +116,12 @@ class Format:
                 f"messages: wanted uint8 [replicas, {self.size}], got {messages.dtype} "
                 f"{list(messages.shape)}"
             )
-        words = messages.contiguous().view(torch.int64)
-        good = hash_rows(words[:, _HEADER // 8 :]) == words[:, _HEADER // 8 - 1]
+        words = _words(messages)
+        good = hash_rows(words[:, HEADER // 8 :]) == words[:, HEADER // 8 - 1]
         faults = {}
         for row, is_whole in enumerate(good.tolist()):
-            wanted = self._fields(turn, row).to(messages.device)
+            wanted = self._fields(turn, row if senders is None else senders[row])
+            wanted = wanted.to(messages.device)
             if not torch.equal(messages[row, : _FIELDS.size], wanted):
                 fields = _FIELDS.unpack(bytes(messages[row, : _FIELDS.size].tolist()))
                 own = _FIELDS.unpack(bytes(wanted.tolist()))
@@ -140,6 +133,59 @@ class Format:
             elif not is_whole:
                 faults[row] = "its checksum does not match its content"
         return faults
+
+    def _fields(self, turn: int, sender: int) -> Tensor:
+        fields = _FIELDS.pack(
+            _MAGIC, VERSION, self._fragment, self._payload, self._hash, turn % (1 << 32), sender
+        )
+        return torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(self.device)
+
+
+def enclosed(payload: int) -> int:
+    """Bytes of a message with so many after the header."""
+    return HEADER + payload + -payload % 8
+
+
+class Format(Envelope):
+    """How a fragment's results travel, on the device of its first chunk class.
+
+    Args:
+        method: whose.
+        layout: of the fragment's parameters.
+        backends: resolved backend of every chunk class.
+        fragment: its number.
+        plans: the chunks that are sent, where not all of the layout's are; as many as `backends`.
+        part: what tells this part of the layout from others.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        layout: Layout,
+        backends: Sequence[str],
+        fragment: int,
+        *,
+        plans: Sequence[ChunkPlan] | None = None,
+        part: str = "",
+    ) -> None:
+        self._kind, self._backends = method.values, tuple(backends)
+        plans = layout.plans if plans is None else plans
+        self._sent = tuple(sent_plan(plan, method) for plan in plans)
+        payload = sum(class_bytes(plan, self._kind) for plan in self._sent)
+        content = described(method, layout)
+        super().__init__(
+            payload, (*content, part) if part else content, fragment, layout.plans[0].device
+        )
+
+    def pack(self, turn: int, sender: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
+        """A message, uint8 `[size]`, and what its receivers see of the values of every class."""
+        sealed: list[Tensor] = []
+        seen = []
+        for plan, p, backend in zip(self._sent, picked, self._backends, strict=True):
+            parts, values = encode_class(plan, self._kind, p, backend)
+            sealed += parts
+            seen.append(values)
+        return self.seal(turn, sender, sealed), seen
 
     def unpack(
         self, messages: Tensor, leave_out: Collection[int] = ()
@@ -159,9 +205,7 @@ class Format:
             return None, {}
         picked, good = self._decode(messages[rows])
         faults = {
-            row: "an index is out of order or range, or a value is not finite"
-            for row, is_good in zip(rows, good.tolist(), strict=True)
-            if not is_good
+            row: MALFORMED for row, is_good in zip(rows, good.tolist(), strict=True) if not is_good
         }
         if len(faults) == len(rows):
             return None, faults
@@ -169,86 +213,127 @@ class Format:
             picked, _ = self._decode(messages[rows][good])
         return picked, faults
 
-    def _fields(self, turn: int, sender: int) -> Tensor:
-        fields = _FIELDS.pack(
-            _MAGIC, VERSION, self._fragment, self._payload, self._hash, turn % (1 << 32), sender
-        )
-        return torch.frombuffer(bytearray(fields), dtype=torch.uint8).to(self._device)
+    def received(self, turn: int) -> None:
+        """A round's results have been received: nothing is kept of them here."""
 
-    def _values(self, plan: ChunkPlan) -> wire.Values:
-        """What `kernels.pack` is told of a class's values."""
-        if self._kind == "bf16":
-            return torch.bfloat16
-        return plan.dtype if self._kind == "parameter" else "sign"
+    def state(self) -> None:
+        """Nothing is kept."""
 
-    def _entry_bytes(self, plan: ChunkPlan) -> int:
-        return wire.size(plan, self._values(plan))
-
-    def _parts(
-        self, plan: ChunkPlan, indices: Tensor, values: Tensor, backend: str
-    ) -> tuple[list[Tensor], Tensor]:
-        """The bytes of a class in their order, and its values as they arrive."""
-        form = self._values(plan)
-        if isinstance(form, torch.dtype):
-            entries = Entries(indices, values, unique=True)
-            return [wire.pack(plan, entries, form, backend=backend)], values.to(form).to(
-                plan.compute_dtype
-            )
-        if self._kind == "sign":
-            signs, others, seen = values < 0, [], torch.where(values < 0, -1.0, 1.0)
-            seen = seen.to(plan.compute_dtype)
-        else:
-            codes = quantise(plan, self._kind, values)
-            signs, seen = codes.upper, dequantise(plan, self._kind, codes)
-            others = [
-                codes.scales.contiguous().view(-1).view(torch.uint8),
-                pack_bits(codes.lower, PLANES[self._kind]),
-            ]
-        packed = wire.pack(plan, Entries(indices, signs, unique=True), form, backend=backend)
-        return [*others[:1], packed, *others[1:]], seen
+    def load(self, state: Sequence[Tensor] | None) -> None:
+        """Nothing is kept."""
+        assert state is None
 
     def _decode(self, messages: Tensor) -> tuple[list[Picked], Tensor]:
         """What well-formed rows hold, and which are: bool `[peers]`."""
-        peers, picked, at = len(messages), [], _HEADER
-        good = torch.ones(peers, dtype=torch.bool, device=messages.device)
-
-        def take(count: int) -> Tensor:
-            nonlocal at
-            at += count
-            return messages[:, at - count : at]
-
+        picked, at = [], HEADER
+        good = torch.ones(len(messages), dtype=torch.bool, device=messages.device)
         for plan, backend in zip(self._sent, self._backends, strict=True):
-            scales = None
-            if self._kind in PLANES:
-                dtype, shape = scales_of(plan, self._kind)
-                # A copy is aligned, wherever in the message the bytes lie.
-                data = take(dtype.itemsize * math.prod(shape)).flatten().clone()
-                scales = data.view(dtype).view(peers, *shape)
-                good &= scales.isfinite().flatten(1).all(1)
-                if self._kind != "codebook4":
-                    good &= (scales >= 0).flatten(1).all(1)
-            form = self._values(plan)
-            entries, valid = wire.unpack_checked(
-                plan, take(self._entry_bytes(plan)), form, backend=backend
-            )
-            good &= valid.all(dim=1)
-            shaped = (plan.chunks, peers, plan.k)
-            values = entries.values.view(shaped).transpose(0, 1)
-            if scales is not None:
-                shape = (plan.chunks, plan.k)
-                planes = take(lower_bytes(plan, self._kind))
-                lower = unpack_bits(planes, PLANES[self._kind], shape)
-                values = dequantise(plan, self._kind, Codes(values, lower, scales))
-            elif values.dtype == torch.bool:
-                values = 1 - 2 * values.to(plan.compute_dtype)
-            else:
-                values = values.to(plan.compute_dtype)
-            known = plan.k == plan.totalk
-            indices = None if known else entries.indices.view(shaped).transpose(0, 1)
-            picked.append(Picked(indices, values))
+            size = class_bytes(plan, self._kind)
+            found, valid = decode_class(plan, self._kind, messages[:, at : at + size], backend)
+            picked.append(found)
+            good &= valid
+            at += size
         return picked, good
 
 
-def _sent_plan(plan: ChunkPlan, method: Method) -> ChunkPlan:
+def described(method: Method, layout: Layout) -> tuple[object, ...]:
+    """What sender and receiver have to have alike."""
+    parameters = [(p.name, p.shape, p.h, p.w, p.k, str(p.dtype)) for p in layout.parameters]
+    sides = [side for p in layout.plans if p.is_transformed for side in (p.h, p.w)]
+    return method.hash(), parameters, definition_hash(sides)
+
+
+def sent_plan(plan: ChunkPlan, method: Method) -> ChunkPlan:
     """A class as it travels: where all replicas know the positions, they are all that there is."""
     return replace(plan, h=1, w=plan.k) if method.select == "random" else plan
+
+
+def class_bytes(plan: ChunkPlan, kind: Values) -> int:
+    """Bytes of a class: of the entries, the scales and the further bits of their codes."""
+    return wire.size(plan, _form(plan, kind)) + packed_bytes(plan, kind)
+
+
+def encode_class(
+    plan: ChunkPlan, kind: Values, picked: Picked, backend: str
+) -> tuple[list[Tensor], Tensor]:
+    """The bytes of a class, uint8 in their order, and its values as they arrive."""
+    form, indices, values = _form(plan, kind), picked.indices, picked.values
+    if indices is None or plan.k == plan.totalk:  # not sent: all, or known to all
+        indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
+        indices = indices.expand(plan.chunks, plan.k)
+    if isinstance(form, torch.dtype):
+        entries = Entries(indices, values, unique=True)
+        seen = values.to(form).to(plan.compute_dtype)
+        return [wire.pack(plan, entries, form, backend=backend)], seen
+    if kind == "sign":
+        signs, others, seen = values < 0, [], torch.where(values < 0, -1.0, 1.0)
+        seen = seen.to(plan.compute_dtype)
+    else:
+        codes = quantise(plan, kind, values)
+        signs, seen = codes.upper, dequantise(plan, kind, codes)
+        others = [
+            codes.scales.contiguous().view(-1).view(torch.uint8),
+            pack_bits(codes.lower, PLANES[kind]),
+        ]
+    packed = wire.pack(plan, Entries(indices, signs, unique=True), form, backend=backend)
+    return [*others[:1], packed, *others[1:]], seen
+
+
+def decode_class(
+    plan: ChunkPlan, kind: Values, data: Tensor, backend: str
+) -> tuple[Picked, Tensor]:
+    """What the bytes of a class hold.
+
+    Args:
+        plan: the class.
+        kind: as what values travel.
+        data: uint8 `[peers, class_bytes]`.
+        backend: the class's.
+
+    Returns:
+        Entries `[peers, n, k]`, and which peers' are well-formed, bool `[peers]`.
+    """
+    peers, at, scales, form = len(data), 0, None, _form(plan, kind)
+    good = torch.ones(peers, dtype=torch.bool, device=data.device)
+
+    def take(count: int) -> Tensor:
+        nonlocal at
+        at += count
+        return data[:, at - count : at]
+
+    if kind in PLANES:
+        dtype, shape = scales_of(plan, kind)
+        # A copy is aligned, wherever in the message the bytes lie.
+        raw = take(dtype.itemsize * math.prod(shape)).flatten().clone()
+        scales = raw.view(dtype).view(peers, *shape)
+        good &= scales.isfinite().flatten(1).all(1)
+        if kind != "codebook4":
+            good &= (scales >= 0).flatten(1).all(1)
+    entries, valid = wire.unpack_checked(plan, take(wire.size(plan, form)), form, backend=backend)
+    good &= valid.all(dim=1)
+    shaped = (plan.chunks, peers, plan.k)
+    values = entries.values.view(shaped).transpose(0, 1)
+    if scales is not None:
+        planes = take(lower_bytes(plan, kind))
+        lower = unpack_bits(planes, PLANES[kind], (plan.chunks, plan.k))
+        values = dequantise(plan, kind, Codes(values, lower, scales))
+    elif values.dtype == torch.bool:
+        values = 1 - 2 * values.to(plan.compute_dtype)
+    else:
+        values = values.to(plan.compute_dtype)
+    known = plan.k == plan.totalk
+    return Picked(None if known else entries.indices.view(shaped).transpose(0, 1), values), good
+
+
+def _form(plan: ChunkPlan, kind: Values) -> wire.Values:
+    """What `kernels.pack` is told of a class's values."""
+    if kind == "bf16":
+        return torch.bfloat16
+    return plan.dtype if kind == "parameter" else "sign"
+
+
+def _words(messages: Tensor) -> Tensor:
+    """Messages as int64 `[peers, words]`; a copy where they are not aligned."""
+    if messages.is_contiguous() and messages.data_ptr() % 8 == 0:
+        return messages.view(torch.int64)
+    return messages.clone(memory_format=torch.contiguous_format).view(torch.int64)

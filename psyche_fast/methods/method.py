@@ -19,6 +19,7 @@ Values: TypeAlias = Literal["sign", "2bit", "4bit", "8bit", "codebook4", "bf16",
 Feedback: TypeAlias = Literal["exact", "sent", "none"]
 Merge: TypeAlias = Literal["named", "mean"]
 Clip: TypeAlias = Literal["none", "median"]
+Reduce: TypeAlias = Literal["auto", "gather", "owners"]
 Scale: TypeAlias = Literal["original", "match_rms_adamw", "spectral_norm"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "feedback": get_args(Feedback),
     "merge": get_args(Merge),
     "clip": get_args(Clip),
+    "reduce": get_args(Reduce),
 }
 
 
@@ -234,6 +236,10 @@ class Method:
         merge: mean over the replicas that name an entry, or over all.
         clip: "median": a replica's values of a parameter are scaled down to the lower median of
             the replicas' norms.
+        reduce: how results are merged: every replica gets those of all ("gather"), or each owns a
+            part of the chunks, gets that of all, merges it and sends it on ("owners", see
+            `psyche_fast.methods.owners`). "auto": owners of what is sent whole, and above 16
+            replicas of what is selected, where that is fewer bytes.
         outer: what becomes of the mean.
         inner: the local steps of pseudo-gradients; None where there are none.
         seed: of random selection.
@@ -260,6 +266,7 @@ class Method:
     feedback: Feedback = "exact"
     merge: Merge = "named"
     clip: Clip = "none"
+    reduce: Reduce = "auto"
     outer: Outer = Sign()
     inner: Inner | None = None
     seed: int = 0
@@ -359,6 +366,10 @@ class Method:
             _refuse("signs have no length, and an outer step of D wants one: values='2bit' has it")
         if self.values == "sign" and self.clip == "median":
             _refuse("all signs have one norm: clip='median' wants other values")
+        if self.reduce == "owners" and self.clip == "median":
+            _refuse("clip='median' goes by whole parameters, of which reduce='owners' has parts")
+        if self.reduce == "owners" and self.values == "codebook4":
+            _refuse("values='codebook4' codes whole parameters, of which reduce='owners' has parts")
 
     def _check_outer(self) -> None:
         if self.is_local and not isinstance(self.outer, SGD | Nesterov):

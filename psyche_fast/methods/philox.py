@@ -45,20 +45,25 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def positions(
-    name: str, chunks: int, size: int, k: int, *, seed: int, turn: int, device: torch.device
-) -> Tensor:
-    """Which `k` of the `size` elements of each of a parameter's chunks are sent in a round.
+def positions(name: str, chunks: Tensor, size: int, k: int, *, seed: int, turn: int) -> Tensor:
+    """Which `k` of the `size` elements of some of a parameter's chunks are sent in a round.
 
     Those of the smallest numbers, counter (position, chunk, round's low and high word) and key
     (seed, name); the lower position of equal ones.
 
+    Args:
+        name: the parameter's.
+        chunks: their numbers in the whole parameter, int64 `[n]`.
+        size: elements of a chunk.
+        k: how many of them.
+        seed: the method's.
+        turn: number of the round.
+
     Returns:
-        int64 `[chunks, k]`, ascending.
+        int64 `[n, k]`, ascending, on the device of `chunks`.
     """
-    words = [torch.tensor(w & _MASK, device=device) for w in (turn, turn >> 32)]
-    position = torch.arange(size, device=device)
-    chunk = torch.arange(chunks, device=device).unsqueeze(1)
-    numbers = philox((position, chunk, *words), (seed & _MASK, name_key(name)))
+    words = [torch.tensor(w & _MASK, device=chunks.device) for w in (turn, turn >> 32)]
+    position = torch.arange(size, device=chunks.device)
+    numbers = philox((position, chunks.unsqueeze(1), *words), (seed & _MASK, name_key(name)))
     order = ((numbers << 30) | position).sort(dim=1).indices[:, :k]
     return order.sort(dim=1).values

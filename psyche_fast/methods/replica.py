@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from psyche_fast.distro.shards import GradientGuard
 from psyche_fast.kernels.apply import apply, lookahead
-from psyche_fast.methods.chunked import Fragment, side_by_side
-from psyche_fast.methods.message import Picked
+from psyche_fast.methods.chunked import Fragment, fragment_names, side_by_side
+from psyche_fast.methods.copies import Copies, parts
+from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Sign
-from psyche_fast.methods.steps import OuterStep, copied, optimizer_of, set_rate
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+from psyche_fast.methods.owners import Owners, are_owned
+from psyche_fast.methods.steps import OuterStep, Stepped, copied
+from psyche_fast.sharding import local_gradient, local_tensor
 
 Faults = dict[int, str]
 """What is wrong with messages, by the numbers of the replicas that sent them."""
@@ -32,7 +34,8 @@ class Sent:
         step: how many steps had been made when it was sent.
         turn: number of its round.
         message: uint8 `[size]`.
-        local: the replica's parameters at that time by name; for `mix="rebase"` with a delay.
+        local: this rank's parts of the replica's parameters at that time by name; for
+            `mix="rebase"` with a delay.
     """
 
     step: int
@@ -51,24 +54,33 @@ class Replica:
         replica.local(lr)
         message = replica.send()                 # None where this step ends no round
         if message is not None:
-            pending.append(exchange(message))
+            pending.append(exchange(message))    # `Rounds` is all this between processes
         while replica.due():
-            replica.receive(pending.popleft())   # uint8 [replicas, size]
+            replica.receive(pending.popleft())   # of all replicas, or of owners
 
     Replicas whose parameters were equal at first, that receive the same messages in the same order
     on the same kind of device, agree on the shared parameters (`plain`) to the bit.
 
     Arithmetic is in float32, in float64 for float64 parameters. The shared parameters are the
-    parameters themselves where replicas do not differ from them: else, and for narrower types
-    (which local steps do not take, since what AdamW changes would be lost to rounding), a copy.
-    With float32 parameters and a DCT, directions of `Sign` are `psyche_fast.integers`' and DisTrO
-    is `psyche_fast.Distro` to the bit.
+    parameters themselves (or their masters) where replicas do not differ from them: else, and for
+    narrower types without masters (which local steps do not take, since what AdamW changes would be
+    lost to rounding), a copy. With float32 parameters and a DCT, directions of `Sign` are
+    `psyche_fast.integers`' and DisTrO is `psyche_fast.Distro` to the bit.
+
+    Parameters may be DTensors (FSDP2, tensor parallelism, both). Then each rank of a replica makes
+    and calls one, all alike, and exchanges messages with the ranks of the same place in the other
+    replicas, which are sharded alike. Shards whose edges are edges of chunks are worked on where
+    they lie; the chunks of the others are divided among the ranks that share them, to which what is
+    sent travels in one all-to-all, and what comes of it back in one. All is as of whole replicas:
+    to the bit but for what is added up over a tensor as a whole (`clip="median"`) or is Muon's.
 
     Args:
         method: the method.
         parameters: by name; all that are given are trained. Equal on all replicas.
         replica: this replica's number.
         replicas: how many there are.
+        masters: float32 copies by name of parameters of narrower types, placed as these, which are
+            what they round to: local and outer steps are taken on them.
         inner: an optimiser of the parameters that takes the local steps in the method's place.
         undecayed: names of parameters without weight decay.
         backend: "auto", "triton", "torch" or "interpret".
@@ -80,9 +92,9 @@ class Replica:
         inner: the optimiser of the local steps, or None.
 
     Raises:
-        TypeError: a parameter is sharded or not of floating point.
-        ValueError: no parameters, more fragments than layers, or bfloat16 parameters for local
-            steps.
+        TypeError: a parameter is not of floating point.
+        ValueError: no parameters, more fragments than layers, bfloat16 parameters without masters
+            for local steps, or a codebook of shards.
     """
 
     def __init__(
@@ -92,6 +104,7 @@ class Replica:
         *,
         replica: int,
         replicas: int,
+        masters: Mapping[str, Tensor] | None = None,
         inner: torch.optim.Optimizer | None = None,
         undecayed: Container[str] = (),
         backend: str = "auto",
@@ -100,24 +113,25 @@ class Replica:
             raise ValueError(f"replica must be from 0 to {replicas - 1}, got {replica}")
         self.method, self.replica, self.replicas = method, replica, replicas
         self.step = 0
-        self._parameters = dict(sorted(parameters.items()))
-        _check_parameters(method, self._parameters)
-        self._local = {name: p.detach() for name, p in self._parameters.items()}
-        self._is_apart = method.is_local or method.lookahead
-        self._shared = {
-            name: p.to(_wide(p), copy=True) if self._is_apart or p.dtype != _wide(p) else p
-            for name, p in self._local.items()
-        }
+        self._copies = Copies(method, parameters, masters)
+        self._parameters, self._shared = self._copies.parameters, self._copies.shared
+        self._stepped = self._copies.stepped
         self.fragments = [
             Fragment(method, number, names, [self._shared[n] for n in names], backend)
             for number, names in enumerate(fragment_names(method, list(self._shared)))
         ]
+        if are_owned(method, replicas):
+            for fragment in self.fragments:
+                fragment.divide(replica, replicas)
         self.outer = OuterStep(method, self._shared, undecayed)
         if inner is not None and not method.is_local:
             raise ValueError(f"what={method.what!r} takes no local steps: there is no inner")
-        self.inner, self._owns_inner = inner, inner is None
+        self.inner, self._inner = inner, None
         if inner is None and method.inner is not None:
-            self.inner = optimizer_of(method.inner, self._parameters, undecayed)
+            self._inner = Stepped(method.inner, self._stepped, undecayed)
+            self.inner = self._inner.optimizer
+        sharded = any(isinstance(p, DTensor) for p in self._parameters.values())
+        self._guard = GradientGuard(list(self._parameters.values()), "Replica") if sharded else None
         self._rate: float | None = None
         self._sent: deque[Sent] = deque()
 
@@ -125,6 +139,11 @@ class Replica:
     def layout(self) -> list[Any]:
         """How each fragment's parameters are cut: a `Layout` of each."""
         return [fragment.layout for fragment in self.fragments]
+
+    @property
+    def inside(self) -> list[dist.ProcessGroup]:
+        """Groups that together connect all ranks of this replica; none where it has one."""
+        return [] if self._guard is None else self._guard.groups
 
     def bytes_sent(self, step: int) -> int:
         """Size of the message that ends step `step` (from 0), 0 where there is none."""
@@ -143,16 +162,24 @@ class Replica:
         """
         if step != self.step:
             raise ValueError(f"step: this replica's next one is {self.step}, got {step}")
+        self._copies.put_own()
         if not self.method.lookahead:
             return
+        rate = self._rate or 0.0
         for fragment in self.fragments:
             assert fragment.kept is not None
+            shared = parts(self._shared, fragment.names)
+            ahead = parts(self._parameters, fragment.names)
+            if not fragment.parts.are_shards:
+                signs = fragment.shards([kept.sign() for kept in fragment.kept])
+                for target, base, sign in zip(ahead, shared, signs, strict=True):
+                    target.copy_(base.add(sign, alpha=-rate))
+                continue
             for at, plan in enumerate(fragment.layout.plans):
-                names = [fragment.names[m.position] for m in plan.members]
+                places = [m.position for m in plan.members]
                 lookahead(
-                    plan, [self._shared[n] for n in names], fragment.kept[at],
-                    [self._rate or 0.0] * len(names), [self._local[n] for n in names],
-                    backend=fragment.backends[at],
+                    plan, [shared[i] for i in places], fragment.kept[at], [rate] * len(places),
+                    [ahead[i] for i in places], backend=fragment.backends[at],
                 )  # fmt: skip
 
     @torch.no_grad()
@@ -161,27 +188,38 @@ class Replica:
 
         Args:
             lr: the schedule's learning rate of this step.
-            clip: factor on the gradients. Where it is not finite they are left out whole; without
-                one they are where an element of them is not.
+            clip: factor on the gradients, the same on all ranks of a replica. Where it is not
+                finite they are left out whole; without one they are where an element of them is
+                not (a collective, of shards).
         """
         self._rate = float(lr)
         self.step += 1
         if clip is None:
-            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            clip = 1.0 if all(bool(g.isfinite().all()) for g in gradients) else float("nan")
+            clip = self._usable()
         self._clip = clip
         if not self.method.is_local:
             self.outer.decay(self._rate)
             return
-        assert self.inner is not None
+        assert self._inner is not None
         factor = float(clip)
         if factor - factor != 0.0:  # not finite
             return
-        for p in self._parameters.values():
-            if factor != 1.0 and p.grad is not None:
-                p.grad.mul_(factor)
-        set_rate(self.inner, self._rate)
-        self.inner.step()
+        gradients = {n: local_gradient(p) for n, p in self._parameters.items()}
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            if factor != 1.0:
+                gradient.mul_(factor)
+            gradients[name] = gradient.to(self._stepped[name].dtype)
+        self._inner.step(gradients, self._rate)
+        self._copies.round()
+
+    def _usable(self) -> Tensor | float:
+        """1, or NaN where an element of a gradient is not finite, on any rank of the replica."""
+        if self._guard is not None:
+            return self._guard.scale([p.grad for p in self._parameters.values()], None)
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return 1.0 if all(bool(g.isfinite().all()) for g in gradients) else float("nan")
 
     def stepped(self) -> None:
         """In place of `local`, where the inner optimiser's step has been made by its owner."""
@@ -198,11 +236,10 @@ class Replica:
         factor, scale = 1.0, None
         sources: list[Tensor | None]
         if self.method.is_local:
-            own = [self._local[n] for n in fragment.names]
-            sources = list(torch._foreach_sub([self._shared[n] for n in fragment.names], own))
+            shared = parts(self._shared, fragment.names)
+            sources = list(torch._foreach_sub(shared, parts(self._stepped, fragment.names)))
         else:
-            sources = [self._parameters[n].grad for n in fragment.names]
-            sources = [None if s is None else s.detach() for s in sources]
+            sources = [local_gradient(self._parameters[n]) for n in fragment.names]
             scale = self._clip
             if self.method.what == "momentum":
                 assert self._rate is not None
@@ -213,8 +250,11 @@ class Replica:
         message = fragment.compress(sources, factor, scale, turn, self.replica)
         local = {}
         if self.method.mix == "rebase" and self.method.delay > 0:
-            local = {name: self._local[name].clone() for name in fragment.names}
+            own = parts(self._stepped, fragment.names)
+            local = {name: t.clone() for name, t in zip(fragment.names, own, strict=True)}
         self._sent.append(Sent(self.step, turn, message, local))
+        if self.outer.decays and not self.due():
+            self._copies.round()
         return message
 
     def due(self) -> bool:
@@ -241,7 +281,7 @@ class Replica:
         """Apply the results of the oldest message: the outer step, and the mix.
 
         Where nothing is left of them, the shared parameters stay as they are, and the mix is made
-        all the same.
+        all the same. All ranks of a sharded replica leave out what any of them refuses.
 
         Args:
             messages: uint8 `[replicas, size]`, in the order of replicas, the own one among them.
@@ -261,18 +301,57 @@ class Replica:
         fragment = self._fragment(sent)
         rows = messages.to(fragment.layout.plans[0].device)
         picked, faults = fragment.format.unpack(rows, refused)
+        refused |= faults
+        # Where messages travel, all ranks have agreed on what to leave out.
+        if leave_out is None and (anywhere := self._refused_elsewhere(refused)):
+            refused |= anywhere
+            picked, _ = fragment.format.unpack(rows, refused)
         if picked is not None:
             self._apply(fragment, picked, sent.turn)
-        for name in fragment.names:
-            self._mix(name, sent)
-        return refused | faults
+        if self.method.is_local:
+            for name in fragment.names:
+                self._mix(name, sent)
+        self._copies.round(fragment.names)
+        fragment.format.received(sent.turn)
+        return refused
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a round leaves a replica something of its own in its parameters."""
+        return self.method.is_local and (self.method.mix != 0.0 or self.method.fragments > 1)
+
+    @torch.no_grad()
+    def follow(self, before: Mapping[str, Tensor]) -> None:
+        """Have the own parameters go with the shared ones, which another has changed in place.
+
+        Args:
+            before: the shared ones as they were, where the replica `keeps_own`.
+        """
+        if self.method.is_local:
+            for name, own, shared in zip(
+                self._shared, parts(self._stepped), parts(self._shared), strict=True
+            ):
+                if self.keeps_own:
+                    own.add_(shared - local_tensor(before[name]))
+                else:
+                    own.copy_(shared)
+        self._copies.round()
 
     def plain(self) -> Mapping[str, Tensor]:
         """The shared parameters by name, not copies: to evaluate, to export, to compare.
 
-        Parameters of narrower types as the float32 that they are rounded from.
+        Placed as the parameters; those of narrower types as the float32 that they are rounded from.
         """
-        return self._shared
+        return {name: shared.detach() for name, shared in self._shared.items()}
+
+    def put_shared(self) -> None:
+        """Give the parameters, and masters, what all replicas share; until `before_forward`."""
+        self._copies.put_shared()
+
+    def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
+        """Of a message whose results are to come, the newest or `at`: its format and its round."""
+        sent = self._sent[at]
+        return self._fragment(sent).format, sent.turn
 
     def in_flight(self) -> list[Tensor]:
         """The own messages whose results are to come, the oldest first.
@@ -284,7 +363,8 @@ class Replica:
     def state_dict(self) -> dict[str, Any]:
         """Everything for an exact resume at any step, own messages in flight included; copies.
 
-        Own to this replica are `local`, `fragments`, `inner` and `in_flight`.
+        Own to this replica are `local`, `fragments`, `inner` and `in_flight`. Of what is sharded it
+        has this rank's parts.
         """
         state: dict[str, Any] = {
             "method": repr(self.method),
@@ -292,14 +372,13 @@ class Replica:
             "replicas": self.replicas,
             "step": self.step,
             "rate": self._rate,
-            "shared": copied(self._shared),
-            "local": copied(self._local) if self.method.is_local else {},
+            **self._copies.state(),
             "outer": self.outer.state(),
             "fragments": [fragment.state() for fragment in self.fragments],
             "in_flight": [copied(vars(sent)) for sent in self._sent],
         }
-        if self.inner is not None and self._owns_inner:
-            state["inner"] = copied(self.inner.state_dict())
+        if self._inner is not None:
+            state["inner"] = copied(self._inner.optimizer.state_dict())
         return state
 
     @torch.no_grad()
@@ -307,32 +386,19 @@ class Replica:
         """Take up what `state_dict` gave, parameters included.
 
         Raises:
-            ValueError: it is of another method, number of replicas or model.
+            ValueError: it is of another method, number of replicas, model, or place among the ranks
+                of a replica.
         """
         mine = {"method": repr(self.method), "replica": self.replica, "replicas": self.replicas}
         for key, wanted in mine.items():
             if state.get(key) != wanted:
                 raise ValueError(f"saved {key}: wanted {wanted}, got {state.get(key)}")
-        for kind, tensors in (("shared", self._shared), ("local", self._local)):
-            saved = state[kind]
-            if kind == "local" and not self.method.is_local:
-                continue
-            for name in sorted(set(saved) ^ set(tensors)):
-                raise ValueError(f"parameter {name} is in the saved state or the model alone")
-            for name, tensor in tensors.items():
-                if saved[name].shape != tensor.shape:
-                    raise ValueError(
-                        f"parameter {name}: saved {list(saved[name].shape)}, here "
-                        f"{list(tensor.shape)}"
-                    )
-                tensor.copy_(saved[name])
-        if not self.method.is_local:
-            torch._foreach_copy_(list(self._local.values()), list(self._shared.values()))
+        self._copies.load(state)
         for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
             fragment.load(saved)
         self.outer.load(state["outer"])
-        if self.inner is not None and self._owns_inner:
-            self.inner.load_state_dict(copied(state["inner"]))
+        if self._inner is not None:
+            self._inner.optimizer.load_state_dict(copied(state["inner"]))
         self.step, self._rate = state["step"], state["rate"]
         self._sent = deque(Sent(**copied(sent)) for sent in state["in_flight"])
 
@@ -346,21 +412,44 @@ class Replica:
     def _fragment(self, sent: Sent) -> Fragment:
         return self.fragments[sent.turn % len(self.fragments)]
 
+    def _refused_elsewhere(self, refused: Faults) -> Faults:
+        """What other ranks of a sharded replica refuse, each of which has its own messages."""
+        if self._guard is None:
+            return {}
+        flags = [float(number in refused) for number in range(self.replicas)]
+        found = torch.tensor(flags, device=self._guard.refused.device)
+        for group in self._guard.groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        why = "another rank of this replica refuses its part"
+        return {n: why for n, flag in enumerate(found.tolist()) if flag and n not in refused}
+
     def _apply(self, fragment: Fragment, picked: list[Picked], turn: int) -> None:
         """The outer step of a fragment."""
         method, rate = self.method, self._rate or 0.0  # none where others take the local steps
         if method.clip == "median":
             picked = fragment.clipped(picked)
         if self._signs_in_integers(fragment):
-            for at, (plan, p) in enumerate(zip(fragment.layout.plans, picked, strict=True)):
-                names = [fragment.names[m.position] for m in plan.members]
-                apply(
-                    plan, [self._shared[n] for n in names], side_by_side(plan, p),
-                    [rate] * len(names), backend=fragment.backends[at],
-                )  # fmt: skip
+            self._add_signs(fragment, picked, rate)
             return
         merged = fragment.merge(picked, turn)
         self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)
+
+    def _add_signs(self, fragment: Fragment, picked: list[Picked], rate: float) -> None:
+        """`A -= rate sign(decode(mean))`, as `psyche_fast.integers` has the sign."""
+        shared, lie_there = parts(self._shared, fragment.names), fragment.parts.are_shards
+        # Of divided chunks the directions, which travel; adding them there rounds alike.
+        tensors, length = shared, rate
+        if not lie_there:
+            layouts = fragment.layout.parameters
+            tensors = [t.new_zeros(p.shape) for t, p in zip(shared, layouts, strict=True)]
+            length = 1.0
+        for at, (plan, p) in enumerate(zip(fragment.layout.plans, picked, strict=True)):
+            apply(
+                plan, [tensors[m.position] for m in plan.members], side_by_side(plan, p),
+                [length] * len(plan.members), backend=fragment.backends[at],
+            )  # fmt: skip
+        if not lie_there:
+            torch._foreach_add_(shared, fragment.parts.shards(tensors), alpha=rate)
 
     def _signs_in_integers(self, fragment: Fragment) -> bool:
         method, plans = self.method, fragment.layout.plans
@@ -370,56 +459,11 @@ class Replica:
 
     def _mix(self, name: str, sent: Sent) -> None:
         """A parameter of the replica's own, once the shared one has changed."""
-        local, shared, mix = self._local[name], self._shared[name], self.method.mix
-        if not self.method.is_local:
-            if local is not shared and not self.method.lookahead:
-                local.copy_(shared)  # a narrower type
-        elif mix == "rebase" and sent.local:
+        local, shared = (local_tensor(t[name].detach()) for t in (self._stepped, self._shared))
+        mix = self.method.mix
+        if mix == "rebase" and sent.local:
             local.sub_(sent.local[name]).add_(shared)
         elif mix == "rebase" or mix == 0.0:
             local.copy_(shared)
         else:
             local.mul_(mix).add_(shared, alpha=1.0 - mix)
-
-
-def fragment_names(method: Method, names: list[str]) -> list[list[str]]:
-    """Which parameters are a fragment's.
-
-    A parameter's layer is the first whole number between the dots of its name. Layers are strided:
-    the n-th is of fragment `n mod fragments`; what has no number goes with the first. Where no name
-    has one, the n-th parameter is of fragment `n mod fragments`.
-
-    Raises:
-        ValueError: fewer layers than fragments.
-    """
-    found = {name: _LAYER.search(name) for name in names}
-    layers = sorted({int(match[1]) for match in found.values() if match})
-    places = {layer: at for at, layer in enumerate(layers)}
-    fragments: list[list[str]] = [[] for _ in range(method.fragments)]
-    for at, (name, match) in enumerate(found.items()):
-        place = at if not layers else places[int(match[1])] if match else 0
-        fragments[place % method.fragments].append(name)
-    if not all(fragments):
-        raise ValueError(
-            f"fragments={method.fragments} wants as many layers, got {len(layers) or len(names)}"
-        )
-    return fragments
-
-
-def _check_parameters(method: Method, parameters: Mapping[str, Tensor]) -> None:
-    if not parameters:
-        raise ValueError("parameters: wanted some, got none")
-    for name, p in parameters.items():
-        if isinstance(p, DTensor):
-            raise TypeError(f"parameter {name} is sharded (a DTensor), which methods do not take")
-        if not p.is_floating_point():
-            raise TypeError(f"parameter {name} must be floating point, got {p.dtype}")
-        if method.is_local and p.dtype != _wide(p):
-            raise ValueError(
-                f"parameter {name} is {p.dtype}: local steps are lost to its rounding; wanted "
-                "float32, with mixed precision for the forward"
-            )
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from psyche_fast.methods.method import SGD, AdamW, Method, Muon, Nesterov, Sign
-from psyche_fast.methods.muon import MuonAdamW, is_hidden_matrix, orthogonalise, rate_factor
+from psyche_fast.methods.muon import Matrices, MuonAdamW, is_hidden_matrix, rate_factor
+from psyche_fast.sharding import local_tensor, placed_like
 
 
 def optimizer_of(
@@ -38,12 +40,57 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+class Stepped:
+    """An optimiser, by its options, of tensors of which this rank may have shards.
+
+    Args:
+        options: the optimiser's.
+        named: plain tensors and DTensors by name, changed in place.
+        undecayed: names of those without weight decay.
+
+    Attributes:
+        optimizer: of this rank's parts; Muon's of the tensors themselves, which are one by one
+            whole matrices.
+    """
+
+    def __init__(
+        self, options: AdamW | Muon, named: Mapping[str, Tensor], undecayed: Container[str] = ()
+    ) -> None:
+        self._named = dict(named)
+        # AdamW goes by elements: plain tensors spare it what DTensor does around each operation.
+        self._tensors = {
+            name: t if isinstance(options, Muon) else local_part(t) for name, t in named.items()
+        }
+        self.optimizer = optimizer_of(options, self._tensors, undecayed)
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor | None], rate: float) -> None:
+        """One step.
+
+        Args:
+            gradients: this rank's parts, in the tensors' type.
+            rate: the learning rate.
+        """
+        set_rate(self.optimizer, rate)
+        before = [tensor.grad for tensor in self._tensors.values()]
+        for name, tensor in self._tensors.items():
+            if isinstance(self._named[name], DTensor) and not isinstance(tensor, DTensor):
+                tensor.data = local_tensor(self._named[name].detach())  # FSDP2 may have moved it
+            gradient = gradients.get(name)
+            if isinstance(tensor, DTensor) and gradient is not None:
+                gradient = placed_like(gradient, tensor)
+            tensor.grad = gradient
+        self.optimizer.step()
+        for tensor, given in zip(self._tensors.values(), before, strict=True):
+            tensor.grad = given
+
+
 class OuterStep:
     """The outer step on the shared parameters.
 
     Args:
         method: whose.
-        shared: the parameters by name, changed in place.
+        shared: the parameters by name, of which this rank may have shards; changed in place.
         undecayed: names of those without weight decay.
     """
 
@@ -53,39 +100,41 @@ class OuterStep:
         self._method, self._shared = method, dict(shared)
         self._decayed = [t for name, t in self._shared.items() if name not in undecayed]
         self._momentum: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._stepped: Stepped | None = None
+        self._matrices: dict[tuple[str, ...], Matrices] = {}
         outer = method.outer
         if isinstance(outer, Nesterov):
-            self._momentum = {name: torch.zeros_like(t) for name, t in self._shared.items()}
+            self._momentum = {
+                name: torch.zeros_like(local_part(t)) for name, t in self._shared.items()
+            }
         elif isinstance(outer, AdamW) or (isinstance(outer, Muon) and method.what == "gradient"):
-            self._optimizer = optimizer_of(outer, self._shared, undecayed)
+            self._stepped = Stepped(outer, self._shared, undecayed)
 
     @torch.no_grad()
     def decay(self, rate: float) -> None:
         """Decoupled weight decay, in every step; AdamW and Muon of gradients see to theirs."""
-        if self._optimizer is not None:
-            return
-        weight_decay = self._method.outer.weight_decay or 0.0
-        if weight_decay != 0.0 and self._decayed:
-            torch._foreach_mul_(self._decayed, 1.0 - rate * weight_decay)
+        if self.decays and self._decayed:
+            factor = 1.0 - rate * (self._method.outer.weight_decay or 0.0)
+            torch._foreach_mul_([local_part(t) for t in self._decayed], factor)
+
+    @property
+    def decays(self) -> bool:
+        """Whether `decay` changes anything."""
+        return self._stepped is None and bool(self._method.outer.weight_decay)
 
     @torch.no_grad()
     def step(self, merged: Mapping[str, Tensor], rate: float) -> None:
         """One step.
 
         Args:
-            merged: the mean of what the replicas have sent, for some of the parameters.
+            merged: the mean of what the replicas have sent, this rank's shards, for some of the
+                parameters.
             rate: the schedule's learning rate.
         """
         outer, names = self._method.outer, list(merged)
-        shared, means = [self._shared[n] for n in names], list(merged.values())
-        if self._optimizer is not None:
-            set_rate(self._optimizer, rate)
-            for tensor, mean in zip(shared, means, strict=True):
-                tensor.grad = mean
-            self._optimizer.step()
-            for tensor in shared:
-                tensor.grad = None
+        shared, means = [local_part(self._shared[n]) for n in names], list(merged.values())
+        if self._stepped is not None:
+            self._stepped.step(merged, rate)
         elif isinstance(outer, Muon):
             self._orthogonal(outer, names, shared, means, rate)
         elif isinstance(outer, Sign):
@@ -108,23 +157,26 @@ class OuterStep:
         means: list[Tensor],
         rate: float,
     ) -> None:
-        hidden = [is_hidden_matrix(outer, n, t) for n, t in zip(names, shared, strict=True)]
-        directions = iter(
-            orthogonalise(outer, [m for m, is_one in zip(means, hidden, strict=True) if is_one])
-        )
-        for tensor, mean, is_one in zip(shared, means, hidden, strict=True):
-            if is_one:
-                tensor.add_(next(directions), alpha=-rate * rate_factor(outer, tensor.shape))
+        hidden = tuple(n for n in names if is_hidden_matrix(outer, n, self._shared[n]))
+        if hidden not in self._matrices:
+            self._matrices[hidden] = Matrices([self._shared[n] for n in hidden])
+        of = dict(zip(names, means, strict=True))
+        found = self._matrices[hidden].orthogonalise(outer, [of[n] for n in hidden])
+        directions = dict(zip(hidden, found, strict=True))
+        for name, tensor, mean in zip(names, shared, means, strict=True):
+            if name in directions:
+                factor = rate_factor(outer, self._shared[name].shape)
+                tensor.add_(directions[name], alpha=-rate * factor)
             else:
                 tensor.add_(mean.sign(), alpha=-rate)
 
     def state(self) -> dict[str, Any]:
-        """Copies; the same on all replicas."""
+        """Copies of this rank's parts; the same on all replicas."""
         state: dict[str, Any] = {
             "momentum": {name: tensor.clone() for name, tensor in self._momentum.items()}
         }
-        if self._optimizer is not None:
-            state["optimizer"] = copied(self._optimizer.state_dict())
+        if self._stepped is not None:
+            state["optimizer"] = copied(self._stepped.optimizer.state_dict())
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -134,20 +186,25 @@ class OuterStep:
             ValueError: it is another outer step's.
         """
         momentum, has_optimizer = state.get("momentum", {}), "optimizer" in state
-        if set(momentum) != set(self._momentum) or has_optimizer != (self._optimizer is not None):
+        if set(momentum) != set(self._momentum) or has_optimizer != (self._stepped is not None):
             raise ValueError(
                 f"the saved state is of another outer step than {self._method.outer!r}"
             )
         for name, tensor in momentum.items():
             self._momentum[name].copy_(tensor)
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(copied(state["optimizer"]))
+        if self._stepped is not None:
+            self._stepped.optimizer.load_state_dict(copied(state["optimizer"]))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, to be changed in place; a plain one itself."""
+    return local_tensor(tensor.detach()) if isinstance(tensor, DTensor) else tensor
 
 
 def copied(state: Any) -> Any:
-    """A state of dicts, lists and tensors, its tensors copied."""
+    """A state of dicts, lists and tensors, its tensors copied; of DTensors this rank's parts."""
     if isinstance(state, Tensor):
-        return state.detach().clone()
+        return local_tensor(state.detach()).clone()
     if isinstance(state, Mapping):
         return {key: copied(value) for key, value in state.items()}
     if isinstance(state, list | tuple):

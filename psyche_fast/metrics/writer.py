@@ -50,8 +50,8 @@ class MetricsWriter:
 
     The fields of a line, where they are known: `step`, `loss`, `grad_norm`, `learning_rate`,
     `num_tokens`, `tokens_per_second`, `seconds` (by phase), `step_seconds`, `bytes_sent` (to other
-    replicas, by one replica's ranks together), `dense_bytes` (what an exchange of whole gradients
-    would have sent), `nonfinite_losses`, `memory` (bytes by kind).
+    replicas, by one replica's ranks together), `bytes_received` (from them), `dense_bytes` (what an
+    exchange of whole gradients would have sent), `nonfinite_losses`, `memory` (bytes by kind).
 
     An existing file is continued. Its torn last line, if a killed run left one, is removed.
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from psyche_fast import compat
-from psyche_fast.locations import DUMMY
-from psyche_fast.models.dummy import model_folder
+from psyche_fast.locations import DUMMY, FRESH
+from psyche_fast.models.fresh import dummy_folder, fresh_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,13 +111,15 @@ def resolve_model(name_or_path: str) -> FilesSource:
 
     Args:
         name_or_path: a folder (`~/` expanded), a hub id such as `owner/name` or, with a branch, tag
-            or commit, `owner/name@revision`; or `dummy:`, see `dummy.model_folder`.
+            or commit, `owner/name@revision`; or `dummy:` or `fresh:20M`, see `models.fresh`.
 
     Raises:
         ValueError: neither a folder nor downloadable.
     """
     if name_or_path == DUMMY:
-        return resolve_model(str(model_folder()))
+        return resolve_model(str(dummy_folder()))
+    if name_or_path.startswith(FRESH):
+        return resolve_model(str(fresh_folder(name_or_path)))
     # Absolute: other ranks start in other directories.
     folder = Path(name_or_path).expanduser().absolute()
     if folder.is_dir():

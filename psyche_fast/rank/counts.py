@@ -27,12 +27,14 @@ class Counts:
         refused_gradients: replicas whose gradient was refused because it, or a loss, was not
             finite.
         bytes_sent: what one replica's ranks have sent to other replicas, together.
+        bytes_received: what has come to them from other replicas.
     """
 
     loss: float
     nonfinite_losses: int
     refused_gradients: int
     bytes_sent: int
+    bytes_received: int
 
 
 class Totals:
@@ -48,9 +50,12 @@ class Totals:
         tokens = sum(output.row_tokens)
         device = trainer.model.device
         # float64 holds any number of bytes exactly.
-        sent = torch.full((), trainer.bytes_sent, dtype=torch.float64, device=device)
+        sent = [
+            torch.full((), n, dtype=torch.float64, device=device)
+            for n in (trainer.bytes_sent, trainer.bytes_received)
+        ]
         here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
-        total = torch.stack([*(t.double() for t in here), sent])
+        total = torch.stack([*(t.double() for t in here), *sent])
         self.replicas: list[int] | None = None
         """After `wait`, in an elastic run: whose results of the step count."""
         self.epoch = 0
@@ -80,7 +85,7 @@ class Totals:
             self.epoch = self._topology.peers.epoch
             self._sum = gathered.rows.view(torch.float64).sum(dim=0)
             replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
-        loss, kept, left_out, refused, sent = self._sum.tolist()
+        loss, kept, left_out, refused, sent, received = self._sum.tolist()
         warn_of_refusal(self._output)
         ranks = self._topology.dp * self._topology.tp
         return Counts(
@@ -88,6 +93,7 @@ class Totals:
             round(left_out / ranks),
             round(refused / ranks),
             round(sent / replicas),
+            round(received / replicas),
         )
 
 

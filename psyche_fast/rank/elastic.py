@@ -8,12 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from psyche_fast.config import Parallelism
 from psyche_fast.rank.epochs import Epochs, Place
 from psyche_fast.rank.handover import Handover, take_up
 from psyche_fast.rank.members import Joiner, Request, key, put
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
+from psyche_fast.ranks import Parallelism
 from psyche_fast.start.store import StoreClient
 
 

@@ -26,11 +26,12 @@ from psyche_fast.methods import (
 from psyche_fast.options import flag
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.state import Piece, Reader
+from psyche_fast.sharding import local_tensor
 
 _FIELDS = {
     "every": "every", "fragments": "fragments", "delay": "delay", "topk": "k", "chunk": "chunk",
     "values": "values", "beta": "decay", "subtract": "subtract", "merge": "merge",
-    "norm_clip": "clip",
+    "norm_clip": "clip", "reduce": "reduce",
 }  # fmt: skip
 """Flags, and the fields of a method that they set."""
 
@@ -94,9 +95,10 @@ class MethodOptimizer(Optimizer):
     share.
 
     Args:
-        parameters: by name; float32, whole.
+        parameters: by name, whole or shards.
         method: the method.
         peers: this rank's counterparts in the other replicas; None for one replica.
+        masters: fp32 copies of parameters of narrower types by name, to which steps are added.
         undecayed: names of the parameters without weight decay.
     """
 
@@ -105,19 +107,24 @@ class MethodOptimizer(Optimizer):
         parameters: Mapping[str, Tensor],
         method: Method,
         peers: dist.ProcessGroup | None,
+        masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
     ) -> None:
         self._parameters, self._method = parameters, method
-        self._peers, self._undecayed = peers, undecayed
+        self._peers, self._masters, self._undecayed = peers, masters, undecayed
         self._made: tuple[Replica, Rounds] | None = None
-        self._aside: list[Tensor] | None = None  # the replica's own, while the model has the shared
-        self._sent = 0
+        self._sent = self._received = 0
         self._refused: dict[int, int] = {}
 
     @property
     def bytes_sent(self) -> int:
-        """Size of this rank's last message, 0 after a step without one."""
+        """What this rank has handed over in the last step, 0 after a step without a message."""
         return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """What comes from other replicas by this step's message."""
+        return self._received
 
     @property
     def refused_results(self) -> dict[int, int]:
@@ -133,6 +140,7 @@ class MethodOptimizer(Optimizer):
                 self._parameters,
                 replica=0 if alone else dist.get_rank(self._peers),
                 replicas=1 if alone else dist.get_world_size(self._peers),
+                masters=self._masters,
                 undecayed=self._undecayed,
             )
             self._made = replica, Rounds(replica, self._peers)
@@ -141,39 +149,38 @@ class MethodOptimizer(Optimizer):
     def look_ahead(self, prev_lr: float) -> None:
         """Give the model the replica's own parameters again, where the gradient is wanted."""
         replica, _ = self._replica()
-        self._own()
         replica.before_forward(replica.step)
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """The local step; what it ends is sent on its way."""
         replica, rounds = self._replica()
         replica.local(lr, factor)
-        self._sent = rounds.send()
+        before = rounds.bytes_sent, rounds.bytes_received
+        rounds.send()
+        self._sent = rounds.bytes_sent - before[0]
+        self._received = rounds.bytes_received - before[1]
 
     def step(self, lr: float) -> None:
         """Apply what is due, which is waited for."""
         _, rounds = self._replica()
         self._refused = dict.fromkeys(rounds.receive(), 1)
 
-    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait until nothing is under way between replicas; results stay to be received."""
+        if self._made is not None:
+            self._made[1].settle()
+
     def plain(self) -> None:
         """Give the model the parameters that all replicas share."""
         replica, _ = self._replica()
-        if self._aside is None:
-            self._aside = [p.detach().clone() for p in self._parameters.values()]
-            for name, p in self._parameters.items():
-                p.copy_(replica.plain()[name])
-
-    @torch.no_grad()
-    def _own(self) -> None:
-        if self._aside is not None:
-            torch._foreach_copy_([p.detach() for p in self._parameters.values()], self._aside)
-            self._aside = None
+        replica.put_shared()
 
     def plain_shards(self) -> Mapping[str, Tensor]:
-        """The parameters that all replicas share, where the replica's own are others."""
+        """This rank's parts of what all replicas share, where the replica's own are others."""
         replica, _ = self._replica()
-        return replica.plain() if self._method.is_local or self._method.lookahead else {}
+        if not (self._method.is_local or self._method.lookahead):
+            return {}
+        return {name: local_tensor(p) for name, p in replica.plain().items()}
 
     def momentum(self) -> Mapping[str, Tensor]:
         """What is kept of momentum, or as feedback, of what was not sent."""
@@ -181,18 +188,14 @@ class MethodOptimizer(Optimizer):
             return {}
         kept: dict[str, Tensor] = {}
         for fragment in self._made[0].fragments:
-            kept |= fragment.state().get("kept", {})
+            kept |= fragment.momentum()
         return kept
 
     def state(self) -> dict[str, Piece]:
-        """All that the replica has, the shared parameters included, and messages in flight."""
+        """All that this rank has, the shared parameters included, and messages in flight."""
         replica, _ = self._replica()
-        was_plain = self._aside is not None
-        self._own()
         tensors: list[Tensor] = []
         skeleton = msgspec.json.encode(_skeleton(replica.state_dict(), tensors))
-        if was_plain:
-            self.plain()
         pieces = {f"method/{at}": Piece(tensor) for at, tensor in enumerate(tensors)}
         return {**pieces, "method": Piece(torch.frombuffer(bytearray(skeleton), dtype=torch.uint8))}
 
@@ -200,7 +203,8 @@ class MethodOptimizer(Optimizer):
         """Take up what `state` gave; a collective of all replicas.
 
         Raises:
-            ValueError: of a replica that was not there, or another number of replicas.
+            ValueError: of a replica that was not there, another number of replicas, or of ranks of
+                each.
         """
         if is_new:
             raise ValueError(
@@ -211,7 +215,6 @@ class MethodOptimizer(Optimizer):
         state = _filled(skeleton, reader)
         # Whether it is of this run the core has looked at, by flags; a fork may have other rates.
         replica.load_state_dict({**state, "method": repr(self._method)})
-        self._aside = None
         rounds.resume()
 
 

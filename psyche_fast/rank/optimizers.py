@@ -46,6 +46,11 @@ class Optimizer:
         return 0
 
     @property
+    def bytes_received(self) -> int:
+        """Bytes that come from other replicas by that exchange."""
+        return 0
+
+    @property
     def refused_results(self) -> dict[int, int]:
         """Replicas whose results were refused in the last `step`, each with 1."""
         return {}
@@ -323,6 +328,11 @@ class DistroOptimizer(DistroStep, Optimizer):
     def bytes_sent(self) -> int:
         """Size of this rank's last message."""
         return self._exchange.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """See `Optimizer`; in an elastic run of the results that have come last."""
+        return self._exchange.bytes_received
 
     @property
     def refused_results(self) -> dict[int, int]:

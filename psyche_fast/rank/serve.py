@@ -20,6 +20,7 @@ from psyche_fast.rank import elastic, evaluation, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
+from psyche_fast.rank.link import settle
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
@@ -58,17 +59,21 @@ def build_trainer(
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
     )
-    parameters, method = trainable(model), method_of(config)
+    parameters, settled = trainable(model), None
+    if config.exchange.link is not None and config.run.resume is None:
+        settled = settle(config, model, parameters, topology)
+        config = config.replace(**settled.changes)
+    method = method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
     if method is not None:
         assert not isinstance(topology.peers, Gathers), "refused by the configuration"
-        optimizer = MethodOptimizer(parameters, method, topology.peers, undecayed)
+        optimizer = MethodOptimizer(parameters, method, topology.peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
         )
-    return Trainer(
+    trainer = Trainer(
         model,
         topology,
         config.schedule.learning_rates(),
@@ -76,6 +81,8 @@ def build_trainer(
         config.training,
         config.optimizer.max_grad_norm,
     )
+    trainer.settled = settled
+    return trainer
 
 
 def serve(client: StoreClient, device: torch.device, start: Start | None = None) -> None:
@@ -100,6 +107,8 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     keep_rank_log(logs / f"rank-{rank}.log", rank, config.tracking.log_level)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
+    if trainer.settled is not None:
+        config = config.replace(**trainer.settled.changes)
     if epochs is None or not epochs.joins:
         restore(trainer, config)
     log.info("loaded %s on %s", config.model.python_arch, device)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from psyche_fast.compat import set_default_timeout
-from psyche_fast.config import Parallelism
 from psyche_fast.distro.gathers import Gathers
+from psyche_fast.ranks import Parallelism
 from psyche_fast.start.network import check_interfaces
 
 GRACE = timedelta(seconds=5)

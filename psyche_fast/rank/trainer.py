@@ -29,6 +29,7 @@ from psyche_fast.rank.gradients import (
     gradients,
     local_parts,
 )
+from psyche_fast.rank.link import Settled
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.snapshot import Snapshot
 from psyche_fast.rank.state import Piece, Reader, State, parameters_file, piece_of, rank_file
@@ -73,7 +74,12 @@ class Trainer:
         optimizer: over the model's `trainable` parameters.
         options: how the batch is gone through.
         max_grad_norm: clip the gradient's global norm; 0 for no limit.
+
+    Attributes:
+        settled: what has been chosen for the run's link; None where nothing was to be.
     """
+
+    settled: Settled | None = None
 
     def __init__(
         self,
@@ -109,6 +115,11 @@ class Trainer:
     def bytes_sent(self) -> int:
         """Bytes of this rank's contribution to the last exchange."""
         return self._optimizer.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that come from other replicas by that exchange."""
+        return self._optimizer.bytes_received
 
     @property
     def refusals(self) -> dict[str, dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,10 +145,3 @@ def check_processors(processors: Sequence[Processor]) -> None:
                 f"{other.definition:016x}, rank 0 by {first.definition:016x}: install the same "
                 "version of psyche_fast on all machines"
             )
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -43,7 +43,7 @@ def use_interface(host: str) -> None:
         host: rank 0's address; on rank 0 one of its own. All addresses (`0.0.0.0`) say
             nothing.
     """
-    name = _interface(host)
+    name = interface(host)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if name not in ("lo", "lo0"):  # inside one machine NCCL needs none
@@ -66,7 +66,8 @@ def check_interfaces() -> None:
             )
 
 
-def _interface(host: str) -> str | None:
+def interface(host: str) -> str | None:
+    """The interface by which `host` is reached; None of no way, and of all addresses."""
     if host in ("0.0.0.0", "::", ""):
         return None
     try:

@@ -12,8 +12,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from psyche_fast.errors import LOST_ANOTHER_RANK, SidecarFailed, describe_exit
+from psyche_fast.start.early import Early
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import let_libraries_speak
 from psyche_fast.start.network import tcp_url, use_interface
@@ -34,6 +36,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path | None
     log_start: int  # where this run's words begin in the log
+    said: IO[bytes] | None = None  # of one that was started early, before it had a log
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Sidecars:
     world_size: int
     environment: dict[str, str] = field(default_factory=dict)
     secret_file: str | None = None
+    early: Early | None = None
     _children: list[Child] = field(default_factory=list)
     _closing: threading.Event = field(default_factory=threading.Event)
     _failed: threading.Event = field(default_factory=threading.Event)
@@ -64,29 +68,35 @@ class Sidecars:
             log: where its output is appended; None for this process's own streams.
         """
         assert threading.current_thread() is threading.main_thread()
-        command = [sys.executable, "-m", "psyche_fast.sidecar"]
-        command += ["--parent-pid", str(os.getpid()), "--backend", self.backend]
-        command += ["--init-method", self.init_method, "--world-size", str(self.world_size)]
-        command += ["--rank", str(rank)]
+        arguments = ["--parent-pid", str(os.getpid()), "--backend", self.backend]
+        arguments += ["--init-method", self.init_method, "--world-size", str(self.world_size)]
+        arguments += ["--rank", str(rank)]
         if device_index is not None:
-            command += ["--device", str(device_index)]
+            arguments += ["--device", str(device_index)]
         if self.secret_file is not None:
-            command += ["--secret-file", self.secret_file]
+            arguments += ["--secret-file", self.secret_file]
         environment = {**os.environ, **self.environment, SPAWNED: "1"}
         if log is not None:
             let_libraries_speak(environment)
         with nullcontext() if log is None else log.open("ab") as output:
             log_start = 0 if output is None else output.tell()
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if output is None else subprocess.STDOUT,
-                # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
-                start_new_session=True,
-            )
-        self._children.append(Child(rank, process, log, log_start))
+            waiting = None if self.early is None else self.early.take(environment)
+            if waiting is not None:
+                assert log is not None
+                waiting.begin(arguments, environment, log)
+                process = waiting.process
+            else:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "psyche_fast.sidecar", *arguments],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=None if output is None else subprocess.STDOUT,
+                    # Ctrl-C in a terminal reaches the core alone, which ends the run in order.
+                    start_new_session=True,
+                )
+        said = None if waiting is None else waiting.said
+        self._children.append(Child(rank, process, log, log_start, said))
 
     def watch(self, grace: float) -> None:
         """Looks at the sidecars from a thread of its own.
@@ -164,6 +174,8 @@ class Sidecars:
                 child.process.send_signal(signal.SIGKILL)
         for child in self._children:
             child.process.wait()
+            if child.said is not None:
+                child.said.close()
 
     def __enter__(self) -> Sidecars:
         return self
@@ -178,6 +190,10 @@ def _last_words(child: Child) -> list[str]:
     """The line in which a rank said what ended it, or else the last ones of its log."""
     if child.log is None:
         return []
+    if child.said is not None and not child.said.closed:
+        with child.said as before, child.log.open("ab") as log:
+            before.seek(0)
+            log.write(before.read())  # of one that has ended before it wrote to its log
     with child.log.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - _LAST_BYTES, child.log_start))

@@ -149,6 +149,32 @@ def dense(shape, results, *, transform, chunk, merge):
     return out
 
 
+class Owners:
+    """What owners make of the mean: coded again, entries that nobody names left out."""
+
+    def __init__(self, kind, *, chunk, beta=0.0, keeps=False):
+        self.kind, self.chunk, self.beta, self.keeps = kind, chunk, beta, keeps
+        self.kept = {}
+
+    def send(self, name, mean, named):
+        """The mean `[..]` as it arrives, of entries where `named`."""
+        out, kept = np.zeros(mean.shape), self.kept.setdefault(name, np.zeros(mean.shape))
+        if self.keeps:
+            kept *= self.beta
+            kept += np.where(named, mean, 0.0)
+            mean = kept.copy()
+        for window in windows(mean, self.chunk, False):
+            where = named[window].reshape(-1).nonzero()[0]
+            flat = np.zeros(out[window].size)
+            if len(where):
+                values = [float(v) for v in mean[window].reshape(-1)[where]]
+                flat[where] = quantised([(where, values)], self.kind)[0][1]
+            out[window] = flat.reshape(out[window].shape)
+        if self.keeps:
+            kept -= np.where(named, out, 0.0)
+        return out
+
+
 def clipped(results):
     norms = [math.sqrt(sum(v * v for _, values in r for v in values)) for r in results]
     median = sorted(norms)[(len(norms) - 1) // 2]
@@ -260,9 +286,12 @@ def momentum(
 def local(
     start, gradient, rate, *, replicas, steps, every, inner, fragments=(None,), delay=0, mix=0.0,
     how="all", k=3, chunk=8, kind="parameter", feedback="none", beta=0.95, alpha=1.0,
-    merge="mean", clip=False, eta_o=1.0, mu=0.0, seed=0, transform=False,
+    merge="mean", clip=False, eta_o=1.0, mu=0.0, seed=0, transform=False, owners=None,
 ):  # fmt: skip
-    """SparseLoCo, DiLoCo, streamed or not, and MuLoCo: `inner()` makes a replica's optimiser."""
+    """SparseLoCo, DiLoCo, streamed or not, and MuLoCo: `inner()` makes a replica's optimiser.
+
+    Owners merge what is sent whole, or all by `owners`, as what the means travel.
+    """
     shared = {n: p.copy() for n, p in start.items()}
     own = [{n: p.copy() for n, p in start.items()} for _ in range(replicas)]
     inners = [inner() for _ in range(replicas)]
@@ -270,6 +299,9 @@ def local(
     u = {n: np.zeros(p.shape) for n, p in start.items()}
     window = every // len(fragments)
     options = {"transform": transform, "chunk": chunk}
+    owners = kind if how == "all" and owners is None else owners
+    if owners and replicas > 1:
+        owners = Owners(owners, chunk=chunk, beta=beta, keeps=feedback == "sent")
     flying, path = {}, []
     for t in range(steps):
         for r in range(replicas):
@@ -299,6 +331,10 @@ def local(
                 results = [x[n] for x in sent]
                 results = clipped(results) if clip else results
                 mean = dense(shared[n].shape, results, merge=merge, **options)
+                if isinstance(owners, Owners):
+                    ones = [[(i, [1.0] * len(i)) for i, _ in result] for result in results]
+                    named = dense(mean.shape, ones, merge="named", **options) > 0
+                    mean = owners.send(n, mean, named)
                 u[n] = mu * u[n] + mean
                 shared[n] = shared[n] - eta_o * (mean + mu * u[n])
                 for r in range(replicas):
@@ -313,6 +349,7 @@ def local(
 def data_parallel(start, gradient, rate, *, replicas, steps, optimizer, kind="parameter", chunk=8):
     """The mean of all gradients, and one optimiser."""
     shared, path = {n: p.copy() for n, p in start.items()}, []
+    owners = Owners(kind, chunk=chunk)
     for t in range(steps):
         g = [gradient(r, t, shared) for r in range(replicas)]
         mean = {}
@@ -324,6 +361,8 @@ def data_parallel(start, gradient, rate, *, replicas, steps, optimizer, kind="pa
                 for x in g
             ]
             mean[n] = dense(p.shape, results, transform=False, chunk=chunk, merge="mean")
+            if replicas > 1:
+                mean[n] = owners.send(n, mean[n], np.full(p.shape, True))
         optimizer.step(shared, mean, rate(t))
         path.append({n: p.copy() for n, p in shared.items()})
     return path

@@ -146,6 +146,10 @@ SPARSE = {"how": "topk", "feedback": "sent", "merge": "named"}
         ({"delay": 1, "mix": "rebase"}, {"delay": 1, "mix": "rebase"}),
         ({"transform": "dct"}, {"transform": True}),
         ({"select": "random"}, {"how": "random"}),
+        ({"reduce": "owners"}, {"owners": "parameter"}),
+        ({"reduce": "owners", "values": "2bit"}, {"kind": "2bit", "owners": "4bit"}),
+        ({"reduce": "owners", "values": "8bit", "merge": "mean", "feedback": "exact"},
+         {"kind": "8bit", "merge": "mean", "feedback": "exact", "owners": "8bit"}),
     ),
     ids=str,
 )  # fmt: skip

@@ -13,23 +13,38 @@ PACKAGE = ROOT / "psyche_fast"
 
 # What each part may import. A part is a folder of the package or a file beside them.
 BOTTOM = {
-    *("batch", "compat", "config", "devices", "errors", "exchanges", "integers"),
-    *("locations", "options", "schedules", "sharding", "strict", "views"),
+    *(
+        "batch",
+        "budgets",
+        "compat",
+        "config",
+        "devices",
+        "errors",
+        "exchanges",
+        "integers",
+        "links",
+    ),
+    *("locations", "options", "presets", "ranks", "schedules", "sharding", "strict", "views"),
 }
 ALLOWED = {
     "batch": set(),
+    "budgets": set(),
     "compat": set(),
     "devices": set(),
     "errors": set(),
     "integers": set(),
+    "links": set(),
     "locations": {"options", "strict"},
-    "exchanges": {"options"},
+    "exchanges": {"links", "options"},
     "options": set(),
+    "presets": {"locations"},
+    "ranks": {"options"},
     "sharding": set(),
     "strict": set(),
-    "schedules": {"options", "strict"},
+    "schedules": {"budgets", "options", "strict"},
     "views": {"options"},
-    "config": {"exchanges", "locations", "options", "schedules", "strict", "views"},
+    "config": {"budgets", "exchanges", "locations", "options", "ranks", "schedules", "strict"}
+    | {"views"},
     "runfile": {"config", "exchanges", "locations", "options", "schedules", "strict"},
     "conversion": {"config", "exchanges", "locations", "runfile", "strict"},
     "kernels": BOTTOM,
@@ -45,13 +60,17 @@ ALLOWED = {
     | {"data", "distro", "kernels", "metrics", "models", "psyche_fast", "rank", "start"},
     "sidecar": BOTTOM | {"psyche", "rank", "start"},
     "on_path": BOTTOM | {"distro", "psyche", "sidecar", "start"},
-    "commands": BOTTOM | {"conversion", "core", "data", "kernels", "psyche", "start"},
+    "completion": set(),
+    "doctor": BOTTOM | {"distro", "kernels", "metrics", "models", "start", "version"},
+    "commands": BOTTOM
+    | {"completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "looking": BOTTOM | {"core", "metrics", "start"},
     "cli": BOTTOM
-    | {"commands", "conversion", "core", "kernels", "looking", "metrics", "psyche_fast", "runfile"}
-    | {"sidecar", "start"},
+    | {"commands", "completion", "conversion", "core", "kernels", "looking", "metrics", "runfile"}
+    | {"sidecar", "start", "version"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
+    "version": {"psyche_fast"},
 }
 
 
@@ -289,8 +308,11 @@ def test_the_package_stays_small() -> None:
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
-    assert methods < 2_200
-    assert sum(lines.values()) - methods < 29_000
+    assert methods < 3_000  # levels of methods are 350 of them
+    # What looks at machines grows with what can be wrong with them.
+    doctor = sum(n for module, n in lines.items() if part(module) == "doctor")
+    assert doctor < 2_200
+    assert sum(lines.values()) - methods - doctor < 30_500
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -80,6 +80,44 @@ def test_every_requirement_has_a_tested_version_within_its_range():
             assert one.specifier.contains(exact.version), f"{pin} is outside {one}"
 
 
+def test_uv_lock_is_of_these_requirements_and_has_the_tested_versions():
+    lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
+    versions = {}
+    for package in lock["package"]:
+        versions.setdefault(package["name"], set()).add(package.get("version"))
+    (own,) = [package for package in lock["package"] if package["name"] == "psyche-fast"]
+    said = {
+        (canonicalize_name(one["name"]), one.get("specifier", ""))
+        for one in own["metadata"]["requires-dist"]
+    }
+    groups = requirements()
+    dev = groups.pop("dev")
+    own_ones = [one for group in groups.values() for one in group]
+    renew = "uv.lock is of other requirements: make uv-lock"
+    assert said == {(canonicalize_name(one.name), _specifier(one)) for one in own_ones}, renew
+    older = {"fsspec"}  # an extra wants an older one, see .ci/uv_lock.py
+    for one in [*groups["dependencies"], *dev]:
+        name = canonicalize_name(one.name)
+        [exact] = pins()[name].specifier
+        assert exact.version in versions[name] or name in older, f"{name}: make uv-lock"
+    assert all("registry" in p["source"] for p in lock["package"] if p is not own)
+    urls = {p["source"]["registry"] for p in lock["package"] if p is not own}
+    assert urls == {"https://pypi.org/simple"}
+
+
+def _specifier(one):
+    """As uv writes it: in the order of pyproject.toml, which packaging does not keep."""
+    text = next(
+        text
+        for texts in (PROJECT["project"]["dependencies"],
+                      *PROJECT["project"]["optional-dependencies"].values())
+        for text in texts
+        if Requirement(text).name == one.name
+    )  # fmt: skip
+    found = re.search(r"[<>=!~][^;]*", text)
+    return found[0].strip() if found else ""
+
+
 def test_constraints_hold_no_local_build():
     # "2.13.0+cpu" would keep a machine with a GPU from taking its build.
     assert [str(pin) for pin in pins().values() if "+" in str(pin)] == []

@@ -29,12 +29,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_flags_are_fields_of_the_method() -> None:
     run = RunConfig.of(
         **FP32, method="sparseloco", every=15, topk=32, chunk=32, values="codebook4", beta=0.9,
-        merge="mean", norm_clip="median", delay=2, mix="rebase", outer_rate=0.7, beta2=0.99,
+        merge="mean", norm_clip="median", reduce="gather", delay=2, mix="rebase", outer_rate=0.7,
+        beta2=0.99,
         weight_decay=0.2, replicas=4,
     )  # fmt: skip
     assert method_of(run) == m.get(
         "sparseloco", every=15, k=32, chunk=32, values="codebook4", decay=0.9, merge="mean",
-        clip="median", delay=2, mix="rebase", outer=m.SGD(rate=0.7),
+        clip="median", reduce="gather", delay=2, mix="rebase", outer=m.SGD(rate=0.7),
         inner=m.AdamW(betas=(0.9, 0.99), weight_decay=0.2),
     )  # fmt: skip
     dense = method_of(RunConfig.of(**FP32, method="dense", replicas=2))
@@ -62,8 +63,14 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         ({"every": 3}, "--every needs --method"),
         ({"method": "distro", "topk": 3}, "--topk is of other methods; DisTrO's options are"),
         ({"method": "dense", "distro": True}, "--distro and --method dense: give one of them"),
-        ({"method": "dense", "param_dtype": "bfloat16"}, "wants --param-dtype float32"),
-        ({"method": "dense", "data_parallelism": 2}, "wants whole replicas: no --data-parallelism"),
+        (
+            {"method": "dense", "param_dtype": "bfloat16", "master_dtype": "bfloat16"},
+            "--method dense adds to float32 parameters or masters.* --master-dtype float32",
+        ),
+        (
+            {"method": "sparseloco", "values": "codebook4", "data_parallelism": 2},
+            "--values codebook4 codes all values of a parameter together, of which each rank has a",
+        ),
         ({"method": "dense", "replicas": 2, "elastic": True}, "--elastic wants --method distro"),
         ({"replicas": 2}, "--replicas 2 needs --distro"),
         ({"method": "loco"}, "--method loco: method: wanted one of distro, demo"),
@@ -71,6 +78,7 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         ({"method": "sparseloco", "mix": "half"}, "--method sparseloco: --mix: wanted a number"),
         ({"method": "dense", "outer_rate": 0.1}, "outer step, AdamW, has no --outer-rate"),
         ({"method": "sparseloco", "outer_momentum": 0.1}, "SGD, has no --outer-momentum"),
+        ({"method": "diloco", "reduce": "owners", "values": "codebook4"}, "whole parameters, of"),
     ],
 )
 def test_what_does_not_go_together(values: dict[str, Any], reason: str) -> None:
@@ -95,21 +103,23 @@ def test_dense_replicas_are_adamw_on_all_rows(place: Path, tmp_path: Path) -> No
 
 @pytest.mark.processes
 def test_a_run_by_local_steps_goes_on_to_the_bit(place: Path, tmp_path: Path) -> None:
-    """Also in the middle of a round, with a message in flight."""
+    """On shards, in bfloat16 with masters; in the middle of a round, with a message in flight."""
     arguments = (
+        "--data-parallelism", "2", "--param-dtype", "bfloat16", "--save-dtype", "float32",
         "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
         "--chunk", "16", "--topk", "16", "--replicas", "2", "--checkpoint-every", "2",
         "--decay", "matrices",
     )  # fmt: skip
     whole = tmp_path / "whole"
-    metrics = train(place, whole, *arguments, ranks=2)
+    metrics = train(place, whole, *arguments, ranks=4)
     assert [line["bytes_sent"] > 0 for line in metrics] == [False, True, False] * 2
+    assert [line["bytes_received"] for line in metrics] == [line["bytes_sent"] for line in metrics]
     assert losses(metrics)[-1] < losses(metrics)[0]
     # What is written is what replicas share, which changes with rounds alone.
     first = load_file(place / "model" / "model.safetensors")
     assert same(parameters(whole, 2), first)
     assert not same(parameters(whole, 6), first)
     resumed = without_later(whole, tmp_path / "resumed", 2)
-    train(place, resumed, *arguments, "--resume", "auto", ranks=2)
+    train(place, resumed, *arguments, "--resume", "auto", ranks=4)
     assert same(parameters(whole, 6), parameters(resumed, 6))
     assert same(states(whole, 6), states(resumed, 6))

@@ -17,35 +17,46 @@ _PAIRWISE_LIMIT = 16
 class Decoder:
     """Decodes chunks `[start, stop)` of a class, any part of them at a time.
 
-    Each coefficient is the mean over the entries that name it, zero where there are none. The order
+    Each coefficient is the mean over the entries that name it, zero where there are none, or with a
+    divisor their sum divided by it. The order
     of the additions depends on nothing but the order of the entries. Good until the next one is
     made.
     """
 
-    def __init__(self, plan: ChunkPlan, entries: Entries, start: int, stop: int) -> None:
+    def __init__(
+        self, plan: ChunkPlan, entries: Entries, start: int, stop: int, divisor: int | None = None
+    ) -> None:
         self._plan, self._start = plan, start
         index, value = _widen(plan, entries, start, stop)
         m = index.shape[1]
+        if divisor is not None:
+            value = value / divisor
         # So few entries that a sum of outer products is cheaper than the transform.
         self._low_rank = (
             plan.is_transformed
             and plan.h > 1
             and m <= plan.h // 2
-            and (entries.unique or m <= _PAIRWISE_LIMIT)
+            and (entries.unique or divisor is not None or m <= _PAIRWISE_LIMIT)
         )
         if self._low_rank:
-            self._value = value if entries.unique else _shares(index, value)
+            is_sum = entries.unique or divisor is not None
+            self._value = value if is_sum else _shares(index, value)
             self._row = index.div(plan.w, rounding_mode="floor")
             self._column = index.sub_(self._row, alpha=plan.w)
             return
         self._dense = scratch(DENSE, (stop - start, plan.totalk), value).zero_()
-        if not entries.unique:
-            value = _mean_in(self._dense, index, value)
-        self._dense.scatter_(1, index, value)
+        if entries.unique:
+            self._dense.scatter_(1, index, value)
+        elif divisor is not None:
+            _add_in(self._dense, index, value)
+        else:
+            self._dense.scatter_(1, index, _mean_in(self._dense, index, value))
 
     def chunks(self, start: int, stop: int) -> Tensor:
         """Chunks `[stop - start, h, w]` in the compute dtype, good until the next call."""
         plan = self._plan
+        if not plan.is_transformed:
+            return self._dense[start - self._start : stop - self._start].view(-1, plan.h, plan.w)
         result = scratch(RESULT, (stop - start, plan.h, plan.w), plan.basis_w)
         if self._low_rank:
             torch.bmm(*self._factors(start, stop), out=result)
@@ -96,11 +107,16 @@ def _mean_in(dense: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """For every entry the mean of those with its index; `dense` (zeros) is scratch."""
     multiplicity = dense.scatter_add_(1, index, torch.ones_like(value)).gather(1, index)
     dense.scatter_(1, index, 0.0)
+    _add_in(dense, index, value)
+    return dense.gather(1, index).div_(multiplicity)
+
+
+def _add_in(dense: Tensor, index: Tensor, value: Tensor) -> None:
+    """`dense[index] += value`, in the order of the entries."""
     if dense.device.type == "cpu":
-        dense.scatter_add_(1, index, value)  # row by row, in the order of the entries
+        dense.scatter_add_(1, index, value)  # row by row
     else:
         # scatter_add_ uses atomics on accelerators, in any order; index_put_ with accumulate sorts
         # instead.
         rows = torch.arange(dense.shape[0], device=dense.device).unsqueeze(1).expand_as(index)
         dense.index_put_((rows, index), value, accumulate=True)
-    return dense.gather(1, index).div_(multiplicity)

@@ -153,8 +153,12 @@ def mean_coefficients(
     H: tl.constexpr,
     W: tl.constexpr,
     w: tl.constexpr,
+    NAMED: tl.constexpr = True,
+    divisor=1,
 ):
     """Dense coefficients of one tile, each the mean over the entries that name it.
+
+    Without NAMED, their sum divided by `divisor`.
 
     Entries are counted and then added up as integers, in scratch memory that only this program
     uses: the result is the same in whatever order they come. Integers are the mean times
@@ -190,12 +194,15 @@ def mean_coefficients(
         shift = 156 - (most >> 23)
     if ONE_PASS:
         place, fixed, there = load_entries(indices, values, at, m, 0, shift, E, SIGNS, w, W)
-        tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        # Atomics take place in the L2 cache, so nothing may be read from the L1.
-        count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
-        tl.debug_barrier()
-        tl.store(counts + place, tl.zeros([E], tl.int32), mask=there)
+        if NAMED:
+            tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
+            tl.debug_barrier()
+            # Atomics take place in the L2 cache, so nothing may be read from the L1.
+            count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+            tl.debug_barrier()
+            tl.store(counts + place, tl.zeros([E], tl.int32), mask=there)
+        else:
+            count = divisor
         share = (fixed * reciprocal(count)).to(tl.int32)
         tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
         tl.debug_barrier()
@@ -203,13 +210,19 @@ def mean_coefficients(
         tl.debug_barrier()
         tl.store(sums + place, tl.zeros([E], tl.int32), mask=there)
     else:
+        if NAMED:
+            for first in range(0, m, E):
+                place, fixed, there = load_entries(
+                    indices, values, at, m, first, shift, E, SIGNS, w, W
+                )
+                tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
+            tl.debug_barrier()
         for first in range(0, m, E):
             place, fixed, there = load_entries(indices, values, at, m, first, shift, E, SIGNS, w, W)
-            tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
-        tl.debug_barrier()
-        for first in range(0, m, E):
-            place, fixed, there = load_entries(indices, values, at, m, first, shift, E, SIGNS, w, W)
-            count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+            if NAMED:
+                count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+            else:
+                count = divisor
             share = (fixed * reciprocal(count)).to(tl.int32)
             tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
         tl.debug_barrier()

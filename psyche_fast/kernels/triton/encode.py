@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,22 +19,29 @@ from psyche_fast.kernels.triton.arithmetic import (
     split,
 )
 from psyche_fast.kernels.triton.launch import (
+    MOST_ROUNDS,
     encode_constants,
     launch_options,
     on_device,
+    padded,
     planned,
     programs,
     rates,
+    uniform,
     written,
 )
+from psyche_fast.kernels.triton.plain import encode_plain
 from psyche_fast.kernels.triton.rows import encode_rows, largest_by_threshold
+
+SIDE, LEAST_SIDE = 64, 16
+"""Of vectors' chunks as tiles; and sides from which tiles are worth a program's while."""
 
 
 @triton.jit
 def decode_own(
-    previous_indices, previous_values, rows_h, rows_w, at,
+    previous_indices, previous_values, rows_h, rows_w, at, share,
     M: tl.constexpr, MP: tl.constexpr, MC: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    w: tl.constexpr,
+    w: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """`F_h C F_w^T` for `M` entries with distinct indices, as a sum of outer products `[H, W]`.
 
@@ -46,12 +54,29 @@ def decode_own(
         e = first + tl.arange(0, MC)
         index = tl.load(previous_indices + at + e, mask=e < M, other=0).to(tl.int32)
         value = tl.load(previous_values + at + e, mask=e < M, other=0.0).to(tl.float32)
+        if SHARE:
+            value *= share
         row = index // w
         column = index - row * w
         left_high, left_low = split(tl.load(rows_h + row[None, :] * H + i) * value[None, :])
         right_high, right_low = split(tl.load(rows_w + column[:, None] * W + j))
         x = add_product(x, left_high, left_low, right_high, right_low)
     return x
+
+
+@triton.jit
+def take_out(
+    delta, indices, values, tile, share, M: tl.constexpr, MP: tl.constexpr, LENGTH: tl.constexpr
+):
+    """`delta -= share * values` where the distinct indices of one tile of `LENGTH` say."""
+    e = tl.arange(0, MP)
+    there = e < M
+    index = tl.load(indices + tile * M + e, mask=there, other=0).to(tl.int32)
+    value = tl.load(values + tile * M + e, mask=there, other=0.0).to(tl.float32)
+    slot = delta + tile * LENGTH + index
+    old = tl.load(slot, mask=there, other=0.0).to(tl.float32)
+    tl.store(slot, (old - share * value).to(delta.dtype.element_ty), mask=there)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -125,11 +150,13 @@ def largest_in_rounds(
 @triton.jit(do_not_specialize=["tiles", "rate_step"])
 def encode_tiles(
     members, table, delta, split_basis, rows_h, rows_w, zeros, previous_indices, previous_values,
-    indices, values, scratch, rates, scale, decay, tiles, rate_step,
+    indices, values, scratch, rates, scale, anchors, anchor_table, decay, share, tiles, rate_step,
     K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MC: tl.constexpr,
     T: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
     SELECT_ROWS: tl.constexpr, STREAM: tl.constexpr, KEEP: tl.constexpr,
+    ANCHOR: tl.constexpr = False, SHARE: tl.constexpr = False, TRANSFORM: tl.constexpr = True,
+    FLAT: tl.constexpr = False,
 ):  # fmt: skip
     """One program handles groups of `T` tiles; a tile is one chunk `h x w` padded to `H x W`.
 
@@ -148,7 +175,10 @@ def encode_tiles(
         scratch: float32, `T * (H * W + H)` per program.
         rates: float32, learning rate of member i at `i * rate_step`.
         scale: float32, one factor on all gradients; gradients are left out if it is not finite.
+        anchors: like `members`, of what the gradient is subtracted from, float32 (ANCHOR).
+        anchor_table: like `table`.
         decay: factor on the state.
+        share: of the previous entries that is taken out (SHARE).
         tiles: number of tiles.
         rate_step: see `rates`.
         K: entries that are selected of each tile; `KP` is the power of two above.
@@ -160,6 +190,8 @@ def encode_tiles(
         SELECT_ROWS: keep rows out of scratch memory that cannot hold a selected entry.
         STREAM: eviction policy of what is read and written once.
         KEEP: eviction policy of the coefficients.
+        TRANSFORM: else elements are selected from as they are, and bases are not read.
+        FLAT: tiles are runs of vectors, their rows side by side.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
@@ -178,6 +210,8 @@ def encode_tiles(
             offset = tl.load(table + 2 * tile + 1)
             address = tl.load(members + 2 * member)
             stride = tl.load(members + 2 * member + 1)
+            if FLAT:
+                stride = tl.cast(w, tl.int64)
             rate = tl.load(rates + member * rate_step) * factor
             present = finite & (address != 0)
             rate = tl.where(present, rate, 0.0)
@@ -191,20 +225,37 @@ def encode_tiles(
                 stride = tl.multiple_of(stride, 8)
                 offset = tl.multiple_of(offset, 8)
             g_at = g_at + offset + i * stride + j
+            if M > 0 and not TRANSFORM:
+                take_out(
+                    delta, previous_indices, previous_values, tl.cast(tile, tl.int64), share,
+                    M, MP, h * w,
+                )  # fmt: skip
             if WHOLE:
                 d = tl.load(state, eviction_policy=STREAM).to(tl.float32)
             else:
                 d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-            if M > 0:
+            if M > 0 and TRANSFORM:
                 d -= decode_own(
                     previous_indices, previous_values, rows_h, rows_w, tl.cast(tile, tl.int64) * M,
-                    M, MP, MC, H, W, w,
+                    share, M, MP, MC, H, W, w, SHARE,
                 )  # fmt: skip
             # Not earlier: registers are short while the decode runs.
             if WHOLE:
                 g = tl.load(g_at, eviction_policy=STREAM).to(tl.float32)
             else:
                 g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
+            if ANCHOR:
+                a_member = tl.load(anchor_table + 2 * tile).to(tl.int32)
+                a_at = tl.load(anchors + 2 * a_member).to(tl.pointer_type(tl.float32))
+                a_at += tl.load(anchor_table + 2 * tile + 1)
+                a_stride = tl.load(anchors + 2 * a_member + 1).to(tl.int32)
+                if FLAT:
+                    a_stride = w
+                if ALIGNED:
+                    a_at = tl.multiple_of(a_at, 16)
+                    a_stride = tl.multiple_of(a_stride, 8)
+                a_at = a_at + i * a_stride + j
+                g = tl.load(a_at, mask=inside & present, other=0.0) - g
             d = tl.fma(d, decay, g * rate)
             rounded = d.to(delta.dtype.element_ty)
             if WHOLE:
@@ -212,7 +263,9 @@ def encode_tiles(
             else:
                 tl.store(state, rounded, mask=inside)
             # What is sent is read from the state as it has been rounded.
-            if delta.dtype.element_ty == tl.bfloat16:
+            if not TRANSFORM:
+                c = d
+            elif delta.dtype.element_ty == tl.bfloat16:
                 c = sandwich(rounded, split_basis, True, H, W)
             else:
                 c = sandwich(d, split_basis, False, H, W)
@@ -258,6 +311,8 @@ def encode(
     decay: float,
     gradient_scale: float | Tensor | None,
     previous: Entries | None,
+    share: float,
+    anchors: Sequence[Tensor] | None,
 ) -> Entries:
     """See `psyche_fast.kernels.encode.encode`."""
     device, k = plan.device, plan.k
@@ -267,40 +322,64 @@ def encode(
     if plan.chunks == 0:
         return entries
     if previous is not None and not _decodable(previous):
+        previous = Entries(previous.indices, previous.values * share, previous.unique)
         subtract(plan, delta, previous)
         previous = None
     ready = planned(plan)
-    gradients = _uniform(gradients)  # by name: copies have to live until the launch
+    gradients = uniform(gradients)  # by name: copies have to live until the launch
     sources = ready.members(gradients, "gradient")
+    fixed = sources if anchors is None else ready.members(anchors, "anchor")
+    aligned = sources.aligned and fixed.aligned
     rate, rate_step = rates(learning_rates, device)
     scale = gradient_scale
     if not isinstance(scale, Tensor):
         scale, _ = rates([1.0 if scale is None else scale], device)
     sent, m = (entries, 0) if previous is None else (previous, previous.indices.shape[1])
-    options, own = launch_options("rows" if ready.is_rows else "encode", device)
-    together = ready.rows_per_tile if ready.is_rows else own["tiles"]
+    h, w, is_flat = plan.h, plan.w, False
+    if plan.is_transformed:
+        kernel = "rows" if ready.is_rows else "encode"
+    else:
+        assert delta.dtype == torch.float32
+        if h == 1 and w % SIDE == 0:
+            h, w, is_flat = w // SIDE, SIDE, True
+        kernel = "encode" if k <= MOST_ROUNDS and min(h, w) >= LEAST_SIDE else "plain"
+    options, own = launch_options(kernel, device)
+    together = own["tiles"] if kernel == "encode" else ready.rows_per_tile
     grid = (programs(device, own["ctas_per_sm"], triton.cdiv(plan.chunks, together)),)
-    bases: tuple[Tensor, ...] = (ready.forward_basis,)
-    if ready.is_rows:
-        kernel, size = encode_rows, ready.W
+    run: Any
+    bases: tuple[Tensor, ...] = ()
+    size = 0
+    if kernel == "plain":
+        run = encode_plain
         constants = {
             "K": k, "M": m, "MP": triton.next_power_of_2(max(m, 1)), "R": together,
-            "L": ready.length, "W": ready.W, "STRIDED": ready.strided,
+            "L": ready.length, "N": padded(ready.length), "w": plan.w,
+        }  # fmt: skip
+    elif kernel == "rows":
+        run, size, bases = encode_rows, ready.W, (ready.forward_basis,)
+        constants = {
+            "K": k, "M": m, "MP": triton.next_power_of_2(max(m, 1)), "R": together,
+            "L": ready.length, "W": ready.W, "STRIDED": ready.strided, "SHARE": share != 1.0,
         }  # fmt: skip
     else:
-        kernel, size = encode_tiles, ready.H * ready.W + ready.H
-        bases += (ready.rows_h, ready.rows_w, ready.zeros)
+        H, W = padded(h), padded(w)
+        run, size = encode_tiles, H * W + H
+        if plan.is_transformed:
+            bases = (ready.forward_basis, ready.rows_h, ready.rows_w, ready.zeros)
+        else:
+            bases = (ready.zeros,) * 4  # only the last one is read
         constants = {
-            **encode_constants(k, m), "T": together, "h": plan.h, "w": plan.w, "H": ready.H,
-            "W": ready.W, "SELECT_ROWS": own["select_rows"], "STREAM": own["stream"],
-            "KEEP": own["keep"],
+            **encode_constants(k, m), "T": together, "h": h, "w": w, "H": H, "W": W,
+            "SELECT_ROWS": own["select_rows"], "STREAM": own["stream"], "KEEP": own["keep"],
+            "SHARE": share != 1.0, "TRANSFORM": plan.is_transformed, "FLAT": is_flat,
         }  # fmt: skip
-    scratch = ready.scratch(torch.float32, grid[0] * together * size, device)
+    scratch = [ready.scratch(torch.float32, grid[0] * together * size, device)] if size else []
     with on_device(device):
-        kernel[grid](
+        run[grid](
             sources.addresses, sources.table, delta, *bases, sent.indices, sent.values, indices,
-            values, scratch, rate, scale, decay, plan.chunks, rate_step,
-            GRADIENT=sources.dtype, ALIGNED=sources.aligned, **constants, **options,
+            values, *scratch, rate, scale, fixed.addresses, fixed.table, decay, share, plan.chunks,
+            rate_step, GRADIENT=sources.dtype, ALIGNED=aligned, ANCHOR=anchors is not None,
+            **constants, **options,
         )  # fmt: skip
     written(delta)
     return entries
@@ -309,13 +388,3 @@ def encode(
 def _decodable(entries: Entries) -> bool:
     """Whether encode can decode own entries by itself: distinct ones, and in order if all."""
     return entries.unique and entries.indices.is_contiguous() and entries.values.is_contiguous()
-
-
-def _uniform(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Gradients as the kernels read them: rows of neighbours, all of one dtype."""
-    dtypes = {g.dtype for g in gradients if g is not None}
-    if len(dtypes) > 1 or torch.float64 in dtypes:
-        gradients = [None if g is None else g.to(torch.float32) for g in gradients]
-    return [
-        g.contiguous() if g is not None and g.dim() and g.stride(-1) != 1 else g for g in gradients
-    ]

@@ -34,12 +34,16 @@ _TABLES_KEPT = 8
 _RATES_KEPT = 32
 _INTERPRETED_PROGRAMS = 2  # more than one, so that a persistent loop is one in tests too
 
+OUTER_KINDS = ("shared parameter", "momentum", "own parameter", "sent parameter")
+"""Tensors of the outer step, for messages."""
 MOST_ROUNDS = 64
 """Up to this many entries per chunk are selected one by one; more by bisection."""
 OWN_ENTRIES = 16
 """Own entries that are decoded at once: the depth of one matrix instruction."""
 ROWS_PER_TILE = 64
 """Chunks with one dimension that make up a tile."""
+TILE_ELEMENTS = 4096
+"""Elements of a tile of chunks that are not transformed."""
 ROW_ENTRIES = 16
 """Entries of each row that are handled at once."""
 
@@ -95,6 +99,19 @@ class Planned:
         self.H, self.W = padded(plan.h), padded(plan.w)
         if self.is_rows:
             self.W = padded(self.length)
+        self.rows_per_tile = ROWS_PER_TILE
+        if plan.is_transformed:
+            self._prepare_bases(plan)
+        else:
+            self.rows_per_tile = max(1, TILE_ELEMENTS // padded(self.length))
+        self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
+        self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._members: OrderedDict[tuple[Any, ...], Members] = OrderedDict()
+        self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.order = StreamOrder()
+
+    def _prepare_bases(self, plan: ChunkPlan) -> None:
+        if self.is_rows:
             basis = plan.basis_h if self.strided else plan.basis_w
             parts = [_split(basis, self.W), _split(basis.t(), self.W)]
             self.forward_basis = self.inverse_basis = torch.cat(parts)
@@ -111,12 +128,6 @@ class Planned:
         self.limbs = table
         self.rows_h = _pad(plan.rows_h, self.H)
         self.rows_w = _pad(plan.rows_w, padded(plan.w))
-        self.zeros = torch.zeros(self.W, dtype=torch.int32, device=plan.device)
-        self.rows_per_tile = ROWS_PER_TILE
-        self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
-        self._members: OrderedDict[tuple[Any, ...], Members] = OrderedDict()
-        self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
-        self.order = StreamOrder()
 
     def members(self, tensors: Sequence[Tensor | None], what: str) -> Members:
         """Find a class's tensors, one per member.
@@ -161,6 +172,8 @@ class Planned:
                 wanted_dtypes = {
                     "look-ahead": [plan.dtype],
                     "parameter": [plan.dtype, torch.float32],
+                    "anchor": [torch.float32],
+                    **dict.fromkeys(OUTER_KINDS, [torch.float32]),
                 }
                 if tensor.dtype not in wanted_dtypes.get(what, DTYPES):
                     raise ValueError(f"{where} is {tensor.dtype}, its class {plan.dtype}")
@@ -342,6 +355,16 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("an optimiser's step cannot be captured in a CUDA graph")
     return torch.cuda.current_stream(device)
+
+
+def uniform(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients as the kernels read them: rows of neighbours, all of one dtype."""
+    dtypes = {g.dtype for g in gradients if g is not None}
+    if len(dtypes) > 1 or torch.float64 in dtypes:
+        gradients = [None if g is None else g.to(torch.float32) for g in gradients]
+    return [
+        g.contiguous() if g is not None and g.dim() and g.stride(-1) != 1 else g for g in gradients
+    ]
 
 
 def written(*tensors: Tensor | None) -> None:

@@ -37,7 +37,7 @@ def pack_planes(
     indices, signs, planes, chunks, groups, index_stride, sign_stride,
     K: tl.constexpr, LOW: tl.constexpr, GAP: tl.constexpr, UPPER: tl.constexpr,
     SIGNS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr, PLANES: tl.constexpr = 1,
 ):  # fmt: skip
     """Bit planes of `8 * G` chunks.
 
@@ -53,8 +53,8 @@ def pack_planes(
         LOW: low bits per entry.
         GAP: what rank adds to the position of an entry's upper bit.
         UPPER: length of the bit vector.
-        SIGNS: 0 for none, 1 for bytes that are 0 or 1, 2 for numbers.
-        BITS: `K * LOW + UPPER`, and `K` more with `SIGNS`.
+        SIGNS: 0 for none, 1 for bytes of PLANES bits, 2 for numbers.
+        BITS: `K * LOW + UPPER`, and `K * PLANES` more with `SIGNS`.
         G: groups per program.
         TILE: bits that are written at once, up to 32.
         ENTRIES: entries that are read at once for the bit vector.
@@ -91,12 +91,18 @@ def pack_planes(
         for start in range(0, K, TILE):
             at = start + bit
             value = tl.load(values + at, mask=live & (at < K), other=0)
+            position = K * LOW + UPPER + start + lane
             if SIGNS == 1:
                 bits = value.to(tl.int32)
             else:
                 bits = (value.to(tl.float32) < 0).to(tl.int32)
-            position = K * LOW + UPPER + start + lane
-            _store_bits(planes, bits, shift, group, position, groups, BITS, BITS)
+            if PLANES == 1:
+                _store_bits(planes, bits, shift, group, position, groups, BITS, BITS)
+            else:
+                for plane in tl.static_range(PLANES):
+                    end = K * LOW + UPPER + (plane + 1) * K
+                    one = (bits >> plane) & 1
+                    _store_bits(planes, one, shift, group, position + plane * K, groups, end, BITS)
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def unpack_planes(
     planes, indices, signs, valid, chunks, peer_stride,
     TOTALK: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, GAP: tl.constexpr,
     UPPER: tl.constexpr, SIGNS: tl.constexpr, CHECK: tl.constexpr, BITS: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr, PLANES: tl.constexpr = 1,
 ):  # fmt: skip
     """Entries of `ROWS` chunks of one peer from bit planes of any content.
 
@@ -126,9 +132,9 @@ def unpack_planes(
         LOW: low bits per entry.
         GAP: what rank adds to the position of an entry's upper bit.
         UPPER: length of the bit vector.
-        SIGNS: read a sign per entry.
+        SIGNS: read a sign, or code of PLANES bits, per entry.
         CHECK: write `valid`.
-        BITS: `K * LOW + UPPER`, and `K` more with `SIGNS`.
+        BITS: `K * LOW + UPPER`, and `K * PLANES` more with `SIGNS`.
         ROWS: chunks per program, a multiple of 8.
         TILE: bits of the bit vector that are read at once.
         ENTRIES: entries that are read at once.
@@ -182,6 +188,9 @@ def unpack_planes(
             entry = start + entry_lane
             mask = live & (entry < K)
             bits = _load_bits(source, K * LOW + UPPER + entry, shift, mask)
+            for plane in tl.static_range(1, PLANES):
+                at = K * LOW + UPPER + plane * K + entry
+                bits |= _load_bits(source, at, shift, mask) << plane
             tl.store(signs + target + entry, bits.to(tl.uint8), mask=mask)
 
 
@@ -195,7 +204,9 @@ def tile_sizes(code: IndexCode, most: int, elements: int) -> tuple[int, int, int
     return max(1, elements // (8 * tile)), tile, entries
 
 
-def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor) -> None:
+def pack(
+    code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor, count: int
+) -> None:
     """See `psyche_fast.kernels.reference.pack.pack`."""
     groups, bits = planes.shape
     if groups == 0:
@@ -206,7 +217,7 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
         signs = planes
     else:
         signs = signs if signs.stride(1) == 1 else signs.contiguous()
-        mode = BOOL_SIGNS if signs.dtype == torch.bool else FLOAT_SIGNS
+        mode = FLOAT_SIGNS if signs.is_floating_point() else BOOL_SIGNS
         signs = signs.view(torch.uint8) if mode == BOOL_SIGNS else signs
     options, own = launch_options("codec", planes.device)
     per_program, tile, entries = tile_sizes(code, PACK_BITS, own["elements"])
@@ -228,6 +239,7 @@ def pack(code: IndexCode, indices: Tensor, signs: Tensor | None, planes: Tensor)
             G=per_program,
             TILE=tile,
             ENTRIES=entries,
+            PLANES=max(1, count),
             **options,
         )
     written(planes)
@@ -239,6 +251,7 @@ def unpack(
     indices: Tensor,
     signs: Tensor | None,
     valid: Tensor | None,
+    count: int,
 ) -> None:
     """See `psyche_fast.kernels.reference.pack.unpack`; `indices` and `signs` are contiguous."""
     peers, groups, bits = planes.shape
@@ -263,6 +276,7 @@ def unpack(
             ROWS=8 * per_program,
             TILE=tile,
             ENTRIES=entries,
+            PLANES=max(1, count),
             **options,
         )
     written(indices, signs, valid)

@@ -82,9 +82,10 @@ def largest_by_threshold(c, index, valid, at, live, indices, values, K: tl.const
 @triton.jit(do_not_specialize=["chunks", "rate_step"])
 def encode_rows(
     members, table, delta, split_basis, previous_indices, previous_values, indices, values, scratch,
-    rates, scale, decay, chunks, rate_step,
+    rates, scale, anchors, anchor_table, decay, share, chunks, rate_step,
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, GRADIENT: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
+    ANCHOR: tl.constexpr = False, SHARE: tl.constexpr = False,
 ):  # fmt: skip
     """As `encode_tiles`, with `split_basis` the bfloat16 parts of `F` and then of `F^T`.
 
@@ -105,6 +106,11 @@ def encode_rows(
         )
         present &= finite
         g = tl.load(g_at, mask=present[:, None] & (j < L), other=0.0).to(tl.float32)
+        if ANCHOR:
+            a_at, _, _ = locate_rows(
+                anchors, anchor_table, chunk, live, j, tl.float32, STRIDED, ALIGNED
+            )
+            g = tl.load(a_at, mask=present[:, None] & (j < L), other=0.0) - g
         rate = tl.load(rates + member * rate_step) * factor
         rate = tl.where(present, rate, 0.0)
         if M > 0:
@@ -124,6 +130,8 @@ def encode_rows(
                 tl.debug_barrier()
                 tl.store(slot, tl.zeros([R, MP], tl.float32), mask=sent)
                 tl.debug_barrier()
+            if SHARE:
+                x *= share
             d -= times_right(x, split_basis + 2 * W * W, False, W)
         d = tl.fma(d, decay, g * rate[:, None])
         rounded = d.to(delta.dtype.element_ty)
@@ -182,6 +190,8 @@ def mean_row_coefficients(
     SIGNS: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
+    NAMED: tl.constexpr = True,
+    divisor=1,
 ):
     """As `mean_coefficients`, of `R` chunks at once; scratch is int32 `[2, R * W]`.
 
@@ -200,17 +210,21 @@ def mean_row_coefficients(
             v = tl.load(values + chunk.to(tl.int64)[:, None] * m + e, mask=there, other=0)
             many = tl.maximum(many, v.to(tl.float32).to(tl.int32, bitcast=True) & MAGNITUDE)
         shift = 156 - (tl.max(many, 1) >> 23)
+    if NAMED:
+        for first in range(0, m, MB):
+            place, fixed, there = load_row_entries(
+                indices, values, chunk, live, m, first, shift, MB, SIGNS, W
+            )
+            tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
+        tl.debug_barrier()
     for first in range(0, m, MB):
         place, fixed, there = load_row_entries(
             indices, values, chunk, live, m, first, shift, MB, SIGNS, W
         )
-        tl.atomic_add(counts + place, 1, mask=there, sem="relaxed", scope="cta")
-    tl.debug_barrier()
-    for first in range(0, m, MB):
-        place, fixed, there = load_row_entries(
-            indices, values, chunk, live, m, first, shift, MB, SIGNS, W
-        )
-        count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+        if NAMED:
+            count = tl.load(counts + place, mask=there, other=1, cache_modifier=".cg")
+        else:
+            count = divisor
         share = (fixed * reciprocal(count)).to(tl.int32)
         tl.atomic_add(sums + place, share, mask=there, sem="relaxed", scope="cta")
     tl.debug_barrier()

@@ -7,6 +7,7 @@ import triton
 from psyche_fast.kernels.pack import IndexCode, index_code
 from psyche_fast.kernels.triton.launch import cpu_launch_options
 from psyche_fast.kernels.triton.pack import (
+    BOOL_SIGNS,
     FLOAT_SIGNS,
     PACK_BITS,
     UNPACK_BITS,
@@ -19,26 +20,30 @@ from tools.kernel_guard.case import Case, Loop
 
 def compile_cases() -> list[Case]:
     """What the compile guard compiles: chunks of 64 x 64 with 1-bit results."""
-    return [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
+    signs = [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
+    codes = [(64, 2), (4096, 2), (4096, 4), (4096, 8)]
+    return signs + [case for k, p in codes for case in _cases(k, index_code(4096, k), p)]
 
 
-def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
+def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
     shared = {
         "K": k,
         "LOW": code.low,
         "GAP": code.gap,
         "UPPER": code.upper,
-        "BITS": code.bits + k,
+        "BITS": code.bits + k * planes,
+        "PLANES": planes,
     }
+    what = "signs of fp32" if planes == 1 else f"codes of {planes} bits"
     options, own = cpu_launch_options("codec")
     groups, tile, entries = tile_sizes(code, PACK_BITS, own["elements"])
     pack_case = Case(
         kernel="pack",
-        variant=f"64x64 k={k}, signs of fp32",
+        variant=f"64x64 k={k}, {what}",
         fn=pack_planes,
         signature={
             "indices": "*u16",
-            "signs": "*fp32",
+            "signs": "*fp32" if planes == 1 else "*u8",
             "planes": "*u8",
             "chunks": "i32",
             "groups": "i32",
@@ -46,17 +51,20 @@ def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
             "sign_stride": "i32",
         },
         constexprs={
-            **shared, "SIGNS": FLOAT_SIGNS, "G": groups, "TILE": tile, "ENTRIES": entries,
+            **shared, "SIGNS": FLOAT_SIGNS if planes == 1 else BOOL_SIGNS, "G": groups,
+            "TILE": tile, "ENTRIES": entries,
         },
         options=options,
         aligned=("indices", "signs"),  # bytes lie wherever a buffer has room
         loops=(
-            Loop("low bits", triton.cdiv(k * code.low, tile)),
-            Loop(
-                "bit vector",
-                triton.cdiv(code.upper, tile),
-                (Loop("entries", triton.cdiv(k, entries)),),
-            ),
+            *(
+                Loop("low bits", triton.cdiv(k * code.low, tile)),
+                Loop(
+                    "bit vector",
+                    triton.cdiv(code.upper, tile),
+                    (Loop("entries", triton.cdiv(k, entries)),),
+                ),
+            )[: 2 * bool(code.bits)],
             Loop("signs", triton.cdiv(k, tile)),
         ),
         tiles=8 * groups,
@@ -64,7 +72,7 @@ def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
     groups, tile, entries = tile_sizes(code, UNPACK_BITS, own["elements"])
     unpack_case = Case(
         kernel="unpack",
-        variant=f"64x64 k={k}, signs, checked",
+        variant=f"64x64 k={k}, {what.removesuffix(' of fp32')}, checked",
         fn=unpack_planes,
         signature={
             "planes": "*u8",
@@ -81,9 +89,11 @@ def _cases(k: int, code: IndexCode) -> tuple[Case, Case]:
         options=options,
         aligned=("indices", "signs", "valid"),
         loops=(
-            Loop("bit vector", triton.cdiv(code.upper, tile)),
-            Loop("low bits", triton.cdiv(k, entries)),
-            Loop("order", triton.cdiv(k - 1, entries)),
+            *(
+                Loop("bit vector", triton.cdiv(code.upper, tile)),
+                Loop("low bits", triton.cdiv(k, entries)),
+                Loop("order", triton.cdiv(k - 1, entries)),
+            )[: 3 * bool(code.bits)],
             Loop("signs", triton.cdiv(k, entries)),
         ),
         tiles=8 * groups,

@@ -21,6 +21,7 @@ def compile_cases() -> list[Case]:
         _encode_case(64, 8, strided=True),
         _encode_case(64, 8, delta="bf16"),
         _encode_case(64, 8, delta="bf16", gradient="bf16"),
+        _encode_case(64, 8, anchor=True),
         *_decode_cases(64, 16 * 8),
     ]
 
@@ -37,10 +38,12 @@ def _encode_case(
     delta: str = "fp32",
     gradient: str = "fp32",
     strided: bool = False,
+    anchor: bool = False,
 ) -> Case:
     options, _ = cpu_launch_options("rows")
     inner = () if k == length else (Loop("bits", 31),)
-    variant = f"{length} k={k} {delta} delta, {gradient} gradient"
+    variant = f"{length} k={k} {delta} delta, "
+    variant += "anchor, share" if anchor else f"{gradient} gradient"
     return Case(
         kernel="encode_rows",
         variant=variant + ", columns" * strided,
@@ -56,7 +59,10 @@ def _encode_case(
             "scratch": "*fp32",
             "rates": "*fp32",
             "scale": "*fp32",
+            "anchors": "*i64",
+            "anchor_table": "*i64",
             "decay": "fp32",
+            "share": "fp32",
             "chunks": "i32",
             "rate_step": "i32",
         },
@@ -70,6 +76,8 @@ def _encode_case(
             "GRADIENT": tl.float32 if gradient == "fp32" else tl.bfloat16,
             "STRIDED": strided,
             "ALIGNED": length % 8 == 0,
+            "ANCHOR": anchor,
+            "SHARE": anchor,
         },
         options=options,
         loops=(Loop("tiles", 100, inner=inner),),

@@ -26,6 +26,15 @@ def test_the_dummy_model_is_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in (tmp_path / "psyche_fast").iterdir()] == ["dummy-model-1"]
 
 
+def test_fresh_models_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = resolve_model("fresh:20M")
+    assert 19e6 < check_model(source).num_parameters < 21e6
+    assert resolve_model("fresh:20M") == source
+    with pytest.raises(ValueError, match="--model fresh:7B: there are fresh:20M, fresh:125M"):
+        resolve_model("fresh:7B")
+
+
 def test_dummy_data_have_no_end() -> None:
     dataset = open_dataset("dummy:", sequence_length=5)
     samples = dataset.get_samples(10**15, 10**15 + 1)

@@ -1,0 +1,272 @@
+"""The network: names, interfaces, ports, and the way to another machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import re
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+
+from psyche_fast.doctor.finding import Finding, ok, problem, warning
+from psyche_fast.doctor.software import reaches
+from psyche_fast.start import network
+
+_PORT = 34567
+"""That of README's commands for several machines."""
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def interfaces() -> Iterator[Finding]:
+    """Whether ranks of this machine reach each other, and others by which way."""
+    try:
+        with closing(network.listen("127.0.0.1", 0)) as here:
+            refused = reaches("127.0.0.1", here.getsockname()[1], 2.0)
+    except ValueError as error:
+        refused = str(error)
+    if refused is not None:
+        yield problem(
+            "loopback",
+            f"127.0.0.1: {refused}",
+            "ip link set lo up, by root: all ranks of a machine meet there",
+        )
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    addresses = _addresses(up)
+    families = {version for _, version in addresses}
+    shown = ", ".join(f"{name} {address}" for (name, _), address in addresses.items())
+    if not addresses:
+        yield warning("interfaces", "none but loopback", "right for runs on this machine alone")
+    elif families == {6}:
+        yield warning(
+            "interfaces",
+            f"{shown}: IPv6 alone",
+            "name machines by addresses, --host ADDRESS, where their names lead to IPv4 ones",
+        )
+    else:
+        yield ok("interfaces", shown)
+    yield from _chosen()
+
+
+def _addresses(up: set[str]) -> dict[tuple[str, int], str]:
+    """The first address of each interface by IP version, link-local ones and loopback left out."""
+    found: dict[tuple[str, int], str] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries if name in up else ():
+            try:
+                address = ipaddress.ip_address(entry.address.partition("%")[0])
+            except ValueError:  # of the link layer
+                continue
+            if not address.is_loopback and not address.is_link_local:
+                found.setdefault((name, address.version), str(address))
+    return found
+
+
+def _chosen() -> Iterator[Finding]:
+    """Interfaces that variables choose."""
+    try:
+        network.check_interfaces()
+    except ValueError as error:
+        yield problem("GLOO_SOCKET_IFNAME", str(error), "unset GLOO_SOCKET_IFNAME")
+    own = [name for _, name in socket.if_nameindex()]
+    wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if wanted and not _nccl_finds(wanted, own):
+        yield problem(
+            "NCCL_SOCKET_IFNAME",
+            f"NCCL_SOCKET_IFNAME={wanted}: this machine has "
+            f"{', '.join(own)}, none of which that is",
+            "name one of these, or unset it",
+        )
+
+
+def _nccl_finds(wanted: str, own: list[str]) -> bool:
+    """Whether NCCL takes any: names are beginnings, `=` wants whole ones, `^` all others."""
+    excludes, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
+    names = [name for name in wanted.lstrip("^=").split(",") if name]
+    matched = {
+        one
+        for one in own
+        for name in names
+        if (one == name.partition(":")[0] if exact else one.startswith(name.partition(":")[0]))
+    }
+    return bool(set(own) - matched - {"lo"}) if excludes else bool(matched)
+
+
+def own_name() -> Iterator[Finding]:
+    """What this machine's name leads to: gloo's own choice, and what other machines are told."""
+    name = platform.node()
+    try:
+        infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        yield warning(
+            "host name",
+            f"{name!r} leads nowhere: {getattr(error, 'strerror', error)}",
+            f"add it to /etc/hosts, or give --host ADDRESS: other machines cannot call {name}",
+        )
+        return
+    found = sorted({str(info[4][0]).partition("%")[0] for info in infos})
+    if all(ipaddress.ip_address(address).is_loopback for address in found):
+        yield warning(
+            "host name",
+            f"{name} leads to {', '.join(found)}, which is this machine alone",
+            "for several machines give --host ADDRESS, or the address in /etc/hosts",
+        )
+    else:
+        yield ok("host name", f"{name} is {', '.join(found)}")
+
+
+def ports(port: int = _PORT) -> Iterator[Finding]:
+    """Whether a run can listen here.
+
+    Args:
+        port: as of `train`.
+    """
+    try:
+        text = _RANGE.read_text().split()
+        low, high = int(text[0]), int(text[1])
+    except (OSError, ValueError, IndexError):  # another system
+        low, high = 32768, 60999
+    if high - low < 200:
+        yield warning(
+            "ports",
+            f"{high - low + 1} for connections that go out ({low} to {high})",
+            "sysctl net.ipv4.ip_local_port_range='32768 60999', by root",
+        )
+    try:
+        network.listen("0.0.0.0", port).close()
+    except ValueError as error:
+        yield warning(
+            "ports",
+            str(error).partition(": ")[2] + f" (port {port}{_user_of(port)})",
+            "give --port another one; runs on one machine take a free one by themselves",
+        )
+    else:
+        yield ok("ports", f"{port} is free")
+
+
+def _user_of(port: int) -> str:
+    """Who listens there, as far as this user may know."""
+    try:
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+                return f", by {psutil.Process(one.pid).name()}, process {one.pid}"
+    except (psutil.Error, OSError):  # other users' are not told to everybody
+        pass
+    return ""
+
+
+def way_to(target: str) -> Iterator[Finding]:
+    """The way to another machine: its name, the interface, its port, how long an answer takes.
+
+    Args:
+        target: `HOST` or `HOST:PORT`, an IPv6 address in brackets where a port follows.
+    """
+    host, port = host_and_port(target)
+    began = time.monotonic()
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        yield problem(
+            "name",
+            f"{host}: {getattr(error, 'strerror', error)}",
+            "spell it otherwise, add it to /etc/hosts, or give an address",
+        )
+        return
+    seconds = time.monotonic() - began
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+    yield ok("name", f"{host} is {', '.join(addresses)}")
+    if seconds > 1:
+        yield warning("name", f"the name server took {seconds:.1f} s", "give an address instead")
+    yield from _route(host)
+    times, refused = _connect(host, port)
+    if refused is not None:
+        yield problem("port", f"{host}:{port}: {refused}", _port_remedy(refused, port))
+        return
+    middle = statistics.median(times) * 1e3
+    said = f"{host}:{port} answers in {middle:.3g} ms (median of {len(times)})"
+    spread = max(times) * 1e3
+    if spread > 10 * middle + 50:
+        yield warning(
+            "port",
+            f"{said}, once in {spread:.0f} ms",
+            "packets are lost or wait in line: look at the link with mtr, and who else uses it",
+        )
+    else:
+        yield ok("port", said)
+
+
+def _route(host: str) -> Iterator[Finding]:
+    name = network.interface(host)
+    if name is None:
+        yield problem(
+            "route",
+            f"no way from here to {host}",
+            "ip route: add one, or start the VPN that leads there",
+        )
+        return
+    state = psutil.net_if_stats().get(name)
+    mtu, speed = (state.mtu, state.speed) if state is not None else (0, 0)
+    said = (
+        f"by {name}" + (f", {speed} Mbit/s" if speed > 0 else "") + (f", MTU {mtu}" if mtu else "")
+    )
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+    if any(wanted) and name not in wanted:
+        yield warning(
+            "route",
+            f"{said}, but GLOO_SOCKET_IFNAME={','.join(wanted)}",
+            "unset it, unless the other network is the faster one",
+        )
+    elif name not in ("lo", "lo0") and 0 < mtu < 1280:
+        yield warning("route", said, "packets are small: raise the interface's MTU, or the VPN's")
+    else:
+        yield ok("route", said)
+
+
+def _connect(host: str, port: int) -> tuple[list[float], str | None]:
+    """Seconds of several connections, or why there is none."""
+    times: list[float] = []
+    for _ in range(7):
+        began = time.perf_counter()
+        refused = reaches(host, port, 5.0)
+        if refused is not None:
+            return times, refused
+        times.append(time.perf_counter() - began)
+        time.sleep(0.02)
+    return times, None
+
+
+def _port_remedy(refused: str, port: int) -> str:
+    if "refused" in refused.lower():
+        return (
+            f"nobody listens there: start train there first, with --host and --port {port}; the "
+            "machine itself is reached"
+        )
+    if "no answer" in refused:
+        return (
+            f"a firewall swallows it, or the machine is off: allow TCP {port} between the machines"
+        )
+    return "look at ip route, the VPN and the firewall between"
+
+
+def host_and_port(target: str) -> tuple[str, int]:
+    """Of `HOST`, `HOST:PORT` or `[ADDRESS]:PORT`.
+
+    Raises:
+        ValueError: no such thing, or no port.
+    """
+    bracketed = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?", target)
+    if bracketed is not None:
+        host, text = bracketed[1], bracketed[2]
+    elif target.count(":") == 1:
+        host, text = target.split(":")
+    else:  # a name, or an IPv6 address without a port
+        host, text = target, None
+    if not host or (text is not None and not (text.isdecimal() and 0 < int(text) < 1 << 16)):
+        raise ValueError(f"--link {target}: wanted HOST, HOST:PORT or [ADDRESS]:PORT")
+    return host, _PORT if text is None else int(text)

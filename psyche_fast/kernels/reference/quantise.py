@@ -1,0 +1,169 @@
+"""Blockwise quantisation in plain PyTorch, in blocks that stay in the cores' caches.
+
+Comparisons have results in floating point: those of bool are several times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psyche_fast.kernels.plan import ChunkPlan, Rates, Slice
+from psyche_fast.kernels.quantise import MOST_ENTRIES, Bits, Codes, scales_like
+from psyche_fast.kernels.reference.encode import Sources, update
+from psyche_fast.kernels.reference.workspace import RESULT, scratch
+
+LLOYD = 8
+_BLOCK = 1 << 18  # elements
+_LEAST = 2.0**-125  # of a scale
+_LEAST_EXPONENT = -100  # of a chunk's largest magnitude; below it all are as good as 0
+
+
+def quantise(plan: ChunkPlan, values: Tensor, bits: Bits) -> tuple[Codes, Tensor]:
+    """See `psyche_fast.kernels.quantise.quantise`."""
+    codes, seen = _empty(len(values), values.shape[1], values, bits), torch.empty_like(values)
+    for rows in _blocks(values):
+        seen[rows] = _quantised(values[rows], bits, codes.codes[rows], codes.scales[rows])
+    return codes, seen
+
+
+def dequantise(plan: ChunkPlan, codes: Codes, bits: Bits) -> Tensor:
+    """See `psyche_fast.kernels.quantise.dequantise`."""
+    values = torch.empty(codes.codes.shape, dtype=plan.compute_dtype, device=codes.codes.device)
+    for code, scales, out in zip(codes.codes, codes.scales, values, strict=True):
+        for rows in _blocks(out):
+            upper = code[rows] >> 1
+            negative = code[rows] & 1
+            wide = scales[rows].to(out.dtype)
+            if bits == 2:
+                _levels(upper.to(out.dtype), negative.to(out.dtype), wide, out[rows])
+            else:
+                signed = upper.view(torch.int8) * negative.mul_(2).neg_().add_(1).view(torch.int8)
+                torch.mul(signed.to(out.dtype), wide, out=out[rows])
+    return values
+
+
+def encode_all(
+    plan: ChunkPlan,
+    delta: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    bits: Bits | None,
+    out: Tensor | None,
+    decay: float,
+    gradient_scale: float | Tensor | None,
+    anchors: Sequence[Tensor] | None,
+    share: float,
+    exact: bool,
+) -> Codes | None:
+    """See `psyche_fast.kernels.quantise.encode_all`."""
+    sources = Sources(plan, gradients, learning_rates, gradient_scale, anchors)
+    codes = None if bits is None else _empty(plan.chunks, plan.totalk, plan.basis_w, bits)
+    for part in plan.slices:
+        chunks = _taken_up(plan, delta, part, decay, sources)
+        flat = chunks.view(len(chunks), plan.totalk)
+        for block in _blocks(flat):
+            x = flat[block]
+            rows = slice(part.start + block.start, part.start + block.stop)
+            if codes is not None:
+                assert bits is not None
+                seen = _quantised(x, bits, codes.codes[rows], codes.scales[rows])
+            else:
+                assert out is not None
+                out[rows].copy_(x)
+                seen = x if exact or not share else out[rows].to(x.dtype)
+            if share:
+                x.sub_(x if exact else seen, alpha=share)
+    return codes
+
+
+def _taken_up(
+    plan: ChunkPlan, delta: Tensor | None, part: Slice, decay: float, sources: Sources
+) -> Tensor:
+    """A slice's chunks, in the state where there is one."""
+    if delta is not None:
+        return update(plan, delta, part, decay, sources, None)
+    chunks = scratch(RESULT, (part.stop - part.start, plan.h, plan.w), plan.basis_w)
+    sources.write_to(chunks, part)
+    return chunks
+
+
+def _empty(n: int, k: int, like: Tensor, bits: Bits) -> Codes:
+    dtype, count = scales_like(bits)
+    return Codes(
+        torch.empty(n, k, dtype=torch.uint8, device=like.device),
+        torch.empty(n, count, dtype=dtype, device=like.device),
+    )
+
+
+def _blocks(values: Tensor) -> list[slice]:
+    """Runs of rows that are worked on together."""
+    n, k = values.shape
+    step = max(1, (_BLOCK if values.device.type == "cpu" else 1 << 25) // max(1, k))
+    return [slice(at, min(at + step, n)) for at in range(0, n, step)]
+
+
+def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
+    """Write the codes and scales of values `[n, k]`; what they say."""
+    magnitudes = x.abs()
+    most = magnitudes.amax(1, keepdim=True)
+    if bits == 2:
+        low_high = _two_levels(magnitudes, most)
+        scales.copy_(low_high)
+        levels = scales.to(x.dtype)
+        upper, negative = torch.empty_like(x), torch.empty_like(x)
+        torch.gt(magnitudes, levels.mul(0.5).sum(1, keepdim=True), out=upper)
+        torch.lt(x, 0.0, out=negative)
+        code = torch.add(negative, upper, alpha=2, out=magnitudes)
+        codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
+        return _levels(upper, negative, levels, magnitudes)
+    limit = (1 << (bits - 1)) - 1
+    torch.mul(most.to(torch.float32), 1.0 / limit, out=scales)
+    wide = scales.to(x.dtype)
+    inverse = torch.where(scales >= _LEAST, _newton(scales.clamp(min=_LEAST)), 0.0).to(x.dtype)
+    multiples = torch.mul(x, inverse, out=magnitudes).round_().clamp_(-limit, limit)
+    signed = multiples.to(torch.int8)
+    negative = signed.view(torch.uint8) >> 7
+    torch.add(signed.abs().view(torch.uint8) * 2, negative, out=codes)
+    return multiples.mul_(wide)
+
+
+def _levels(upper: Tensor, negative: Tensor, levels: Tensor, out: Tensor) -> Tensor:
+    """One of two levels each, with its sign; the first two are 1.0 or 0.0, and overwritten."""
+    low, high = levels.split(1, dim=1)
+    torch.mul(upper, high, out=out)
+    out.add_(upper.neg_().add_(1.0).mul_(low))  # one of both is 0
+    return out.mul_(negative.mul_(-2.0).add_(1.0))
+
+
+def _newton(x: Tensor) -> Tensor:
+    """`1 / x` of positive normal float32, near enough, as the kernels come to it."""
+    r = (0x7EF311C3 - x.view(torch.int32)).view(torch.float32)
+    for _ in range(3):
+        r = r * (2.0 - x * r)
+    return r
+
+
+def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
+    """Lower and upper level of each row `[n, 2]`, as `kernels.quantise` defines them."""
+    k = magnitudes.shape[1]
+    exponent = torch.frexp(most).exponent.clamp_(min=_LEAST_EXPONENT)
+    scale = torch.ldexp(torch.ones_like(most), 12 - exponent)
+    q = (magnitudes * scale).round_().to(torch.float32)
+    wide = torch.float64 if k > MOST_ENTRIES else torch.float32  # sums are exact
+    total = q.sum(1, keepdim=True, dtype=wide).to(torch.float32)
+
+    def mean(sums: Tensor, count: Tensor) -> Tensor:
+        some = count > 0
+        return torch.where(some, sums, total) * _newton(torch.where(some, count, float(k)))
+
+    low = high = mean(total, torch.full_like(total, k))
+    above = torch.empty_like(q)
+    for _ in range(LLOYD):
+        torch.gt(q, ((low + high) * 0.5).floor_(), out=above)
+        count = above.sum(1, keepdim=True)
+        upper = above.mul_(q).sum(1, keepdim=True, dtype=wide).to(torch.float32)
+        low, high = mean(total - upper, k - count), mean(upper, count)
+    return torch.cat([low, high], dim=1).to(most.dtype) / scale

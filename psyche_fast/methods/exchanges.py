@@ -1,0 +1,263 @@
+"""How messages of replicas become what each of them receives: between processes, and in one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from psyche_fast.devices import message_for
+from psyche_fast.distro import exchange
+from psyche_fast.distro.verdict import agree
+from psyche_fast.methods.message import Format
+from psyche_fast.methods.owners import Owners
+from psyche_fast.methods.replica import Faults, Replica
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What `Replica.receive` is given.
+
+    Attributes:
+        messages: see there.
+        leave_out: of these, those that all replicas have agreed to refuse.
+        refused: replicas whose results no owner has merged, with the reason.
+    """
+
+    messages: Tensor
+    leave_out: Faults
+    refused: Faults = field(default_factory=dict)
+
+
+class InProcess:
+    """The exchange of replicas that are all here: the same bytes and checks as between processes.
+
+    Args:
+        replicas: in the order of their numbers.
+    """
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+
+    @torch.no_grad()
+    def deliver(
+        self, messages: Sequence[Tensor], at: int = -1, leave_out: Collection[int] = ()
+    ) -> Arrived:
+        """What all replicas receive of the messages that they have sent.
+
+        Args:
+            messages: one of each replica, of the same round; the newest ones.
+            at: which of those in flight they are; the newest where -1.
+            leave_out: replicas to leave out.
+        """
+        form, turn = self._replicas[0].flight(at)
+        refused = dict.fromkeys(leave_out, "left out")
+        if not isinstance(form, Owners):
+            stacked = torch.stack(list(messages))
+            return Arrived(stacked, form.faults(turn, stacked) | refused)
+        owners, parts = [], []
+        for number, replica in enumerate(self._replicas):
+            owner, _ = replica.flight(at)
+            assert isinstance(owner, Owners)
+            owners.append(owner)
+            parts.append(torch.stack([m.split(owner.sizes)[number] for m in messages]))
+            refused |= owner.check_parts(turn, parts[-1])
+        merged = [o.merge(turn, p, refused) for o, p in zip(owners, parts, strict=True)]
+        arrived = torch.cat(merged)
+        return Arrived(arrived, form.faults(turn, arrived, refused), refused)
+
+
+class Flight:
+    """A message on its way between processes, until all have agreed on what has come of it.
+
+    What has to be waited for a thread waits for, so that nobody does who has something else to do.
+
+    Attributes:
+        bytes_sent: what this rank has handed over: of an all-gather its message, and of owners each
+            copy of what goes to another.
+        bytes_received: what comes from others.
+    """
+
+    def __init__(self, link: Link, form: Format | Owners, turn: int, message: Tensor) -> None:
+        self._link, self._form, self._turn = link, form, turn
+        self._decided: Future[None] = Future()  # what is refused of the messages
+        self._arrived: Future[Arrived] = Future()
+        before, link.last = link.last, self
+        replicas, replica = link.replicas, link.replica
+        if link.group is None:
+            self.bytes_sent = self.bytes_received = 0
+            self._decided.set_result(None)
+            self._arrived.set_result(Arrived(message[None], {}))
+            return
+        if isinstance(form, Owners):
+            own, merged = form.sizes[replica], form.merged_sizes
+            self.bytes_sent = form.size - own + (replicas - 1) * merged[replica]
+            self.bytes_received = (replicas - 1) * own + sum(merged) - merged[replica]
+            parts = _Parts(message, form.sizes, [own] * replicas, link.group)
+            work = partial(self._own, form, parts, before)
+        else:
+            pending = exchange.start(message, link.group)
+            self.bytes_sent = pending.bytes_sent
+            self.bytes_received = (replicas - 1) * pending.bytes_sent
+            work = partial(self._gather, form, pending, before)
+        threading.Thread(target=self._run, args=(work,), name="results", daemon=True).start()
+
+    def wait(self) -> Arrived:
+        """What has come, once all ranks agree on it."""
+        return self._arrived.result()
+
+    @torch.no_grad()
+    def _run(self, work: partial[Arrived]) -> None:
+        try:
+            self._arrived.set_result(work())
+        except Exception as error:  # whoever waits raises it
+            if not self._decided.done():
+                self._decided.set_exception(error)
+            self._arrived.set_exception(error)
+
+    def _gather(self, form: Format, pending: exchange.Pending, before: Flight | None) -> Arrived:
+        messages = pending.host()
+        faults = form.faults(self._turn, messages)
+        if self._link.is_sharded:  # others see other content, but have to leave out the same
+            faults |= form.unpack(messages.to(form.device), faults)[1]
+        self._decided.set_result(None)
+        # Agreements are collectives: one at a time, in the order of messages.
+        if before is not None:
+            before.wait()
+        return Arrived(messages, self._link.agree(faults, messages))
+
+    def _own(self, form: Owners, parts: _Parts, before: Flight | None) -> Arrived:
+        link, turn = self._link, self._turn
+        assert link.down is not None
+        rows = parts.wait().view(link.replicas, -1)
+        faults = form.check_parts(turn, rows)
+        if before is not None:
+            before._decided.result()
+        nothing = torch.empty(link.replicas, 0, dtype=torch.uint8)  # each has got something else
+        refused = link.agree(faults, nothing, first=True)
+        message = form.merge(turn, rows, refused)
+        sizes = [message.numel()] * link.replicas
+        merged = _Parts(message.repeat(link.replicas), sizes, form.merged_sizes, link.down)
+        self._decided.set_result(None)
+        arrived = merged.wait()
+        found = form.faults(turn, arrived, refused)
+        if link.is_sharded:
+            found |= form.malformed(arrived, found)
+        if before is not None:
+            before.wait()
+        leave_out = link.agree(found, [row.cpu() for row in form.split(arrived)])
+        return Arrived(arrived, leave_out, refused)
+
+
+class Link:
+    """The groups that a replica's messages go by; a collective of their ranks.
+
+    Args:
+        group: the ranks with the other replicas; None where there are none.
+        inside: groups that together connect all ranks of this replica, where it has several.
+        owned: whether owners merge results.
+
+    Attributes:
+        replica: this one's number.
+        replicas: how many there are.
+        is_sharded: whether they have several ranks.
+        down: for what owners send.
+        last: the newest message.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, inside: Sequence[dist.ProcessGroup], *, owned: bool
+    ) -> None:
+        self.group, self.replica, self.replicas = group, 0, 1
+        self.is_sharded = bool(inside)
+        self.down: dist.ProcessGroup | None = None
+        self.last: Flight | None = None
+        if group is None:
+            return
+        self.replica, self.replicas = dist.get_rank(group), dist.get_world_size(group)
+        # Counterparts by their places. All have to leave out the same, whatever is in their shards:
+        # what tensor parallelism replicates is every rank's.
+        places = {tuple(dist.get_process_group_ranks(group))}
+        for connected in inside:
+            places = _united(places, connected)
+        everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
+        self._order = [sorted(everyone).index(rank) for rank in everyone]
+        # Groups of their own, as each is used by threads alone, and at its own pace.
+        self._agreements = [_group(everyone, "gloo") for _ in range(2 if owned else 1)]
+        if owned:
+            ranks = dist.get_process_group_ranks(group)
+            self.down = _group(ranks, dist.get_backend_config(group))
+
+    def agree(
+        self, faults: Faults, messages: Tensor | Sequence[Tensor], *, first: bool = False
+    ) -> Faults:
+        """What any rank of any replica refuses; a collective, see `distro.verdict.agree`."""
+        group = self._agreements[0 if first else -1]
+        return agree(faults, messages, group, self._order)[0]
+
+    def settle(self) -> None:
+        """Wait until nothing is under way."""
+        if self.last is not None:
+            self.last.wait()
+            self.last = None
+
+
+class _Parts:
+    """Another part for each rank of a group, and one from each, under way.
+
+    Every part goes to its rank directly: over a slow link that takes one way, and not one for each
+    rank as round a ring.
+    """
+
+    def __init__(
+        self,
+        sent: Tensor,
+        sizes: Sequence[int],
+        received: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._device = sent.device
+        self._sent = message_for(group, sent)  # kept alive until it has been read
+        self._received = self._sent.new_empty(sum(received))
+        self._work = dist.all_to_all_single(
+            self._received, self._sent, list(received), list(sizes), group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """What has come, uint8 `[sum(received)]`, on the device of what was sent.
+
+        The host waits, not what the device does meanwhile.
+        """
+        if not self._received.is_cuda:
+            self._work.wait()
+            return self._received.to(self._device)
+        beside = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(beside):
+            self._work.wait()
+        beside.synchronize()
+        return self._received
+
+
+def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple[int, ...]]:
+    """What any rank of a group has: tuples of one length, at least one on each."""
+    own = message_for(group, torch.tensor(sorted(places)))
+    counts = [own.new_empty(()) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own.new_tensor(len(own)), group=group)
+    rows = max(int(count) for count in counts)
+    padded = torch.cat([own, own[:1].expand(rows - len(own), -1)])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded, group=group)
+    return {tuple(row) for row in torch.cat(found).tolist()}
+
+
+def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """A group of ranks, who alone take part in making it."""
+    made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
