@@ -47,7 +47,7 @@ from psyche_fast.metrics import (
 )
 from psyche_fast.metrics.console import WarnOnce
 from psyche_fast.metrics.formatting import format_count
-from psyche_fast.metrics.trackers import Names
+from psyche_fast.metrics.trackers import Names, make_endpoint
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
@@ -274,7 +274,9 @@ def _train(
             names,
             id=plan.trackers.get(run.tracker),
             first_step=first,
+            options=config.tracking,
         ) as tracker,
+        make_endpoint(config.tracking.metrics_port, config.machines.host, output) as endpoint,
         also_at_exit_now(tracker.finish),
         evaluation,
         watch,
@@ -284,6 +286,7 @@ def _train(
         def report(line: dict[str, Any]) -> None:
             writer.write(line)
             tracker.log(line["step"], line)
+            endpoint.log(line["step"], line)
             console.step(line)
             if line["step"] == first + 2:
                 console.card(card.held(costs.need, before, line["memory"]))
