@@ -47,7 +47,8 @@ class Exchange(Section, frozen=True, kw_only=True):
     link: Annotated[
         str | None,
         _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "
-              "replicas: choose topk, every and delay so that exchanges hide behind compute"),
+              "replicas: choose topk, every and delay so that exchanges hide behind compute; with "
+              "--simulate a virtual clock"),
     ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
@@ -66,7 +67,7 @@ class Exchange(Section, frozen=True, kw_only=True):
                 )
 
     def check(
-        self, *, distro: bool, elastic: bool, replicas: int, ranks_per_replica: int,
+        self, *, distro: bool, elastic: bool, simulate: int, replicas: int, ranks_per_replica: int,
         has_masters: bool,
     ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
@@ -78,10 +79,13 @@ class Exchange(Section, frozen=True, kw_only=True):
         if self.link is not None:
             if self.link != "auto":
                 Link.parse(self.link)
+            elif simulate:
+                raise ValueError("--link auto measures a link, which --simulate has none of")
             if not distro and method is None:
                 raise ValueError("--link needs --distro or --method, whose exchanges go over it")
             if replicas < 2:
-                raise ValueError("--link needs --replicas of at least 2: one exchanges nothing")
+                asked = "--replicas or --simulate"
+                raise ValueError(f"--link needs {asked} of at least 2: one exchanges nothing")
             if elastic:
                 raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):

@@ -37,7 +37,10 @@ _FREE = {
     *Tracking.__struct_fields__,
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "total_tokens", "replicas", "data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = (
+    *("total_steps", "total_tokens", "replicas", "simulate"),
+    *("data_parallelism", "tensor_parallelism"),
+)
 """Flags that may be others, which changes the bits of what is trained from then on."""
 
 

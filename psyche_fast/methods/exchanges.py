@@ -73,6 +73,17 @@ class InProcess:
         return Arrived(arrived, form.faults(turn, arrived, refused), refused)
 
 
+def traffic(form: Format | Owners, replica: int, replicas: int) -> tuple[int, int]:
+    """The bytes that a replica hands over for a message, and those that come from others."""
+    if replicas == 1:
+        return 0, 0
+    if not isinstance(form, Owners):
+        return form.size, (replicas - 1) * form.size
+    own, merged = form.sizes[replica], form.merged_sizes
+    sent = form.size - own + (replicas - 1) * merged[replica]
+    return sent, (replicas - 1) * own + sum(merged) - merged[replica]
+
+
 class Flight:
     """A message on its way between processes, until all have agreed on what has come of it.
 
@@ -95,16 +106,13 @@ class Flight:
             self._decided.set_result(None)
             self._arrived.set_result(Arrived(message[None], {}))
             return
+        self.bytes_sent, self.bytes_received = traffic(form, replica, replicas)
         if isinstance(form, Owners):
-            own, merged = form.sizes[replica], form.merged_sizes
-            self.bytes_sent = form.size - own + (replicas - 1) * merged[replica]
-            self.bytes_received = (replicas - 1) * own + sum(merged) - merged[replica]
+            own = form.sizes[replica]
             parts = _Parts(message, form.sizes, [own] * replicas, link.group)
             work = partial(self._own, form, parts, before)
         else:
             pending = exchange.start(message, link.group)
-            self.bytes_sent = pending.bytes_sent
-            self.bytes_received = (replicas - 1) * pending.bytes_sent
             work = partial(self._gather, form, pending, before)
         threading.Thread(target=self._run, args=(work,), name="results", daemon=True).start()
 

@@ -179,7 +179,7 @@ class Hierarchy:
             else:
                 named = replica.plain()
             self.levels.append(replica)
-        self._rate = 0.0
+        self._rate, self._is_shared = 0.0, False
 
     @property
     def step(self) -> int:
@@ -188,6 +188,7 @@ class Hierarchy:
 
     def before_forward(self, step: int) -> None:
         """As of `Replica`."""
+        self._put_own()
         for replica in self.levels:
             replica.before_forward(step)
 
@@ -218,13 +219,34 @@ class Hierarchy:
             replica.follow(old)
         return faults
 
+    def put_shared(self) -> None:
+        """As of `Replica`: of the outermost level."""
+        for replica in reversed(self.levels[self._base :]):
+            replica.put_shared()
+        if not self.methods[self._base].is_local:
+            self.levels[self._base].follow({})
+        self._is_shared = True
+
+    def _put_own(self) -> None:
+        if not self._is_shared:
+            return
+        for replica in reversed(self.levels[self._base :]):  # which each one below begins with
+            replica.put_own()
+        if not self.methods[self._base].is_local:
+            self.levels[self._base].follow({})
+        self._is_shared = False
+
     def plain(self) -> Mapping[str, Tensor]:
         """The parameters that all ranks share, not copies: as of the outermost level."""
         return self.levels[-1].plain()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything for an exact resume between any two steps; copies."""
+        if was_shared := self._is_shared:
+            self._put_own()
         states = [replica.state_dict() for replica in self.levels]
+        if was_shared:
+            self.put_shared()
         for state in states[self._base + 1 :]:
             state["local"] = {}  # what is shared below
         return {"levels": states, "rate": self._rate}

@@ -348,6 +348,10 @@ class Replica:
         """Give the parameters, and masters, what all replicas share; until `before_forward`."""
         self._copies.put_shared()
 
+    def put_own(self) -> None:
+        """Undo `put_shared`."""
+        self._copies.put_own()
+
     def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
         """Of a message whose results are to come, the newest or `at`: its format and its round."""
         sent = self._sent[at]

@@ -47,6 +47,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "learning_rate": lambda value: f"lr {_number(value, '.1e')}",
     "tokens_per_second": lambda value: f"{format_count(value or 0.0)} tok/s",
     "mfu": lambda value: f"MFU {100 * (value or 0.0):.1f}%",
+    "virtual_seconds": lambda value: f"virtual {format_duration(value or 0.0)}",
 }
 
 
@@ -118,7 +119,7 @@ class Console:
             seconds = metrics.get("seconds")
             if isinstance(seconds, Mapping):
                 self._recent.append((float(metrics.get("step_seconds") or 0.0), seconds))
-            parts = self._parts(metrics, ("loss", "tokens_per_second", "mfu"))
+            parts = self._parts(metrics, ("loss", "tokens_per_second", "mfu", "virtual_seconds"))
             parts += [*self._shares(), *_memory(metrics), f"{left} left"]
             said = " | ".join(parts)
             due = is_edge or self._shown is None or self._clock() - self._shown >= _REDRAW
@@ -132,8 +133,7 @@ class Console:
             return
         self._shown = now
         head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
-        names = ("loss", "eval_bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second")
-        parts = self._parts(metrics, (*names, "mfu"))
+        parts = self._parts(metrics, tuple(_FORMS))
         self.message(" | ".join([head, *parts, f"eta {left}"]))
 
     def message(self, text: str) -> None:

@@ -124,6 +124,11 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     if name is None:
         return
     folder = Path(name)
+    for one in trainer.parts():
+        _restore(one, folder, config)
+
+
+def _restore(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     manifest = state.read_manifest(folder)
     before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
     ranks = before["data_parallelism"] * before["tensor_parallelism"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from psyche_fast import methods as m
+from psyche_fast.methods.exchanges import InProcess
 from tests.methods import levels as tree
 from tests.methods import oracle
 from tests.methods.test_formulas import INNER, SHAPES, SMALL, THREE, flat, rate, world
@@ -153,7 +154,7 @@ class World:
     def peers(self, at, rank):
         site = int(np.prod([count for count, _ in self.levels[:at]]))
         first = rank - rank // site % self.levels[at][0] * site
-        return [first + site * number for number in range(self.levels[at][0])]
+        return tuple(first + site * number for number in range(self.levels[at][0]))
 
     def step(self):
         step = self.ranks[0].step
@@ -169,11 +170,11 @@ class World:
                 self.pending[at].append(sent)
             while self.ranks[0].due(at):
                 sent = self.pending[at].popleft()
-                for number, rank in enumerate(self.ranks):
-                    refused = rank.receive(
-                        at, torch.stack([sent[peer] for peer in self.peers(at, number)])
-                    )
-                    assert refused == {}
+                for group in sorted({self.peers(at, r) for r in range(len(self.ranks))}):
+                    peers = InProcess([self.ranks[r].levels[at] for r in group])
+                    arrived = peers.deliver([sent[r] for r in group], at=0)
+                    for r in group:
+                        assert self.ranks[r].receive(at, arrived.messages, arrived.leave_out) == {}
 
     def saved(self):
         written = io.BytesIO()
@@ -217,9 +218,28 @@ def test_resumed_at_any_step_is_as_never_interrupted(levels):
         m.Hierarchy([(8, LATE)], parameters(), rank=0).load_state_dict(whole.ranks[0].state_dict())
 
 
+def test_what_is_shared_can_be_looked_at_between_steps():
+    """Two levels of local steps over DisTrO: the model has the anchor, and goes on as if never."""
+    levels = [(1, m.get("distro", decay=0.9, **SMALL)), (2, LATE), (2, replace(LATE, every=6))]
+    world, alone = World(levels), World(levels)
+    for step in range(8):
+        for w in (world, alone):
+            w.step()
+        if step in (1, 2, 4, 6):
+            saved = world.saved() if step == 4 else None
+            for rank, model in zip(world.ranks, world.models, strict=True):
+                rank.put_shared()
+                assert all(torch.equal(p, rank.plain()[n]) for n, p in model.items())
+            if saved is not None:  # as if it had not been looked at
+                assert world.saved().getvalue() == saved.getvalue()
+    for one, other in zip(world.models, alone.models, strict=True):
+        assert all(torch.equal(one[n], other[n]) for n in FEW)
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_where_it_is():
     """The mean is over all of a rack, as between replicas of `dense`."""
-    world, alone = World([(2, DENSE), (2, SPARSE)]), World([(2, DENSE), (2, SPARSE)])
+    levels = [(2, replace(DENSE, reduce="gather")), (2, SPARSE)]
+    world, alone = World(levels), World(levels)
     for w, value in ((world, float("nan")), (alone, 0.0)):
         for r, (rank, model) in enumerate(zip(w.ranks, w.models, strict=True)):
             rank.before_forward(0)
@@ -237,7 +257,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_where_it_is():
 
 
 def test_where_every_mean_is_refused_no_step_is_made():
-    world = World([(2, DENSE), (2, SPARSE)])
+    world = World([(2, replace(DENSE, reduce="gather")), (2, SPARSE)])
     rank, model = world.ranks[0], world.models[0]
     rank.before_forward(0)
     for p in model.values():
