@@ -320,7 +320,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def replace(self, **values: Any) -> Self:
         """The configuration with other values of these flags."""
         changes: dict[str, dict[str, Any]] = {}
-        if values.get("method") == "distro":
+        # Only `methods` have it with a share of what was sent.
+        if values.get("method") == "distro" and values.get("subtract") is None:
             values["distro"] = True
         for name, value in values.items():
             changes.setdefault(FLAGS[name].section, {})[name] = value

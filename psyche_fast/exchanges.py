@@ -60,10 +60,11 @@ class Exchange(Section, frozen=True, kw_only=True):
                 continue
             if self.method is None:
                 raise ValueError(f"{flag(name)} needs --method")
-            if self.method == "distro":
+            if self.method == "distro" and self.subtract is None:
                 raise ValueError(
                     f"{flag(name)} is of other methods; DisTrO's options are --compression-topk, "
-                    "--compression-chunk, --compression-decay and --distro-quantization"
+                    "--compression-chunk, --compression-decay and --distro-quantization (with "
+                    "--subtract it has --topk, --chunk, --beta and --values)"
                 )
 
     def check(
@@ -90,7 +91,7 @@ class Exchange(Section, frozen=True, kw_only=True):
                 raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):
             return
-        if distro or method == "distro":
+        if distro:
             raise ValueError(f"--distro and --method {method}: give one of them")
         if ranks_per_replica > 1 and self.values == "codebook4":
             raise ValueError(
@@ -98,7 +99,8 @@ class Exchange(Section, frozen=True, kw_only=True):
                 "has a part by --data-parallelism or --tensor-parallelism; 2bit goes by chunks"
             )
         if elastic:
-            raise ValueError(f"--elastic wants --method distro, got {method}")
+            got = method if method != "distro" else "it with --subtract"
+            raise ValueError(f"--elastic wants --method distro, got {got}")
         if not has_masters:
             raise ValueError(
                 f"--method {method} adds to float32 parameters or masters, what bfloat16 would "

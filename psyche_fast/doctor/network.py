@@ -245,8 +245,8 @@ def _route(host: str) -> Iterator[Finding]:
 def _port_remedy(refused: str, port: int) -> str:
     if "refused" in refused.lower():
         return (
-            f"nobody listens there, though the machine is reached: run psyche-fast link --port {port} "
-            "there"
+            "nobody listens there, though the machine is reached: run psyche-fast link "
+            f"--port {port} there"
         )
     if "no answer" in refused:
         return (

@@ -107,7 +107,10 @@ def test_a_region_checks_its_machine_and_then_starts_its_ranks(tmp_path: Path, r
         assert "--world-size 8 --start-rank 4 --num-local-ranks 4" in said
     (tmp_path / "said").unlink()
     calls, _ = run(tmp_path, str(REGIONS / "region.sh"), region, "check")
-    assert [call[1] for call in calls] == ["doctor"]
+    assert [call[1] for call in calls] == ["doctor"] + ["link"] * (region == "east")
+    for call in calls:
+        check(call)
+    assert ("--link" in calls[0]) == (region == "west")
 
 
 def test_slurm_runs_a_region_without_root(tmp_path: Path) -> None:
