@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import environment, write_json
-from benchmarks.shapes import Shapes, elements, llama
+from psyche_fast.bench.shapes import Shapes, elements, llama
 from psyche_fast.distro import DistroStep
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.methods import Replica, get

@@ -30,8 +30,8 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import copy_bandwidth, environment, percentiles, write_json
-from benchmarks.plain_demo import CHUNK, DECAY, PlainDeMo
-from benchmarks.shapes import SETS, elements
+from psyche_fast.bench.plain_demo import CHUNK, DECAY, PlainDeMo
+from psyche_fast.bench.shapes import SETS, elements
 from psyche_fast.distro import DeMo
 
 SHAPES = SETS["small"]

@@ -42,8 +42,8 @@ from benchmarks.method_references import (
     Model,
     Side,
 )
-from benchmarks.shapes import SETS, elements
 from psyche_fast import methods as m
+from psyche_fast.bench.shapes import SETS, elements
 from psyche_fast.methods.muon import MuonAdamW
 
 SHAPES = SETS["small"]

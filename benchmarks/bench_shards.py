@@ -42,8 +42,8 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import environment, percentiles, write_json
-from benchmarks.plain_demo import PlainDeMo
-from benchmarks.shapes import elements, llama
+from psyche_fast.bench.plain_demo import PlainDeMo
+from psyche_fast.bench.shapes import elements, llama
 from psyche_fast.config import Optimizer
 from psyche_fast.distro import exchange
 from psyche_fast.models.parallel import shard

@@ -22,11 +22,11 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_cases as make
 from benchmarks import smoke
 from benchmarks.common import device_here, percentiles
-from benchmarks.kernel_data import Data, Work
-from benchmarks.shapes import SETS
+from psyche_fast.bench import kernel_cases as make
+from psyche_fast.bench.kernel_data import Data, Work
+from psyche_fast.bench.shapes import SETS
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.autotune import gpu_name, using
 

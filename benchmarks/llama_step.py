@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.common import percentiles
-from benchmarks.step_cases import DECAY, RATE, WEIGHT_DECAY, release
+from psyche_fast.bench.step_cases import DECAY, RATE, WEIGHT_DECAY, release
 from psyche_fast.distro import DistroStep
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries

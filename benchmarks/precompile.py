@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_kernels, step_cases, sweeps
+from benchmarks import sweeps
 from benchmarks.common import as_fault, device_here, unusable
-from benchmarks.kernel_data import Data
-from benchmarks.shapes import SETS
+from psyche_fast.bench import kernels, step_cases
+from psyche_fast.bench.kernel_data import Data
+from psyche_fast.bench.shapes import SETS
 from psyche_fast.kernels import autotune, tuning
 from psyche_fast.kernels.workloads import workload
 
@@ -28,7 +29,7 @@ MOST_PROCESSES = 12
 
 def jobs(tiny: bool) -> list[Job]:
     """Kind and numbers of everything to be compiled; one of each kind where `tiny`."""
-    found: list[Job] = [("kernel", i, 0, 0) for i in range(len(bench_kernels.CASES))]
+    found: list[Job] = [("kernel", i, 0, 0) for i in range(len(kernels.CASES))]
     found += [("step", i, 0, 0) for i, case in enumerate(step_cases.CASES) if case.ours]
     for i, sweep in enumerate(sweeps.SWEEPS):
         for j in range(len(sweep.builds)):
@@ -128,7 +129,7 @@ def _run(job: Job, data: Data) -> None:
     kind, i, j, k = job
     backend = "triton" if data.device.type == "cuda" else "interpret"
     if kind == "kernel":
-        bench_kernels.CASES[i].build(data, backend).calls[backend]()
+        kernels.CASES[i].build(data, backend).calls[backend]()
     elif kind == "step":
         stepper = step_cases.Stepper(
             step_cases.CASES[i], data.shapes, data.device, backend, data.dtype

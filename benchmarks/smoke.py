@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_checks import RATE, members
-from benchmarks.kernel_data import Data
-from benchmarks.plain_demo import DECAY
-from benchmarks.shapes import Shapes
+from psyche_fast.bench.kernel_checks import RATE, members
+from psyche_fast.bench.kernel_data import Data
+from psyche_fast.bench.plain_demo import DECAY
+from psyche_fast.bench.shapes import Shapes
 from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import apply as application
 from psyche_fast.kernels import encode as encoding

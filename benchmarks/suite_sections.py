@@ -42,18 +42,19 @@ def kernels(run: Run) -> None:
     import torch
 
     from benchmarks import bench_kernels
-    from benchmarks.kernel_data import Data
-    from benchmarks.shapes import SETS
+    from psyche_fast.bench import kernels as measured
+    from psyche_fast.bench.kernel_data import Data
+    from psyche_fast.bench.shapes import SETS
 
     speed = _bandwidth(run)
     data = Data(SETS[run.layers], run.device, torch.bfloat16)
     # First the kernels alone: those are the figures that matter most.
     for names in ((run.backend,), ("torch", "plain")):
-        for case in bench_kernels.CASES:
+        for case in measured.CASES:
             for name in names:
                 if case.quick or not run.tiny:
                     call = partial(
-                        bench_kernels.one,
+                        measured.one,
                         case,
                         data,
                         name,
@@ -65,7 +66,7 @@ def kernels(run: Run) -> None:
 
 def steps(run: Run) -> None:
     """Whole optimiser steps."""
-    from benchmarks import step_cases
+    from psyche_fast.bench import step_cases
 
     speed = _bandwidth(run)
     for case in step_cases.CASES:
@@ -122,8 +123,8 @@ def sweeps(run: Run) -> None:
     import torch
 
     from benchmarks import sweeps as questions
-    from benchmarks.kernel_data import Data
-    from benchmarks.shapes import SETS
+    from psyche_fast.bench.kernel_data import Data
+    from psyche_fast.bench.shapes import SETS
 
     data = Data(SETS[run.layers], run.device, torch.bfloat16)
     for name, call in questions.cases(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks import kernel_cases as make
 from benchmarks.common import milliseconds, percentiles
-from benchmarks.kernel_data import Data, Work
+from psyche_fast.bench import kernel_cases as make
+from psyche_fast.bench.kernel_data import Data, Work
 from psyche_fast.kernels import tuning
 from psyche_fast.kernels.autotune import gpu_name, using
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import click
 
+from psyche_fast.bench.command import bench
 from psyche_fast.completion import completion
 from psyche_fast.doctor.command import doctor
 from psyche_fast.start import probe
@@ -197,5 +198,6 @@ def link(host: str, port: int) -> None:
 
 
 COMMANDS = (
-    init, convert, tokenize, psyche_path, kernels, results, diff, export, link, doctor, completion,
+    bench, init, convert, tokenize, psyche_path, kernels, results, diff, export, link, doctor,
+    completion,
 )  # fmt: skip

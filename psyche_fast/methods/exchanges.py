@@ -17,6 +17,7 @@ from psyche_fast.compat import all_to_all, default_store, group_timeout
 from psyche_fast.devices import message_for
 from psyche_fast.distro import exchange
 from psyche_fast.distro.verdict import conclude, opinions
+from psyche_fast.methods.hierarchy import Level
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.replica import Faults, Replica
@@ -44,7 +45,7 @@ class InProcess:
         replicas: in the order of their numbers.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica | Level]) -> None:
         self._replicas = replicas
 
     @torch.no_grad()
@@ -289,3 +290,10 @@ def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple
     found = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(found, padded, group=group)
     return {tuple(row) for row in torch.cat(found).tolist()}
+
+
+def group_of(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """A group of ranks, who alone take part in making it."""
+    made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made

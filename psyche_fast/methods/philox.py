@@ -47,9 +47,7 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def positions(
-    numbers: Mapping[str, Tensor], size: int, k: int, *, seed: int, turn: int
-) -> Tensor:
+def positions(numbers: Mapping[str, Tensor], size: int, k: int, *, seed: int, turn: int) -> Tensor:
     """Which `k` of the `size` elements of some of parameters' chunks are sent in a round.
 
     Where a permutation of `0 .. size - 1` takes the first `k`: six rounds of an unbalanced Feistel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.bench_bytes import CASES, measure
-from benchmarks.shapes import llama
+from psyche_fast.bench.shapes import llama
 
 SHAPES = llama(vocabulary=2048, width=512, layers=1, key_value=128, hidden=1408, tied=True)
 AT_MOST = {"train --distro k=2": 3.5, "distro k=2": 3.5, "sparseloco": 2.9}

@@ -12,6 +12,7 @@ import torch
 
 from psyche_fast import methods as m
 from psyche_fast.methods.exchanges import InProcess
+from tests.groups import run_ranks
 from tests.methods import levels as tree
 from tests.methods import oracle
 from tests.methods.test_formulas import INNER, SHAPES, SMALL, THREE, flat, rate, world
@@ -303,3 +304,57 @@ def test_numbers_that_do_not_fit():
         m.Hierarchy([(2, DENSE), (2, SPARSE)], parameters(), rank=4)
     with pytest.raises(ValueError, match="a mean gradient wants float32"):
         m.Hierarchy([(2, DENSE), (2, DISTRO)], parameters(dtype=torch.bfloat16), rank=0)
+
+
+NESTED = {
+    "means below local steps": [(2, DENSE), (2, replace(LATE, values="2bit"))],
+    # Owners merge at both levels, and the upper one keeps what their coding leaves out.
+    "local steps below local steps": [
+        (2, m.get("diloco", every=2, chunk=8)),
+        (2, m.get("muloco", every=4, chunk=8, values="4bit")),
+    ],
+}
+
+
+def nested(rank, name):
+    """A rank's parameters after each of some steps, and what it has sent and been sent."""
+    model, path = parameters(), []
+    hierarchy = m.Hierarchy(NESTED[name], model, rank=rank)
+    rounds = m.rounds_of(hierarchy, torch.distributed.group.WORLD)
+    for step in range(8):
+        if step == 5:  # in a round, with what is in flight
+            for one in rounds:
+                one.settle()
+            state, model = hierarchy.state_dict(), parameters(1)
+            hierarchy = m.Hierarchy(NESTED[name], model, rank=rank)
+            rounds = m.rounds_of(hierarchy, torch.distributed.group.WORLD)
+            hierarchy.load_state_dict(state)
+            for one in rounds:
+                one.resume()
+        hierarchy.before_forward(step)
+        found = gradient(rank % 3, step, {n: p.detach() for n, p in model.items()})
+        for n, p in model.items():
+            p.grad = found[n]
+        hierarchy.local(rate(step))
+        for one in rounds:
+            one.send()
+            assert one.receive() == {}
+        path.append({n: p.clone() for n, p in hierarchy.plain().items()})
+    return path, [(one.bytes_sent, one.bytes_received) for one in rounds]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", NESTED)
+def test_two_sites_of_two_processes_are_the_simulation_to_the_bit(name):
+    start = {n: p.detach() for n, p in parameters().items()}
+    wanted = m.simulate(
+        NESTED[name], start, lambda r, t, p: gradient(r % 3, t, p), replicas=4, steps=8,
+        learning_rate=rate,
+    )  # fmt: skip
+    found = run_ranks(nested, 4, name)
+    for path, _ in found:
+        for one, other in zip(path, wanted, strict=True):
+            assert all(torch.equal(one[n], other[n]) for n in FEW)
+    inside, between = zip(*(sent for _, sent in found), strict=True)
+    assert all(up > 0 and down > 0 for up, down in inside)
+    assert [up > 0 for up, _ in between] == [True, False, True, False], "the first of each site"

@@ -15,18 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from benchmarks import (
-    bench_kernels,
     common,
     gpu_suite,
     llama_step,
     precompile,
     smoke,
-    step_cases,
     suite_report,
     sweeps,
 )
-from benchmarks.kernel_data import Data
-from benchmarks.shapes import SETS
+from psyche_fast.bench import kernels, step_cases
+from psyche_fast.bench.kernel_data import Data
+from psyche_fast.bench.shapes import SETS
 from tests import groups
 
 CPU = torch.device("cpu")
@@ -50,10 +49,10 @@ def test_the_speed_of_a_kernel_goes_by_its_time_on_the_device(monkeypatch):
     assert times["kernels"]["a"] == pytest.approx({"launches": 1.0, "ms": 0.12})
     assert times["kernels"]["b"] == pytest.approx({"launches": 2.0, "ms": 0.06})
     assert common.summed([]) == {"launches": None, "device_ms": None, "kernels": None}
-    monkeypatch.setattr(bench_kernels, "device_times", lambda call, device: times)
+    monkeypatch.setattr(kernels, "device_times", lambda call, device: times)
     data = Data(SETS["tiny"], CPU, torch.float32)
-    case = next(c for c in bench_kernels.CASES if c.name == "lookahead")
-    record = bench_kernels.one(case, data, "torch", copy_gb_per_s=10.0, budget_ms=0.0)
+    case = next(c for c in kernels.CASES if c.name == "lookahead")
+    record = kernels.one(case, data, "torch", copy_gb_per_s=10.0, budget_ms=0.0)
     assert record["gb_per_s"] == pytest.approx(record["bytes"] / 0.18 / 1e6)
     assert record["us_per_million"] == pytest.approx(180e6 / record["elements"])
     assert record["ms"]["p50"] > 0
@@ -126,7 +125,7 @@ def test_names_of_cases_are_unique():
     for names in (
         [name for name, _ in sweeps.cases(data, "interpret")],
         [f"{name}, {kind}" for name, kind, _ in smoke.CASES],
-        [case.name for case in bench_kernels.CASES],
+        [case.name for case in kernels.CASES],
         [case.name for case in step_cases.CASES],
     ):
         assert len(set(names)) == len(names) > 3

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_checks import RATE
-from benchmarks.plain_demo import CHUNK
-from benchmarks.shapes import Shapes, elements
+from psyche_fast.bench.kernel_checks import RATE
+from psyche_fast.bench.plain_demo import CHUNK
+from psyche_fast.bench.shapes import Shapes, elements
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.kernels.plan import ChunkPlan, Entries
 
@@ -95,7 +95,7 @@ class Data:
         """What peers might send: `plan.k` distinct, ascending indices each."""
         step = plan.totalk // plan.k
         shape = (plan.chunks, peers, plan.k)
-        options = {"device": self._drawn_on, "generator": self._generator}
+        options: dict[str, Any] = {"device": self._drawn_on, "generator": self._generator}
         index = torch.randint(0, step, shape, dtype=torch.int32, **options)
         index += step * torch.arange(plan.k, dtype=torch.int32, device=self._drawn_on)
         if signs:
@@ -123,5 +123,6 @@ class Work:
 
 
 def entry_bytes(plan: ChunkPlan, per_chunk: int, signs: bool) -> int:
+    """Bytes of a class's entries, `per_chunk` of them for every chunk."""
     value = 1 if signs else plan.dtype.itemsize
     return plan.chunks * per_chunk * (plan.index_dtype.itemsize + value)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_checks import (
+from psyche_fast.bench.kernel_checks import (
     RATE,
     chosen,
     decoded,
@@ -27,8 +27,8 @@ from benchmarks.kernel_checks import (
     verdict,
     worst,
 )
-from benchmarks.kernel_data import Data, Work, entry_bytes
-from benchmarks.plain_demo import DECAY, PlainDeMo
+from psyche_fast.bench.kernel_data import Data, Work, entry_bytes
+from psyche_fast.bench.plain_demo import DECAY, PlainDeMo
 from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import apply as application
 from psyche_fast.kernels import encode as encoding
@@ -273,7 +273,7 @@ def accumulate(data: Data, backend: str, *, which: str) -> Work:
         for total in sums:
             data.fill(total, 1.0)
         at = range(0, len(sums), max(1, len(sums) // 16))
-        before = [sums[i].double() for i in at] if which != "first" else [0.0 for _ in at]
+        before = [sums[i].double() * (which != "first") for i in at]
         squares = calls[name]()
         error = 0.0
         for i, was in zip(at, before, strict=True):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import device_times, milliseconds, percentiles
-from benchmarks.plain_demo import PlainDeMo
-from benchmarks.shapes import SETS, Shapes, elements
+from psyche_fast.bench.measure import device_times, milliseconds, percentiles
+from psyche_fast.bench.plain_demo import PlainDeMo
+from psyche_fast.bench.shapes import SETS, Shapes, elements
 from psyche_fast.distro import DeMo, DistroStep
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.kernels.plan import Entries
@@ -91,6 +91,10 @@ class StepCase:
     ours: bool = False
     quick: bool = True
 
+    def bytes(self, shapes: Shapes, dtype: torch.dtype) -> int:
+        """The least that a step on parameters of a dtype has to read and write."""
+        return (self.accesses * dtype.itemsize + self.state_bytes) * elements(shapes)
+
 
 def _adamw(parameters: list[Tensor], backend: str) -> tuple[Step, Step]:
     del backend
@@ -161,7 +165,7 @@ class Stepper:
         dtype: torch.dtype,
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.parameters = [
             torch.empty(s, **options).normal_(0, 0.02, generator=generator).requires_grad_()
             for s in shapes
@@ -220,14 +224,14 @@ def measure(
     """
     shapes = SETS[layers]
     dtype = case.dtype or dtype
-    least = case.accesses * dtype.itemsize + case.state_bytes
+    least = case.bytes(shapes, dtype)
     record: dict[str, Any] = {
         "name": case.name,
         "set": layers,
         "dtype": str(dtype),
         "elements": elements(shapes),
-        "bytes_per_element": least,
-        "floor_ms": least * elements(shapes) / copy_gb_per_s / 1e6,
+        "bytes_per_element": least / elements(shapes),
+        "floor_ms": least / copy_gb_per_s / 1e6,
         "check": check(case, SETS[checked_on], device, backend),
     }
     if not record["check"]["ok"]:

@@ -29,6 +29,7 @@ class PlainDeMo:
     def step(self) -> None:
         """Take one step."""
         for p, delta in zip(self.parameters, self.delta, strict=True):
+            assert p.grad is not None
             delta.mul_(DECAY).add_(p.grad, alpha=self.lr)
             index, value, shape = self.compress(self.encode(delta))
             delta.sub_(self.decode(self.scatter(index, value, shape)).view_as(delta))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.plain_demo import dct
+from psyche_fast.bench.plain_demo import dct
 from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
 
 RATE = 4e-4
@@ -20,6 +20,7 @@ TIGHT = {"agreement": 0.995, "state": 2e-4, "flips": 2e-3}
 
 
 def members(plan: ChunkPlan, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of one tensor per parameter those of a class's members."""
     return [tensors[m.position] for m in plan.members]
 
 
@@ -56,6 +57,7 @@ def of_entries(plan: ChunkPlan, entries: Entries) -> tuple[Tensor, Tensor]:
 
 
 def bases(plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+    """The transforms of a chunk's columns and rows, float64."""
     return dct(plan.h), dct(plan.w)
 
 
@@ -70,6 +72,7 @@ def decoded(plan: ChunkPlan, index: Tensor, value: Tensor) -> Tensor:
 
 
 def distance(actual: Tensor, exact: Tensor) -> float:
+    """The error's norm beside that of what is right."""
     return float((actual - exact).norm() / exact.norm().clamp(min=1e-300))
 
 

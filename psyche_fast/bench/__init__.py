@@ -1,0 +1,1 @@
+"""What `psyche-fast bench` measures: kernels, optimiser steps, the exchange, a step of training."""
