@@ -154,6 +154,10 @@ class _Prometheus(Tracker):
         self._thread.join()
 
 
+def _package(name: str) -> str:
+    return "mlflow" if name == "mlflow" else "'psyche-fast[trackers]'"
+
+
 def check_tracker(name: str, options: Tracking | None = None) -> None:
     """Checks that what is to be told of a run is installed, without importing it.
 
@@ -161,7 +165,7 @@ def check_tracker(name: str, options: Tracking | None = None) -> None:
         ValueError: A package is not installed.
     """
     if name != "none" and find_spec(name) is None:
-        raise ValueError(f"--tracker {name} is not installed; pip install 'psyche-fast[trackers]'")
+        raise ValueError(f"--tracker {name} is not installed; pip install {_package(name)}")
     if options is not None and options.metrics_port and find_spec("prometheus_client") is None:
         raise ValueError(
             "--metrics-port: prometheus_client is not installed; "
@@ -234,7 +238,7 @@ def make_tracker(
         module = import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise ValueError(
-            f"tracker: {name} cannot be imported ({error}); pip install 'psyche-fast[trackers]'"
+            f"tracker: {name} cannot be imported ({error}); pip install {_package(name)}"
         ) from error
     if name == "tensorboard":
         # Steps that are gone through again are not shown twice.
