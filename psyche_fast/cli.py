@@ -190,8 +190,9 @@ def train(
         plan = make_plan(
             resolved, ranks_on_this_machine=None if launch is None else launch.local_world_size
         )
-        for line in plan.summary:
-            click.echo(line, err=True)
+        from psyche_fast.metrics.console import print_card
+
+        print_card(plan.summary)
         if dry_run:
             click.echo(resolved.to_toml(), nl=False)
             return

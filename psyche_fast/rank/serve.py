@@ -123,7 +123,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     epochs = None if start is None else start.epochs(client, config.parallelism, device)
     rank = dist.get_rank() if epochs is None else epochs.rank
     logs = Path(config.run.output, "logs")
-    keep_rank_log(logs / f"rank-{rank}.log", rank)
+    keep_rank_log(logs / f"rank-{rank}.log", rank, config.tracking.log_level)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
     folder = config.run.output
