@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,6 +89,20 @@ def broadcast_from(group: Any, content: torch.Tensor, root: int, timeout: timede
     options.rootRank, options.timeout = root, timeout
     work: dist.Work = group.broadcast([content], options)
     return work
+
+
+def record_memory_history(on: bool) -> None:
+    """Has CUDA's allocator keep who asked for what, or no longer (2.11 .. 2.13)."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def dump_memory_snapshot(path: Path) -> None:
+    """Writes what CUDA's allocator holds, for pytorch.org/memory_viz (2.11 .. 2.13)."""
+    import torch
+
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 def set_default_timeout(timeout: timedelta) -> None:
