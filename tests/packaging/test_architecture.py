@@ -67,8 +67,9 @@ ALLOWED = {
     | {"bench", "completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "looking": BOTTOM | {"core", "metrics", "start"},
     "cli": BOTTOM
-    | {"commands", "completion", "conversion", "core", "kernels", "looking", "metrics", "runfile"}
-    | {"sidecar", "start", "version"},
+    | {"commands", "completion", "conversion", "core", "launching", "looking", "metrics"}
+    | {"runfile", "start", "version"},
+    "launching": BOTTOM | {"metrics", "psyche_fast", "sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
     "version": {"psyche_fast"},
