@@ -67,8 +67,9 @@ ALLOWED = {
     | {"bench", "completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "looking": BOTTOM | {"core", "metrics", "start"},
     "cli": BOTTOM
-    | {"commands", "completion", "conversion", "core", "kernels", "looking", "metrics", "runfile"}
-    | {"sidecar", "start", "version"},
+    | {"commands", "completion", "conversion", "core", "launching", "looking", "metrics"}
+    | {"runfile", "start", "version"},
+    "launching": BOTTOM | {"metrics", "psyche_fast", "sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
     "version": {"psyche_fast"},
@@ -318,7 +319,7 @@ def test_the_package_stays_small() -> None:
     # Cases, their checks in float64, and the tables of `bench`: nothing that a run needs.
     bench = sum(n for module, n in lines.items() if part(module) == "bench")
     assert bench < 2_200
-    assert sum(lines.values()) - methods - doctor - bench < 32_500
+    assert sum(lines.values()) - methods - doctor - bench < 33_000
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

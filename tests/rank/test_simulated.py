@@ -16,12 +16,15 @@ from tests.tiny import save_llama, save_tokens
 
 METHODS = {
     "sparseloco": (
-        "3", "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
+        "2", "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
         "--chunk", "16", "--topk", "16",
     ),
     "diloco": ("2", "--method", "diloco", "--every", "2", "--values", "4bit"),
     "dense": ("2", "--method", "dense"),
     "distro": ("2", *DISTRO, "--distro-quantization"),
+    "levels": (
+        "4", "--levels", "2:dense,2:sparseloco(every=3,k=16,chunk=16,delay=1,mix=rebase)",
+    ),
 }  # fmt: skip
 SHORT = ("--total-steps", "4", "--total-batch", "7", "--checkpoint-every", "2", "--optim-stats")
 """Shares of another size each, and checkpoints in mid-round with a message in flight."""
@@ -62,12 +65,12 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
     )
     # DisTrO sends the second result while it waits for the first, and so on.
     waits = [line["virtual_wait_seconds"] > 1000 for line in here]
-    every = {"sparseloco": 3, "diloco": 2, "dense": 1, "distro": 2}[name]
+    every = {"sparseloco": 3, "diloco": 2, "dense": 1, "distro": 2, "levels": 3}[name]
     assert waits == [step % every == 0 for step in range(1, 5)]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["sparseloco", "distro"])
+@pytest.mark.parametrize("name", ["distro", "levels"])
 def test_resumed_is_as_never_interrupted(name: str, place: Path, tmp_path: Path) -> None:
     count, *method = METHODS[name]
     arguments = (*method, *SHORT, "--simulate", count, "--link", "10Mbit,100ms")
