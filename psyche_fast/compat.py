@@ -109,6 +109,8 @@ def group_timeout() -> timedelta:
 
     timeout: timedelta = distributed_c10d.default_pg_timeout
     return timeout
+
+
 def record_memory_history(on: bool) -> None:
     """Has CUDA's allocator keep who asked for what, or no longer (2.11 .. 2.13)."""
     import torch

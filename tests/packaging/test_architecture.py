@@ -319,7 +319,7 @@ def test_the_package_stays_small() -> None:
     # Cases, their checks in float64, and the tables of `bench`: nothing that a run needs.
     bench = sum(n for module, n in lines.items() if part(module) == "bench")
     assert bench < 2_200
-    assert sum(lines.values()) - methods - doctor - bench < 33_000
+    assert sum(lines.values()) - methods - doctor - bench < 34_500
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:
