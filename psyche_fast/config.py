@@ -215,7 +215,7 @@ class Run(Section, frozen=True, kw_only=True):
         str | None, _help("also upload checkpoints to this repository of the Hugging Face hub")
     ] = None  # fmt: skip
     tracker: Annotated[
-        Literal["none", "wandb", "trackio", "tensorboard"],
+        Literal["none", "wandb", "trackio", "tensorboard", "mlflow"],
         _help("where metrics go besides metrics.jsonl"),
     ] = "none"
     metric_names: Annotated[

@@ -98,7 +98,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     run, options, parallelism = config.run, config.model, config.parallelism
     if run.save_path is not None:
         check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
-    check_tracker(run.tracker)
+    check_tracker(run.tracker, config.tracking)
     if run.push_to_hub is not None:
         check_hub(run.push_to_hub)
     if run.checkpoint_to is not None:

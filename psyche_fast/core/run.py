@@ -9,16 +9,22 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+<<<<<<< HEAD
+from contextlib import ExitStack, contextmanager
+=======
+from contextlib import ExitStack, nullcontext
+>>>>>>> k-w
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
+from psyche_fast.core import card
 from psyche_fast.core.elastic import Members
 from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.feed import Feed
@@ -43,7 +49,9 @@ from psyche_fast.metrics import (
     memory_bytes,
     plot_run,
 )
-from psyche_fast.metrics.trackers import Names
+from psyche_fast.metrics.console import WarnOnce
+from psyche_fast.metrics.formatting import format_count
+from psyche_fast.metrics.trackers import Names, make_endpoint
 from psyche_fast.metrics.writer import read_metrics
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
@@ -51,6 +59,7 @@ from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
 from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
+from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
@@ -62,9 +71,12 @@ from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
 from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
-from psyche_fast.start.logs import rank_log
+from psyche_fast.start.logs import link, rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
+
+if TYPE_CHECKING:
+    from psyche_fast.core.profile import Profile
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -104,6 +116,7 @@ class Core:
         watch: is told where the run is.
         evaluation: evaluates and samples.
         members: of an elastic run.
+        full_speed: tokens per second that all devices could train; None where it is not known.
         ends: `time.perf_counter` at which it has to end.
     """
 
@@ -118,16 +131,23 @@ class Core:
     watch: Watch
     evaluation: Evaluation
     members: Members | None = None
+    full_speed: float | None = None
     ends: float = math.inf
 
 
-def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
+def run(
+    plan: Plan,
+    launch: Launched | None = None,
+    early: Early | None = None,
+    profile: Profile | None = None,
+) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
         early: sidecars that have been started already, as far as they are needed.
+        profile: looks on at rank 0's steps.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -138,10 +158,13 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
     output = Path(config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
     (output / "logs").mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(_of_the_whole_run(config).to_toml())
-    with rank_log(output / "logs" / "rank-0.log", rank=0):
+    link(output / "logs" / "latest", "rank-0.log")
+    with rank_log(output / "logs" / "rank-0.log", rank=0, level=config.tracking.log_level):
         # Within: standard error is then apart from what libraries write to its descriptor.
-        console = Console(config.schedule.total_steps, config.schedule.start_step)
-        with console, ExitStack() as stack:
+        console = Console(
+            config.schedule.total_steps, config.schedule.start_step, every=config.tracking.log_every
+        )
+        with console, warnings_told(console.message, output / "logs"), ExitStack() as stack:
             uploads: list[Uploads] = []
             if config.run.push_to_hub is not None:
                 uploads.append(HubUploads(config.run.push_to_hub, console.message))
@@ -153,8 +176,11 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
             stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
             ends = math.inf if config.run.max_time is None else began + config.run.max_time
             try:
-                with started(plan, output, launch, console, early) as ranks:
-                    result = _train(plan, output, ranks, console, uploads, status, ends)
+                with (
+                    started(plan, output, launch, console, early) as ranks,
+                    snapshot_if_full(output / "logs", 0),
+                ):
+                    result = _train(plan, output, ranks, console, uploads, status, ends, profile)
             except BaseException as error:
                 status.end(f"failed: {explain(error)}")
                 raise
@@ -167,6 +193,17 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
         except OSError as error:  # the run is complete without them
             console.message(f"plots not written: {error}")
     return result
+
+
+@contextmanager
+def warnings_told(tell: Callable[[str], None], logs: Path) -> Iterator[None]:
+    """Within, the user hears of rank 0's warnings, one of each kind; all are in its log."""
+    handler, ours = WarnOnce(tell, str(logs / "rank-0.log")), logging.getLogger("psyche_fast")
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
 
 
 def _how(result: RunResult) -> str:
@@ -193,6 +230,7 @@ def _train(
     uploads: Sequence[Uploads],
     status: Status,
     ends: float,
+    profile: Profile | None,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -201,6 +239,8 @@ def _train(
     sender.publish_run(config.replace(output=str(output)), plan.source, Path.home())
     timeout = timedelta(seconds=config.machines.timeout)
     parallelism = config.parallelism
+    costs = card.costs_of(config, plan.source, device)  # while the other ranks start
+    console.card(card.card(config, plan.source, costs, device))
     # Before the ranks meet, which those of different backends never would.
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
     members, backend = None, plan.devices.backend
@@ -209,6 +249,7 @@ def _train(
         join_own(ranks.store, backend, members.epochs.place, device, timeout)
     else:
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
+    before = memory_bytes()["process"]
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     if trainer.settled is not None:
         plan = _settled(plan, trainer.settled, output, console)
@@ -221,13 +262,20 @@ def _train(
     checkpoints = Checkpoints(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
-    timer = PhaseTimer()
+    timer = PhaseTimer() if profile is None else profile.timer
     watch = watching(ranks, config, timer, output / "logs", members, status)
+    full_speed = None
+    if costs.token_flops is not None:
+        peak, whose = card.peak_flops(device, getattr(torch, config.model.param_dtype))
+        full_speed = peak * parallelism.world_size / costs.token_flops
+        console.card(
+            [f"speed    {format_count(costs.token_flops)} operations a token; MFU is {whose}"]
+        )
     vocabulary = vocabulary_size(trainer.model.config)
     evaluation = Evaluation(plan.held, config, trainer, timer, output, vocabulary)
     core = Core(
         plan, output, trainer, sender, checkpoints, stop, console, timer, watch, evaluation,
-        members, ends,
+        members, full_speed, ends,
     )  # fmt: skip
     log.info("training begins")
     last_step, checkpoint = 0, None
@@ -248,21 +296,28 @@ def _train(
             names,
             id=plan.trackers.get(run.tracker),
             first_step=first,
+            options=config.tracking,
         ) as tracker,
+        make_endpoint(config.tracking.metrics_port, config.machines.host, output) as endpoint,
         also_at_exit_now(tracker.finish),
         evaluation,
         watch,
+        nullcontext() if profile is None else profile.over(trainer),
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
 
         def report(line: dict[str, Any]) -> None:
             writer.write(line)
             tracker.log(line["step"], line)
+            endpoint.log(line["step"], line)
             console.step(line)
+            if line["step"] == first + 2:
+                console.card(card.held(costs.need, before, line["memory"]))
 
         try:
             for last_step, checkpoint in steps(core, batches, report):  # noqa: B007 - used below
-                pass
+                if profile is not None:
+                    profile.step()
         except BaseException:
             checkpoints.leave()
             raise
@@ -405,6 +460,7 @@ def steps(
             "dense_bytes": dense if replicas > 1 else 0,
             "batch_bytes": sent.bytes,
             "memory": memory_bytes(trainer.model.device),
+            **({"mfu": sent.tokens / seconds / core.full_speed} if core.full_speed else {}),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
             **trainer.virtual,

@@ -27,6 +27,8 @@ from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger("psyche_fast.core")
 
+_TOLD = {"is_told": True}
+"""Of a line in the log that the user hears in other words."""
 Who = tuple[Sequence[int], Callable[[int], bool]]
 
 
@@ -123,7 +125,7 @@ class Checkpoints:
         except OSError as error:
             self._drop(step)
             self._tell(f"--resume will not know the checkpoint of step {step}: {error}")
-            log.warning("state of step %d not complete: %s", step, error)
+            log.warning("state of step %d not complete: %s", step, error, extra=_TOLD)
             self._sender.publish(Gather())
             hand_on(Gather(), trainer.topology)
             tensors = trainer.model.full_state_dict_iter()
@@ -167,7 +169,7 @@ class Checkpoints:
             # A full disk is no reason to lose the run: older checkpoints are untouched.
             self._drop(step)
             self._tell(f"checkpoint of step {step} not written: {error}; going on")
-            log.warning("checkpoint of step %d not written: %s", step, error)
+            log.warning("checkpoint of step %d not written: %s", step, error, extra=_TOLD)
         except Exception as error:  # the training thread raises it
             self._drop(step)
             self._error = error
@@ -223,7 +225,9 @@ class Checkpoints:
             if lacks:
                 self._drop(step)
                 self._tell(f"--resume will not know the checkpoint of step {step}: {lacks[0]}")
-                log.warning("state of step %d not complete: %s", step, "; ".join(lacks))
+                log.warning(
+                    "state of step %d not complete: %s", step, "; ".join(lacks), extra=_TOLD
+                )
                 return
             manifest = Manifest(
                 version=state.VERSION, step=step, config=config.to_dict(), data=self._plan.data,
@@ -257,4 +261,4 @@ def keep_newest(
         prune(newest, step, plan.config.run, spared)
     except OSError as error:
         tell(f"--keep: an older checkpoint is still there: {error}")
-        log.warning("--keep: %s", error)
+        log.warning("--keep: %s", error, extra=_TOLD)

@@ -15,10 +15,12 @@ import torch
 import transformers
 
 from psyche_fast.config import RunConfig
+from psyche_fast.core.generate import continued
 from psyche_fast.core.plan import make_plan
 from psyche_fast.core.run import run
 from psyche_fast.data import find_files, iter_texts, tokenize_files, train_tokenizer
 from psyche_fast.metrics import read_metrics
+from psyche_fast.metrics.console import print_card
 from psyche_fast.metrics.formatting import format_bytes
 from psyche_fast.metrics.report import write as write_page
 from psyche_fast.start.early import Early
@@ -57,24 +59,6 @@ def make_model(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) ->
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def sample(checkpoint: Path, prompt: str, tokens: int = 60) -> str:
-    """Continues a prompt with plain Transformers: what the checkpoint's users would do."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    torch.manual_seed(0)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    output = model.generate(  # type: ignore[misc]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.9,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def run_demo(
@@ -149,8 +133,7 @@ def run_demo(
             output=str(output),
         )
     )
-    for line in plan.summary:
-        _say(line)
+    print_card(plan.summary)
     result = run(plan, early=early)
     if result.signal is not None or result.checkpoint is None:
         sys.exit(128 + (result.signal or 1))
@@ -180,8 +163,8 @@ def _report(output: Path, checkpoint: Path) -> None:
     print(
         f"page        {write_page([output]).resolve()} (open it in a browser; it needs no network)"
     )
-    for prompt in PROMPTS:
-        print(f"\n--- the model continues {prompt!r} ---\n{sample(checkpoint, prompt)}")
+    for prompt, text in zip(PROMPTS, continued(str(checkpoint), PROMPTS, tokens=60), strict=True):
+        print(f"\n--- the model continues {prompt!r} ---\n{text}")
 
 
 def _say(text: str) -> None:

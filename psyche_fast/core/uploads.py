@@ -112,7 +112,7 @@ class Uploads:
             if path is not None:
                 reason += "; a newer one is next" if newer else f"; by hand: {self.by_hand(path)}"
             self._tell(f"{self._flag} {self._target}: {what}: {reason}")
-            log.warning("%s: %s", self._target, what, exc_info=True)
+            log.warning("%s: %s", self._target, what, exc_info=True, extra={"is_told": True})
             return False
         return True
 

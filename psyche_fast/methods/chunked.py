@@ -176,12 +176,10 @@ class Fragment:
     def _takes_out_at_once(self) -> bool:
         """Whether all that is sent is taken out of what is kept where it is made.
 
-        What is kept is needed as it was where it leads the look-ahead; an owner's part of a message
-        is quantised by itself.
+        What is kept is needed as it was where it leads the look-ahead.
         """
         method = self.method
-        is_all = method.select == "all" and not method.lookahead and method.values != "codebook4"
-        return is_all and isinstance(self.format, Format)
+        return method.select == "all" and not method.lookahead and method.values != "codebook4"
 
     def _previous(self, at: int) -> dict[str, Any]:
         if self.own is None:

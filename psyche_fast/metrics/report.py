@@ -372,7 +372,9 @@ def thinned(x: Numbers, y: Numbers) -> list[tuple[float | None, float | None]]:
     Nothing is averaged away: the smallest and the largest value of each stretch are drawn, and a
     value that is not there leaves a gap.
     """
-    pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None]
+    pairs: list[tuple[float | None, float | None]] = [
+        (a, b) for a, b in zip(x, y, strict=True) if a is not None
+    ]
     if len(pairs) <= 2 * _STRETCHES:
         return pairs
     size = math.ceil(len(pairs) / _STRETCHES)

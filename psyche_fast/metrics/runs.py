@@ -267,7 +267,7 @@ def state_of(run: RunFiles, now: float | None = None) -> State:
         return State("unknown", [moved, "no status.json: the run is of a version without one"])
     ended = status.get("ended")
     if isinstance(ended, str):
-        good = ended.startswith(("finished", "stopped"))
+        good = ended.startswith(("finished", "stopped", "ended"))
         return State("finished" if good else "failed", [ended, moved])
     heard, since = number(status.get("time")) or 0.0, number(status.get("since")) or 0.0
     place = f"rank 0 on {status.get('host')} (process {status.get('pid')})"

@@ -78,7 +78,7 @@ class Patience:
 
 
 class Beats:
-    """A rank's signs of life, sent by a thread until the process ends.
+    """A rank's signs of life, sent by a thread until the block ends, or the process by an error.
 
     Args:
         client: the connection to the store, of which the thread has one of its own.
@@ -90,7 +90,9 @@ class Beats:
         self._client, self._store = client, client.clone()
         self._rank, self._logs = rank, logs
         self._place = 0, "waiting"
-        threading.Thread(target=self._send, daemon=True, name="beats").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._send, daemon=True, name="beats")
+        self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """Says where the rank is from now on."""
@@ -101,15 +103,17 @@ class Beats:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Notes it."""
+        """Notes it; else ends the thread, which the end of Python would abort inside the store."""
         if error is not None:
             error.add_note(f"in phase {self._place[1]} of step {self._place[0]}")
+            return
+        self._over.set()
+        self._thread.join(SECONDS)
 
     def _send(self) -> None:
         count, asked, host = 0, False, platform.node()
-        tick = threading.Event()
         with suppress(dist.DistError):  # the store has ended with the core, and so will this rank
-            while True:
+            while not self._over.is_set():
                 count += 1
                 beat = msgspec.json.encode(Beat(count, *self._place, host)).decode()
                 with self._client.asking():
@@ -118,7 +122,7 @@ class Beats:
                 if wanted and not asked:
                     asked = True
                     write_stacks(self._logs, self._rank)
-                tick.wait(SECONDS)
+                self._over.wait(SECONDS)
 
 
 def write_stacks(logs: Path, rank: int) -> None:

@@ -26,6 +26,7 @@ from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.hub import Peers
 from psyche_fast.rank.levels import LevelsOptimizer, levels_of
 from psyche_fast.rank.link import settle
+from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
@@ -123,7 +124,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     epochs = None if start is None else start.epochs(client, config.parallelism, device)
     rank = dist.get_rank() if epochs is None else epochs.rank
     logs = Path(config.run.output, "logs")
-    keep_rank_log(logs / f"rank-{rank}.log", rank)
+    keep_rank_log(logs / f"rank-{rank}.log", rank, config.tracking.log_level)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
     folder = config.run.output
@@ -137,7 +138,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     writer = StateWriter(client.clone(), folder)
     totals: Totals | None = None
     step = 0
-    with beats:
+    with beats, snapshot_if_full(logs, rank):
         while True:
             beats.at(step, "waiting")
             match inbox.next():

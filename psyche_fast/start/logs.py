@@ -36,7 +36,7 @@ def let_libraries_speak(environment: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def rank_log(path: Path, rank: int) -> Iterator[None]:
+def rank_log(path: Path, rank: int, level: str = "info") -> Iterator[None]:
     """Writes this process's log to a file too, appended to that of an earlier part of the run.
 
     What libraries write to the standard streams goes to the file alone; `sys.stdout` and
@@ -48,8 +48,8 @@ def rank_log(path: Path, rank: int) -> Iterator[None]:
     # With the zone: machines of one run may be in several.
     handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S%z"))
     log.addHandler(handler)
-    level = log.level
-    log.setLevel(logging.INFO)
+    before = log.level
+    log.setLevel(level.upper())
     let_libraries_speak(os.environ)
     try:
         with path.open("ab", buffering=0) as file, _native_output_to(file.fileno()):
@@ -60,17 +60,27 @@ def rank_log(path: Path, rank: int) -> Iterator[None]:
                     log.info("where it happened:", exc_info=True)
                 raise
     finally:
-        log.setLevel(level)
+        log.setLevel(before)
         log.removeHandler(handler)
         handler.close()
 
 
-def keep_rank_log(path: Path, rank: int) -> None:
+def link(path: Path, target: str) -> None:
+    """Has a symbolic link lead to the newest of several, where the file system knows links."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+
+
+def keep_rank_log(path: Path, rank: int, level: str = "info") -> None:
     """`rank_log` until the process ends, unless its standard error is that file already."""
     try:
+        log.setLevel(level.upper())
         if not (path.exists() and os.path.samestat(os.fstat(2), path.stat())):
             kept = ExitStack()
-            kept.enter_context(rank_log(path, rank))
+            kept.enter_context(rank_log(path, rank, level))
             atexit.register(kept.close)
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.StreamHandler):  # where it is shown from now on

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 
 import pytest
 
 from psyche_fast.metrics import Console
+from psyche_fast.metrics.console import WarnOnce, print_card
 from psyche_fast.metrics.formatting import format_bytes, format_count, format_duration
 
 
@@ -91,7 +94,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn():
 
 def test_a_resumed_run_starts_its_bar_where_it_is():
     text = run([31], total_steps=40, start_step=31, stream=Terminal())
-    assert "step 30/40" in text.split("\r")[1]
+    assert 0 <= text.find("step 30/40") < text.find("step 31/40")
     assert "step 31/40" in text.split("\r")[-1]
 
 
@@ -103,8 +106,7 @@ def test_a_message_does_not_break_the_live_line():
     text = stream.getvalue()
     before, after = text.split("checkpoint written\n")
     # The line is blanked before the message and drawn again after it.
-    assert before.split("\r")[-2].strip() == ""
-    assert before.endswith("\r")
+    assert before.endswith("\r\x1b[2K")
     assert "step 1/10" in after
 
 
@@ -172,3 +174,53 @@ def test_a_terminal_that_is_gone_ends_no_run(terminal):
     console.close()
     assert "step" in stream.getvalue()
     assert console.stream is not stream
+
+
+def test_without_a_terminal_there_is_a_line_in_so_many_seconds():
+    text = run(range(1, 41), total_steps=40, every=10.0)  # steps of 2 s
+    shown = [int(line.split("/")[0].split()[1]) for line in text.splitlines()]
+    assert shown == [1, 6, 11, 16, 21, 26, 31, 36, 40]
+
+
+def test_the_live_line_says_what_the_time_goes_to():
+    line = {
+        **LINE, "step": 7, "step_seconds": 2.0, "mfu": 0.423,
+        "seconds": {"data": 0.2, "train": 1.2, "optimize": 0.3, "counts": 0.2, "send": 0.1},
+        "memory": {"process": 2_000_000_000, "cuda_peak_allocated": 31_000_000_000},
+    }  # fmt: skip
+    stream = Terminal()
+    with Console(9, stream=stream, clock=Clock()) as console:
+        console.step(line)
+        assert console._shares() == ["data 10% device 60% link 30%"]
+        said = console._bar.tasks[0].fields["said"]
+    assert said == (
+        "loss 3.214 | 12.3k tok/s | MFU 42.3% | data 10% device 60% link 30% | 31.0 GB | "
+        "00:00:00 left"
+    )
+
+
+def test_a_card_is_a_table_on_a_terminal_and_lines_elsewhere():
+    lines = ["model    llama, 36k parameters", "warning  nothing [is] learnt"]
+    plain = io.StringIO()
+    print_card(lines, plain)
+    assert plain.getvalue().splitlines() == lines
+    stream = Terminal()
+    print_card(lines, stream)
+    words = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    assert [line.split() for line in words.splitlines()] == [line.split() for line in lines]
+
+
+def test_warnings_of_a_kind_are_told_once():
+    told = []
+    log = logging.Logger("ours")
+    log.addHandler(WarnOnce(told.append, "logs/rank-0.log"))
+    for step in (3, 4):
+        log.warning("step %d: refused", step)
+        log.warning("%s", f"rank {step} died")
+        log.warning("the disk is full", extra={"is_told": True})
+        log.info("step %d", step)
+    assert told == [
+        "warning  step 3: refused (more of this kind: logs/rank-0.log)",
+        "warning  rank 3 died",
+        "warning  rank 4 died",
+    ]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import types
+import urllib.error
+import urllib.request
 
 import pytest
 
 from psyche_fast.metrics import PsycheNames, make_tracker
+from psyche_fast.metrics.trackers import make_endpoint
+from psyche_fast.views import Tracking
+from tests.processes import free_port
 
 CONFIG = {"learning_rate": 4e-4, "distro": {"compression_topk": 4}}
 LINE = {
@@ -211,34 +217,99 @@ def test_importing_the_metrics_imports_no_torch_matplotlib_or_tracker():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard", "mlflow"])
 def test_the_real_package_where_it_is_installed(tmp_path, name):
     pytest.importorskip(name, reason=f"{name} is an extra")
     script = (
         "import sys\n"
         "from psyche_fast.metrics import make_tracker\n"
-        f"tracker = make_tracker({name!r}, sys.argv[1], {CONFIG!r})\n"
-        "for step in (1, 2): tracker.log(step, {'step': step, 'loss': 2.5 / step})\n"
-        "tracker.finish()\n"
+        "from psyche_fast.views import Tracking\n"
+        "options = Tracking(tracker_project='p', tracker_name='n', tracker_tag=('t', 'u'),\n"
+        "                   tracker_offline=True)\n"
+        "id = None\n"
+        "for first in (1, 3):\n"
+        f"    tracker = make_tracker({name!r}, sys.argv[1], {CONFIG!r}, id=id, first_step=first,\n"
+        "                           options=options)\n"
+        "    for step in (first, first + 1):\n"
+        "        tracker.log(step, {'step': step, 'loss': 2.5 / step, 'seconds': {'data': 1}})\n"
+        "    tracker.finish()\n"
+        "    assert id is None or tracker.id == id\n"
+        "    id = tracker.id\n"
     )
-    # Nothing leaves this machine: wandb keeps its files, trackio its database, under the test's.
-    environment = dict(
-        os.environ, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"), HOME=str(tmp_path)
-    )
+    # What leaves the run directory all the same would show elsewhere.
+    environment = dict(os.environ, HOME=str(tmp_path), TRACKIO_SPACE_ID="nobody/nothing")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", script, str(run_dir)],
         env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    where = tmp_path / "trackio" if name == "trackio" else run_dir
-    written = [path for path in where.rglob("*") if path.is_file() and path.stat().st_size > 0]
+    written = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size > 0]
     assert written, done.stderr
+    assert not (tmp_path / "mlruns").exists()
+    if name == "mlflow":
+        with sqlite3.connect(run_dir / "mlflow.db") as database:
+            steps = database.execute("select step, value from metrics where key = 'loss'")
+            assert sorted(steps) == [(1, 2.5), (2, 1.25), (3, 2.5 / 3), (4, 0.625)]
+            assert list(database.execute("select name, status from runs")) == [("n", "FINISHED")]
+
+
+def test_project_name_tags_and_offline_are_handed_on(tmp_path, monkeypatch):
+    options = Tracking(
+        tracker_project="p", tracker_name="n", tracker_tag=("a", "b"), tracker_offline=True
+    )
+    for name in ("wandb", "trackio"):
+        started = {}
+
+        def init(started=started, **arguments):
+            started.update(arguments)
+            return FakeRun()
+
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+        monkeypatch.setenv("TRACKIO_SPACE_ID", "nobody/nothing")
+        make_tracker(name, tmp_path / "run", CONFIG, options=options)
+        assert (started["project"], started["name"]) == ("p", "n")
+        if name == "wandb":
+            assert (started["tags"], started["mode"]) == (["a", "b"], "offline")
+        else:
+            assert started["config"]["tags"] == ["a", "b"]
+            assert os.environ.get("TRACKIO_SPACE_ID") is None
+            assert os.environ["TRACKIO_DIR"] == str(tmp_path / "run" / "trackio")
+    monkeypatch.delenv("TRACKIO_DIR")
+
+
+def test_prometheus_asks_for_the_newest_metrics(tmp_path):
+    pytest.importorskip("prometheus_client", reason="prometheus_client is an extra")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}/metrics"
+    with make_endpoint(port, "127.0.0.1", tmp_path / "my run") as endpoint:
+        endpoint.log(7, LINE)
+        endpoint.log(8, {**LINE, "step": 8, "time": 1.8e9, "loss": 2.0})
+        with urllib.request.urlopen(address) as answer:
+            text = answer.read().decode()
+        assert 'psyche_fast_step{run="my run"} 8.0\n' in text
+        assert 'psyche_fast_loss{run="my run"} 2.0\n' in text
+        assert 'psyche_fast_seconds_data{run="my run"} 0.25\n' in text
+        assert 'psyche_fast_time_seconds{run="my run"} 1.8e+09\n' in text
+        with pytest.raises(ValueError, match=f"--metrics-port {port} on 127.0.0.1: Address"):
+            make_endpoint(port, "127.0.0.1", tmp_path)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address)
+    make_endpoint(0, "127.0.0.1", tmp_path).log(1, LINE)
+
+
+def test_prometheus_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(
+        ValueError, match=r"--metrics-port: .*pip install 'psyche-fast\[trackers\]'"
+    ):
+        make_endpoint(1234, "127.0.0.1", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "told"), [("wandb", {"exit_code": 1}), ("trackio", {})])
