@@ -73,14 +73,18 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["distro", "levels"])
 def test_resumed_is_as_never_interrupted(name: str, place: Path, tmp_path: Path) -> None:
     count, *method = METHODS[name]
-    arguments = (*method, *SHORT, "--simulate", count, "--link", "10Mbit,100ms")
+    link = ("--link", "10Mbit,100ms") if name == "levels" else ()
+    arguments = (*method, *SHORT, "--simulate", count, *link)
     whole = train(place, tmp_path / "whole", *arguments)
     resumed = without_later(tmp_path / "whole", tmp_path / "resumed", 2)
     again = train(place, resumed, *arguments, "--resume", "auto")
     assert known(again) == known(whole)
     assert same(parameters(resumed, 4), parameters(tmp_path / "whole", 4))
     assert same(states(resumed, 4), states(tmp_path / "whole", 4))
-    assert again[2]["virtual_seconds"] > whole[1]["virtual_seconds"], "the clock goes on"
+    if link:
+        assert again[2]["virtual_seconds"] > whole[1]["virtual_seconds"], "the clock goes on"
+    else:
+        assert "virtual_seconds" not in again[2]
 
 
 @pytest.mark.parametrize(
