@@ -9,11 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-<<<<<<< HEAD
-from contextlib import ExitStack, contextmanager
-=======
-from contextlib import ExitStack, nullcontext
->>>>>>> k-w
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
