@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` is instant. Th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys

@@ -23,8 +23,8 @@ def commands() -> str:
     lines = [
         "# Commands",
         "",
-        "`psyche-fast COMMAND --help` says the same. Options that are keys of the configuration are in",
-        "[configuration](configuration.md).",
+        "`psyche-fast COMMAND --help` says the same. Options that are keys of the configuration",
+        "are in [configuration](configuration.md).",
     ]
     context = click.Context(cli, info_name="psyche-fast")
     for name in cli.list_commands(context):
@@ -53,8 +53,8 @@ def configuration() -> str:
         "# Configuration",
         "",
         "Each key is a flag of `psyche-fast train` (`total_batch` is `--total-batch`) and a key of",
-        "`--config FILE.toml`, in the table of its section or without. `psyche-fast init` writes a file",
-        "with all of them.",
+        "`--config FILE.toml`, in the table of its section or without. `psyche-fast init` writes a",
+        "file with all of them.",
     ]
     section = None
     for name, known in FLAGS.items():

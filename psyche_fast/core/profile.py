@@ -21,7 +21,6 @@ from torch.autograd.profiler import emit_nvtx, record_function
 from psyche_fast import kernels
 from psyche_fast.compat import dump_memory_snapshot, record_memory_history
 from psyche_fast.core.plan import Plan
-from psyche_fast.kernels import reference
 from psyche_fast.kernels.backends import explain, implementation
 from psyche_fast.metrics import PhaseTimer
 from psyche_fast.rank.trainer import Trainer
@@ -170,7 +169,8 @@ def _ranges(trainer: Trainer) -> Iterator[None]:
             _around(stack, optimizer, name, f"rank: optimizer.{name}")
         backend, _ = explain(trainer.model.device)
         public = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
-        for operation in (m.name for m in pkgutil.iter_modules(reference.__path__)):
+        plain = str(Path(kernels.__path__[0], "reference"))
+        for operation in (module.name for module in pkgutil.iter_modules([plain])):
             if operation in public:
                 for name in {backend, "torch"}:
                     _around_calls(stack, implementation(name, operation), operation)

@@ -30,9 +30,9 @@ from psyche_fast.distro.groups import (
     parameter_name,
     refuse_flags,
 )
+from psyche_fast.distro.guard import GradientGuard, check_dense
 from psyche_fast.distro.message import hash_bits
 from psyche_fast.distro.plans import ParameterState, Plan, peers_now, settings_of
-from psyche_fast.distro.shards import GradientGuard, check_dense
 from psyche_fast.sharding import local_tensor
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from psyche_fast.distro.chunks import (
     check_delta_shape,
     warn_of_tiny_chunks,
 )
-from psyche_fast.distro.shards import GradientGuard, Parts, check_dense
+from psyche_fast.distro.guard import GradientGuard, check_dense
+from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.kernels.backends import checked_backend
 from psyche_fast.kernels.encode import encode

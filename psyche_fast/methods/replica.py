@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from psyche_fast.distro.shards import GradientGuard
+from psyche_fast.distro.guard import GradientGuard
 from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.kernels.outer import Local
 from psyche_fast.methods.chunked import Fragment, fragment_names, side_by_side
