@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ WAYS = ("ranks", "hosts")
 _ASK = "import sys; from psyche_fast.start.probe import ask; print(ask(sys.argv[1]))"
 
 
-def _rank(rank: int, store: str) -> None:
-    """One of two ranks that measure."""
+def rank_main(arguments: list[str]) -> None:
+    """One of two ranks that measure: its number, and a file where they meet."""
     import torch.distributed as dist
 
     from psyche_fast.rank.link import measure as among
 
+    os.environ["GLOO_SOCKET_IFNAME"] = "wan0"
+    rank, store = int(arguments[0]), arguments[1]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     assert dist.group.WORLD is not None
     found = among(dist.group.WORLD)
@@ -48,23 +51,33 @@ def _rank(rank: int, store: str) -> None:
 
 def _start(host: str, *words: str) -> subprocess.Popen[str]:
     command = ["ip", "netns", "exec", host, sys.executable, *words]
-    environ = {**os.environ, "GLOO_SOCKET_IFNAME": "wan0", "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
 
 
-def measure(way: str, bits_per_second: float, latency: float) -> list[dict[str, float]]:
+def _start_rank(host: str, *arguments: str) -> Any:
+    return _start(host, __file__, *arguments)
+
+
+def measure(
+    way: str,
+    bits_per_second: float,
+    latency: float,
+    start_rank: Callable[..., Any] = _start_rank,
+) -> list[dict[str, float]]:
     """Links as they have been found: of both ranks, or of the host that asks.
 
     Args:
         way: one of `WAYS`.
         bits_per_second: of the link, each way.
         latency: of the link, one way.
+        start_rank: starts `rank_main` on a host, with its arguments.
     """
     with wan.link(bits_per_second, latency) as hosts, tempfile.TemporaryDirectory() as folder:
         if way == "ranks":
             store = f"{folder}/store"
-            processes = [_start(h, __file__, str(n), store) for n, h in enumerate(hosts)]
+            processes = [start_rank(h, str(n), store) for n, h in enumerate(hosts)]
         else:
             processes = [_start(hosts[1], "-m", "psyche_fast", "link")]
             listening = processes[0].stdout
@@ -104,6 +117,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in ("0", "1"):
-        _rank(int(sys.argv[1]), sys.argv[2])
+        rank_main(sys.argv[1:])
     else:
         main()

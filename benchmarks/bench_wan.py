@@ -1,12 +1,17 @@
 """What a run over a slow link loses of its step time, everything that it says included.
 
     python benchmarks/bench_wan.py                      # table; --out FILE writes JSON
+    python benchmarks/bench_wan.py --methods            # every method, over two slow links
 
 Two hosts (network namespaces of this machine) train a Llama with DisTrO, one replica each,
 `psyche-fast train` on one and `psyche-fast sidecar` on the other: first over a link that costs
 nothing, then over one with a rate and a latency; with one rank per host, and with two that shard
 the replica. Operations, batches, results, losses: all go over it. Needs root, iproute2 and
 /dev/net/tun.
+
+With `--methods` a whole run of each, one rank per host, in settings of few local steps, so that
+several rounds go by; exchanges that would take longer than `LONGEST` are reckoned alone. The hosts
+have the ranks forked, which spares each run its imports.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,35 @@ if __name__ == "__main__":  # run as a script from a checkout that is not instal
 from benchmarks import wan
 from benchmarks.bench_overlap import VOCABULARY, make_model, parse
 from benchmarks.common import environment, percentiles, write_json
+from psyche_fast.config import RunConfig
+from psyche_fast.links import Link
+from psyche_fast.rank.costs import costs_of
+from psyche_fast.rank.method import method_of
 
 WARM = 3
 FREE = (1e10, 0.0)
 """Rate and latency of the link to compare with: the same relay, holding nothing back."""
 RANKS_PER_HOST = (1, 2)
+
+LINKS = {"100 Mbit/s, 50 ms": (1e8, 0.05), "10 Mbit/s, 100 ms": (1e7, 0.1)}
+_BESIDE = ("--every", "6", "--delay", "3", "--mix", "rebase")
+METHODS = {
+    "distro": ("--distro", "--distro-quantization"),
+    "sparseloco": ("--method", "sparseloco", *_BESIDE),
+    "diloco": ("--method", "diloco", *_BESIDE),
+    "streaming-diloco": (
+        "--method", "streaming-diloco", "--every", "8", "--fragments", "2", "--delay", "3",
+    ),
+    "muloco": ("--method", "muloco", *_BESIDE),
+    "sparseloco, no delay": ("--method", "sparseloco", "--every", "6"),
+    "demo": ("--method", "demo"),
+    "random-k": ("--method", "random-k"),
+    "dense": ("--method", "dense"),
+}  # fmt: skip
+"""A run of each by its flags; those up to MuLoCo have steps beside their exchanges."""
+LONGEST = 6.0
+"""Seconds of an exchange that is waited for, from which on a run is not worth its time."""
+_PORT = 34567
 
 
 def _start(host: str, *words: str) -> subprocess.Popen[bytes]:
@@ -52,20 +82,16 @@ def _step_ms(
 ) -> list[float]:
     output = folder / f"{name}-{ranks_per_host}"
     here = str(ranks_per_host)
-    secret = folder / "secret"
-    if not secret.exists():
-        secret.touch(0o600)
-        secret.write_text(secrets.token_hex(32))
     with wan.link(*link) as hosts:
         network = ["--host", "10.98.7.1", "--port", "34567", "--local-ranks", here]
-        network += ["--secret-file", str(secret)]
         network += ["--data-parallelism", here]
         ranks = [start(hosts[0], "train", *flags, "--output", str(output), *network)]
         ranks.append(
             start(
                 hosts[1], "sidecar", "--main-host", "10.98.7.1", "--port", "34567",
                 "--world-size", str(2 * ranks_per_host), "--start-rank", here,
-                "--num-local-ranks", here, "--backend", "gloo", "--secret-file", str(secret),
+                "--num-local-ranks", here, "--backend", "gloo",
+                "--secret-file", str(folder / "secret"),
             )
         )  # fmt: skip
         try:
@@ -76,6 +102,28 @@ def _step_ms(
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+    return _times(output)
+
+
+def _prepared(folder: Path, model: Any, arguments: dict[str, Any]) -> list[str]:
+    """`train` and its flags for a model and data that are written to a folder, and for a secret."""
+    model.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=1_000_000)
+    tokens.astype("<u2").tofile(folder / "data" / "tokens.ds")
+    (folder / "secret").touch(0o600)
+    (folder / "secret").write_text(secrets.token_hex(32))
+    return [
+        "train", "--model", str(folder / "model"), "--data-path", str(folder / "data"),
+        "--device", "cpu", "--param-dtype", "float32", "--threads", "1",
+        "--replicas", "2", "--sequence-length", str(arguments["length"]),
+        "--total-batch", str(4 * arguments["micro"]), "--secret-file", str(folder / "secret"),
+        "--total-steps", str(arguments["steps"] + WARM),
+    ]  # fmt: skip
+
+
+def _times(output: Path) -> list[float]:
+    """Milliseconds of a run's steps, without those in which it warms up."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [1e3 * json.loads(line)["step_seconds"] for line in lines[WARM:]]
 
@@ -98,17 +146,8 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(arguments)
-        model.save_pretrained(folder / "model")
-        (folder / "data").mkdir()
-        tokens = np.random.default_rng(0).integers(VOCABULARY, size=1_000_000)
-        tokens.astype("<u2").tofile(folder / "data" / "tokens.ds")
-        flags = [
-            "--model", str(folder / "model"), "--data-path", str(folder / "data"),
-            "--device", "cpu", "--param-dtype", "float32", "--threads", "1", "--distro",
-            "--replicas", "2", "--sequence-length", str(arguments["length"]),
-            "--total-batch", str(4 * arguments["micro"]),
-            "--total-steps", str(arguments["steps"] + WARM),
-        ]  # fmt: skip
+        flags = _prepared(folder, model, arguments)[1:]
+        flags += ["--distro"]
         slow = (arguments["mbit"] * 1e6, arguments["latency_ms"] / 1e3)
         step_ms = {}
         for ranks in ranks_per_host:
@@ -121,9 +160,159 @@ def measure(
         return {"parameters": sum(p.numel() for p in model.parameters()), "step_ms": step_ms}
 
 
+class Hosts:
+    """Two hosts on which ranks are forked from a process that has imported what they need."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wan0"}
+        command = [sys.executable, __file__, "--host-of-ranks"]
+        self._hosts = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command], env=environ, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )
+            for name in names
+        ]  # fmt: skip
+
+    def run(self, port: int, *words: str) -> None:
+        """One run of `psyche-fast`, a rank on each host."""
+        for rank, host in enumerate(self._hosts):
+            assert host.stdin is not None
+            host.stdin.write(json.dumps({"rank": rank, "port": port, "words": words}) + "\n")
+            host.stdin.flush()
+        said = [host.stdout.readline() for host in self._hosts]  # type: ignore[union-attr]
+        if any(line.strip() != "0" for line in said):
+            raise RuntimeError(f"the run failed with {said}: {' '.join(words)}")
+
+    def close(self) -> None:
+        """End both."""
+        for host in self._hosts:
+            host.kill()
+            host.wait()
+
+
+def _host_of_ranks() -> None:
+    """Runs what is asked for on standard input, each in a process of its own."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from psyche_fast import cli
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1):
+                os.dup2(null, stream)
+            os.environ |= {  # as torchrun has them
+                "TORCHELASTIC_RUN_ID": "wan", "TORCHELASTIC_USE_AGENT_STORE": "False",
+                "RANK": str(asked["rank"]), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.98.7.1",
+                "MASTER_PORT": str(asked["port"]),
+            }  # fmt: skip
+            status = 1
+            try:
+                cli.main(asked["words"])
+                status = 0
+            finally:
+                os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _reckoned(model: Any, flags: Sequence[str], link: tuple[float, float]) -> tuple[int, float]:
+    """Steps that go on beside an exchange of a method, and how long it takes over a link."""
+    pairs = dict(zip(flags[::2], flags[1::2], strict=False))
+    values: dict[str, Any] = {k[2:].replace("-", "_"): v for k, v in pairs.items()}
+    for name in ("every", "delay", "fragments"):
+        if name in values:
+            values[name] = int(values[name])
+    if flags[0] == "--distro":
+        values = {"distro": True, "distro_quantization": True}
+    run = RunConfig.of(replicas=2, param_dtype="float32", **values)
+    costs = costs_of(run, dict(model.named_parameters()), method_of(run))
+    rate, latency = link
+    return costs.delay, costs.exchange_seconds(Link(rate, rate, latency))
+
+
+def measure_methods(
+    names: Sequence[str] = tuple(METHODS), **arguments: Any
+) -> tuple[int, list[dict[str, Any]]]:
+    """Runs methods over a link that costs nothing, and over each of `LINKS`.
+
+    Args:
+        names: of `METHODS`.
+        **arguments: `steps`, `width`, `layers`, `micro` rows of `length`.
+
+    Returns:
+        parameters, and rows of the table.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_model(arguments)
+        flags = _prepared(folder, model, arguments)
+        times: dict[tuple[str, str], list[float]] = {}
+        port = _PORT
+        for link, values in {"none": FREE, **LINKS}.items():
+            with wan.link(*values) as hosts, closing(Hosts(hosts)) as ranks:
+                for method in names:
+                    delay, exchange = _reckoned(model, METHODS[method], values)
+                    if exchange > LONGEST and not delay:
+                        continue
+                    output, port = folder / f"{method}-{link[:3]}", port + 1
+                    ranks.run(
+                        port, *flags, *METHODS[method], "--micro-batch", str(arguments["micro"]),
+                        "--output", str(output),
+                    )  # fmt: skip
+                    times[method, link] = _times(output)
+        rows = []
+        for method, link in ((m, li) for m in names for li in LINKS):
+            delay, exchange = _reckoned(model, METHODS[method], LINKS[link])
+            free = times[method, "none"]
+            step, slow = sum(free) / len(free), times.get((method, link))
+            rows.append(
+                {
+                    "method": method, "link": link, "exchange_seconds": exchange, "delay": delay,
+                    "fits": exchange <= 0.9e-3 * delay * step, "free_ms": percentiles(free),
+                    "free_mean_ms": step, "slow_ms": slow and percentiles(slow),
+                    "slow_mean_ms": slow and sum(slow) / len(slow),
+                }
+            )  # fmt: skip
+        return sum(p.numel() for p in model.parameters()), rows
+
+
+def _print_methods(rows: Sequence[dict[str, Any]]) -> None:
+    print(
+        f"{'method':<21} {'link':<18} {'exchange':>9} {'beside':>6} {'p50 ms':>15} {'p95 ms':>15} "
+        f"{'mean':>7}"
+    )
+    for row in rows:
+        free, slow = row["free_ms"], row["slow_ms"]
+        beside = "blocks" if not row["delay"] else "fits" if row["fits"] else "too big"
+        line = f"{row['method']:<21} {row['link']:<18} {row['exchange_seconds']:7.2f} s {beside:>6}"
+        if slow is None:
+            print(f"{line} {free['p50']:7.0f}, not run: takes too long")
+            continue
+        parts = [f"{free[p]:7.0f}{slow[p]:8.0f}" for p in ("p50", "p95")]
+        print(f"{line} {' '.join(parts)} {row['slow_mean_ms'] / row['free_mean_ms'] - 1:+7.1%}")
+
+
 def main() -> None:
+    if "--host-of-ranks" in sys.argv:
+        _host_of_ranks()
+        return
+    methods = "--methods" in sys.argv
+    if methods:
+        sys.argv.remove("--methods")
     arguments = parse(__doc__.splitlines()[0])
     out = arguments.pop("out")
+    if methods:
+        parameters, rows = measure_methods(**arguments)
+        print(f"{parameters:,} float32 parameters, 2 replicas, a host each")
+        _print_methods(rows)
+        if out:
+            report = {"benchmark": "wan of methods", **arguments, "parameters": parameters}
+            write_json(out, {**report, "environment": environment(), "rows": rows})
+        return
     report = {
         "benchmark": "wan", **arguments, "environment": environment(), **measure(**arguments)
     }  # fmt: skip

@@ -10,14 +10,12 @@ import dataclasses
 import json
 import os
 import sys
-import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
@@ -25,19 +23,18 @@ from psyche_fast import commands, looking
 from psyche_fast.completion import places
 from psyche_fast.config import ARCHITECTURES, FLAGS, Flag, RunConfig, beneath, flag, read_toml
 from psyche_fast.errors import check_name, exit_status
+from psyche_fast.launching import OURSELVES, as_launched, serve, supervised
 from psyche_fast.presets import values_of
-from psyche_fast.ranks import Machines
-from psyche_fast.start import knock, signals, tls
-from psyche_fast.start.cluster import Launched, launched, meet
+from psyche_fast.start import tls
+from psyche_fast.start.cluster import Launched, launched
 from psyche_fast.start.early import early
 from psyche_fast.start.logs import quiet_terminal
-from psyche_fast.start.network import tcp_url
-from psyche_fast.start.parent import TIMEOUT
+
+if TYPE_CHECKING:
+    from psyche_fast.core.profile import Profile
 
 TRACE = "PSYCHE_FAST_TRACE"
 """Environment variable: set, an error is raised with its trace instead of said in one line."""
-
-_OURSELVES = [sys.executable, "-m", "psyche_fast"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,13 +139,22 @@ def _resolve(
     return RunConfig.of(**beneath(values_of(presets, values), values))
 
 
+def _run_options(function: F) -> F:
+    """Adds all that says what a run is: files, presets, and a flag for each field."""
+    for option in (
+        click.option("--preset", "presets", multiple=True, metavar="NAME",
+                     help="20M 125M 350M 1B, slow medium fast: for a model, for a link"),
+        click.option("--run-file", type=click.Path(), metavar="state.toml",
+                     help="Psyche's; --config and flags go over it"),
+        click.option("--config", type=click.Path(), metavar="FILE.toml",
+                     help="fields by name; flags go over them"),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 @cli.command()
-@click.option("--config", type=click.Path(), metavar="FILE.toml",
-              help="fields by name; flags go over them")  # fmt: skip
-@click.option("--run-file", type=click.Path(), metavar="state.toml",
-              help="Psyche's; --config and flags go over it")  # fmt: skip
-@click.option("--preset", "presets", multiple=True, metavar="NAME",
-              help="20M 125M 350M 1B, slow medium fast: for a model, for a link")  # fmt: skip
+@_run_options
 @click.option("--dry-run", is_flag=True, help="resolve, check, print, exit")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True,
               help="start a run that fails again, from its last checkpoint")  # fmt: skip
@@ -175,12 +181,19 @@ def train(
                 "--max-restarts under torchrun or Slurm: restart the job by theirs, with "
                 "--resume auto"
             )
-        sys.exit(_supervised(resolved, max_restarts))
+        sys.exit(supervised(resolved, max_restarts))
+    _lead(resolved, launch, dry_run)
+
+
+def _lead(
+    resolved: RunConfig, launch: Launched | None, dry_run: bool, profile: Profile | None = None
+) -> None:
+    """A run, as this rank has to take part in it, to its end."""
     if launch is not None:
-        resolved = _launched(resolved, launch)
+        resolved = as_launched(resolved, launch)
         if launch.rank > 0:
             if not dry_run:
-                _serve(resolved, launch)
+                serve(resolved, launch)
             return
     count = 0 if dry_run or launch is not None else resolved.ranks_here - 1
     machines = resolved.machines
@@ -198,7 +211,7 @@ def train(
             return
         from psyche_fast.core.run import run
 
-        result = run(plan, launch, sidecars)
+        result = run(plan if profile is None else profile.part(plan), launch, sidecars, profile)
     with suppress(OSError):  # a terminal that has been closed
         click.echo(f"run         {result.output}")
         click.echo(f"checkpoint  {result.checkpoint}")
@@ -208,90 +221,40 @@ def train(
                 f"ended       at step {result.last_step} of {total} by --max-time; "
                 f"--output {result.output} --resume auto goes on"
             )
+    for line in [] if profile is None else profile.lines():
+        click.echo(line)
     if result.signal is not None:
         sys.exit(128 + result.signal)
 
 
-def _supervised(config: RunConfig, restarts: int) -> int:
-    """A run that is started again from its last checkpoint; the exit status."""
-    from psyche_fast.metrics.writer import read_metrics
-    from psyche_fast.start.supervise import arguments_of, supervise
+@cli.command()
+@_run_options
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True,
+              help="to profile, after two that warm up")  # fmt: skip
+@click.option("--nvtx", is_flag=True, help="ranges for Nsight Systems in place of a trace")
+@config_options
+@click.pass_context
+def profile(
+    context: click.Context,
+    config: str | None,
+    run_file: str | None,
+    presets: tuple[str, ...],
+    steps: int,
+    nvtx: bool,
+    **flags: Any,
+) -> None:
+    """Profile some steps of a training run: a trace, time by phase, memory. Options are train's."""
+    launch = launched()
+    leads = launch is None or launch.rank == 0
+    resolved = _resolve(context, run_file, config, flags, presets=presets, says=leads)
+    output = resolved.run.output or datetime.now().strftime("runs/profile-%Y%m%d-%H%M%S")
+    resolved = resolved.replace(output=output)
+    looks = None
+    if leads:
+        from psyche_fast.core.profile import Profile
 
-    output = config.run.output or datetime.now().strftime("runs/%Y%m%d-%H%M%S")
-    config = config.replace(output=output)
-    again = config.replace(resume="auto", fork=None, start_step=1)
-    metrics = Path(output, "metrics.jsonl")
-
-    began, limit = time.monotonic(), config.run.max_time
-
-    def command(life: int) -> list[str]:
-        chosen = again if life else config
-        others = config.run.resume or config.run.fork
-        if life and others and not any(Path(output).glob("checkpoints/*/state")):
-            # It has nothing of its own to go on from: it begins again where it began.
-            metrics.unlink(missing_ok=True)
-            chosen = config
-        if limit is not None:  # of all lives together
-            chosen = chosen.replace(max_time=max(0.0, began + limit - time.monotonic()))
-        return [*_OURSELVES, "train", *arguments_of(chosen)]
-
-    def last_step() -> int:
-        try:
-            lines = read_metrics(metrics)
-        except (OSError, ValueError):  # none yet
-            return 0
-        return int(lines[-1]["step"]) if lines else 0
-
-    return supervise(command, restarts, last_step)
-
-
-def _launched(config: RunConfig, launch: Launched) -> RunConfig:
-    """The run where each rank was started by torchrun or Slurm: the core starts none."""
-    parallelism, machines = config.parallelism, config.machines
-    if launch.world_size != parallelism.world_size:
-        raise ValueError(
-            f"{launch.world_size} ranks were started, but --replicas {parallelism.replicas} x "
-            f"--data-parallelism {parallelism.data_parallelism} x --tensor-parallelism "
-            f"{parallelism.tensor_parallelism} are {parallelism.world_size}"
-        )
-    if parallelism.elastic:
-        raise ValueError(
-            "--elastic under torchrun or Slurm: they end all ranks with the first; start the core, "
-            "and `psyche-fast sidecar --elastic` for each further replica"
-        )
-    changes: dict[str, Any] = {"local_ranks": 1}
-    if launch.host is not None and machines.host == Machines().host:
-        changes["host"] = launch.host
-    if launch.port is not None and machines.port == 0:
-        changes["port"] = launch.port
-    config = config.replace(**changes)
-    # On every rank, so that none waits for a core that has refused it.
-    knock.check(config.machines.host, config.machines.secret_file)
-    return config
-
-
-def _serve(config: RunConfig, launch: Launched) -> None:
-    """A rank after the first: a sidecar that the core need not spawn."""
-    quiet_terminal()
-    signals.leave_to_core()
-    from psyche_fast import sidecar
-    from psyche_fast.start.devices import device_of_launched
-
-    machines = config.machines
-    device, backend = device_of_launched(machines.device, launch)
-    host, port = meet(dataclasses.replace(launch, port=machines.port or None), machines.timeout)
-    os.environ.setdefault(TIMEOUT, str(machines.timeout))
-    os.environ[ARCHITECTURES] = config.model.python_arch
-    files = machines.tls_key, machines.tls_cert, machines.tls_ca
-    tls.check(*files)
-    os.environ.update(tls.variables(*files))
-    sidecar.run(
-        Namespace(
-            parent_pid=None, backend=backend, init_method=tcp_url(host, port),
-            world_size=launch.world_size, rank=launch.rank, device=device.index,
-            secret_file=machines.secret_file,
-        )
-    )  # fmt: skip
+        looks = Profile(steps, Path(output, "profile"), nvtx=nvtx)
+    _lead(resolved, launch, dry_run=False, profile=looks)
 
 
 @cli.command()
@@ -448,7 +411,7 @@ def sidecar(
         elastic = given.pop("elastic")
         arguments = [word for n, v in given.items() if v is not None for word in (flag(n), str(v))]
         arguments += ["--elastic"] if elastic else []
-        sys.exit(supervise(lambda life: [*_OURSELVES, "sidecar", *arguments], max_restarts, None))
+        sys.exit(supervise(lambda life: [*OURSELVES, "sidecar", *arguments], max_restarts, None))
     from psyche_fast.start.spawn import launch_host
 
     if num_local_ranks is None:

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -108,6 +109,20 @@ def group_timeout() -> timedelta:
 
     timeout: timedelta = distributed_c10d.default_pg_timeout
     return timeout
+
+
+def record_memory_history(on: bool) -> None:
+    """Has CUDA's allocator keep who asked for what, or no longer (2.11 .. 2.13)."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def dump_memory_snapshot(path: Path) -> None:
+    """Writes what CUDA's allocator holds, for pytorch.org/memory_viz (2.11 .. 2.13)."""
+    import torch
+
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 def set_default_timeout(timeout: timedelta) -> None:

@@ -274,7 +274,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             ranks_per_replica=self.parallelism.ranks_per_replica,
             has_masters=self.model.master_dtype == "float32",
         )
-        if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
+        exchanges = self.optimizer.distro or self.exchange.method or self.exchange.levels
+        if replicas > 1 and not exchanges:
             raise ValueError(
                 f"{asked} {replicas} needs --distro: AdamW has no exchange between peers "
                 "(--method dense has)"
@@ -452,6 +453,8 @@ def _add(values: dict[str, Any], key: str, value: Any, what: str) -> str:
         raise ValueError(f"{what}: there is no key {key!r}{_near(name)}")
     if name in values:
         raise ValueError(f"{what}: key {name!r} appears twice, as {key!r} too")
+    if name == "levels" and isinstance(value, list):
+        value = ",".join(map(str, value))
     parse = FLAGS[name].parse
     if parse is not None and isinstance(value, str):
         try:

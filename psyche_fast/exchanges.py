@@ -17,6 +17,11 @@ class Exchange(Section, frozen=True, kw_only=True):
         _help("distro, demo, demo-v2, sparseloco, diloco, streaming-diloco, muloco, random-k, dense"
               ", or one of a package: how replicas learn"),
     ] = None  # fmt: skip
+    levels: Annotated[
+        str | None,
+        _help("in place of --method: several in levels, the innermost first, each with its "
+              "options, 2:dense,2:distro,2:sparseloco(every=30,topk=64)"),
+    ] = None  # fmt: skip
     every: Annotated[Positive | None, _help("method: local steps until a part's turn")] = None
     fragments: Annotated[Positive | None, _help("method: parts of it that take turns")] = None
     delay: Annotated[Count | None, _help("method: steps from sending to applying")] = None
@@ -56,7 +61,7 @@ class Exchange(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         for name in self.__struct_fields__:
-            if name in ("method", "link") or getattr(self, name) is None:
+            if name in ("method", "levels", "link") or getattr(self, name) is None:
                 continue
             if self.method is None:
                 raise ValueError(f"{flag(name)} needs --method")
@@ -77,12 +82,23 @@ class Exchange(Section, frozen=True, kw_only=True):
             ValueError: it does not.
         """
         method = self.method
+        if self.levels is not None:
+            others = {"--method": method, "--distro": distro or None, "--elastic": elastic or None}
+            for which, value in others.items():
+                if value is not None:
+                    raise ValueError(f"--levels are all that replicas exchange: leave out {which}")
+            if ranks_per_replica > 1:
+                raise ValueError(
+                    "--levels want whole replicas: no --data-parallelism or --tensor-parallelism"
+                )
+            if self.link is not None and not simulate:
+                raise ValueError("--link with --levels is a virtual clock's, for --simulate")
         if self.link is not None:
             if self.link != "auto":
                 Link.parse(self.link)
             elif simulate:
                 raise ValueError("--link auto measures a link, which --simulate has none of")
-            if not distro and method is None:
+            if not distro and method is None and self.levels is None:
                 raise ValueError("--link needs --distro or --method, whose exchanges go over it")
             if replicas < 2:
                 asked = "--replicas or --simulate"

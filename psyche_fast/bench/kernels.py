@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from psyche_fast.bench import kernel_cases as make
+from psyche_fast.bench import method_cases as methods
 from psyche_fast.bench.kernel_data import Data, Work
 from psyche_fast.bench.measure import device_times, milliseconds, percentiles
 
@@ -74,6 +75,14 @@ def _cases() -> Iterator[Case]:
             senders = f", n={make.PEERS}" if direction == "unpack" else ""
             what = f"{direction} k=8, {'signs' if signs else 'values'}{senders}"
             yield Case("codec", what, build, quick=signs)
+    yield Case("take up", "k=64 of anchor - own", partial(methods.take_up, k=64), quick=True)
+    for bits in (2, 4, 8):
+        build = partial(methods.take_up, bits=bits)
+        yield Case("take up", f"all in {bits} bits of anchor - own", build, quick=bits == 4)
+    for k, replicas in ((64, 8), (0, 1)):
+        build = partial(methods.outer_step, replicas=replicas, k=k)
+        what = f"n={replicas}, {f'k={k}' if k else 'all'}, Nesterov and copy"
+        yield Case("outer", what, build, quick=k == 0)
 
 
 CASES = tuple(_cases())

@@ -42,6 +42,7 @@ from psyche_fast.models.source import (
     vocabulary_size,
 )
 from psyche_fast.rank.choice import CHOSEN
+from psyche_fast.rank.levels import levels_of
 from psyche_fast.rank.link import AUTO
 from psyche_fast.rank.method import method_of
 from psyche_fast.ranks import Parallelism
@@ -103,6 +104,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     if run.checkpoint_to is not None:
         open_remote(run.checkpoint_to, "--checkpoint-to")
     method_of(config)
+    levels_of(config)
     devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)
@@ -180,7 +182,7 @@ def _summary(
     if sizes.warmup_tokens:
         tokens = format_count(sizes.warmup_tokens)
         rise = f" (from {math.ceil(sizes.start / parallelism.copies)} on, over {tokens} tokens)"
-    method = "AdamW" if config.exchange.method is None else config.exchange.method
+    method = config.exchange.method or config.exchange.levels or "AdamW"
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
         method = f"DisTrO (top {chunks}{', 1 bit' if optimizer.distro_quantization else ''})"
@@ -252,6 +254,8 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
 def left_over(config: RunConfig) -> tuple[str, ...]:
     """The last local steps, where nothing is sent after them."""
     method, steps = method_of(config), config.schedule.total_steps
+    if (levels := levels_of(config)) is not None:
+        method = levels[-1][1]  # rounds of the levels below end with those of the outermost
     if config.chooses_for_link and config.exchange.every is None:
         return ()  # the local steps are chosen when the run starts
     left = 0 if method is None else steps % method.every

@@ -9,11 +9,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,7 @@ from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import join_own, welcome
 from psyche_fast.rank.link import Settled
 from psyche_fast.rank.members import Joiner
+from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
@@ -69,6 +70,9 @@ from psyche_fast.start.elastic import ReplicaSidecars
 from psyche_fast.start.logs import link, rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
+
+if TYPE_CHECKING:
+    from psyche_fast.core.profile import Profile
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -127,13 +131,19 @@ class Core:
     ends: float = math.inf
 
 
-def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) -> RunResult:
+def run(
+    plan: Plan,
+    launch: Launched | None = None,
+    early: Early | None = None,
+    profile: Profile | None = None,
+) -> RunResult:
     """Runs a plan to its end.
 
     Args:
         plan: the run.
         launch: where the other ranks were started with this one (torchrun, Slurm).
         early: sidecars that have been started already, as far as they are needed.
+        profile: looks on at rank 0's steps.
 
     Raises:
         SidecarFailed: a sidecar ended; the message names it.
@@ -162,8 +172,11 @@ def run(plan: Plan, launch: Launched | None = None, early: Early | None = None) 
             stack.enter_context(also_at_exit_now(lambda: status.end("failed: ended at once")))
             ends = math.inf if config.run.max_time is None else began + config.run.max_time
             try:
-                with started(plan, output, launch, console, early) as ranks:
-                    result = _train(plan, output, ranks, console, uploads, status, ends)
+                with (
+                    started(plan, output, launch, console, early) as ranks,
+                    snapshot_if_full(output / "logs", 0),
+                ):
+                    result = _train(plan, output, ranks, console, uploads, status, ends, profile)
             except BaseException as error:
                 status.end(f"failed: {explain(error)}")
                 raise
@@ -213,6 +226,7 @@ def _train(
     uploads: Sequence[Uploads],
     status: Status,
     ends: float,
+    profile: Profile | None,
 ) -> RunResult:
     """Loads the model on all ranks, goes through the steps and ends the ranks."""
     config, device = plan.resolved, plan.devices.devices[0]
@@ -244,7 +258,7 @@ def _train(
     checkpoints = Checkpoints(
         plan, output, trainer, sender, ranks.store, console.message, uploads, members
     )
-    timer = PhaseTimer()
+    timer = PhaseTimer() if profile is None else profile.timer
     watch = watching(ranks, config, timer, output / "logs", members, status)
     full_speed = None
     if costs.token_flops is not None:
@@ -284,6 +298,7 @@ def _train(
         also_at_exit_now(tracker.finish),
         evaluation,
         watch,
+        nullcontext() if profile is None else profile.over(trainer),
     ):
         checkpoints.trackers = plan.trackers | ({run.tracker: tracker.id} if tracker.id else {})
 
@@ -297,7 +312,8 @@ def _train(
 
         try:
             for last_step, checkpoint in steps(core, batches, report):  # noqa: B007 - used below
-                pass
+                if profile is not None:
+                    profile.step()
         except BaseException:
             checkpoints.leave()
             raise

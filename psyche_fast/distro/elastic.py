@@ -57,7 +57,7 @@ class ElasticExchange(Exchange):
     def __init__(self, form: MessageFormat, gathers: Gathers) -> None:
         super().__init__(form, None, None)
         self._gathers, self._size = gathers, gathers.size
-        self.standing = Standing(gathers.replicas)
+        self.others, self.standing = gathers.replicas - 1, Standing(gathers.replicas)
         self.senders: Future[list[int]] | None = None
         self._found: dict[int, dict[int, str]] = {}
 

@@ -137,6 +137,7 @@ class Exchange:
     Attributes:
         bytes_sent: size of this rank's last message; 0 where there is nobody to send it to.
         bytes_received: of the others' messages of that exchange.
+        others: how many peers there may be beside this one.
         number: exchanges that there have been, those before a checkpoint too.
         standing: whose results are left out for a while.
         refused: replicas whose results among the last that were received have been refused, each
@@ -156,7 +157,7 @@ class Exchange:
         self._rank, replicas = 0, 1
         if peers is not None:
             self._rank, replicas = dist.get_rank(peers), dist.get_world_size(peers)
-        self._others = replicas - 1
+        self.others = replicas - 1
         self.standing = Standing(replicas)
         self.refused: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
@@ -173,7 +174,7 @@ class Exchange:
         """Send this rank's entries on their way."""
         pending = start(self._form.pack(entries, self.number, self._rank), self._peers)
         self.bytes_sent = pending.bytes_sent
-        self.bytes_received = self._others * pending.bytes_sent
+        self.bytes_received = self.others * pending.bytes_sent
         check: Future[Verdict] = Future()
         if self._agreement is None:
             check.set_result(Verdict())

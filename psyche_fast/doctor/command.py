@@ -97,8 +97,8 @@ def look(
             partial(software.environment, has_gpu), software.hub, software.running,
         ),
         "machine": (
-            machine.system, machine.cores, machine.memory, machine.limits, machine.shared_memory,
-            partial(machine.disks, output), machine.clock,
+            machine.system, machine.user, machine.cores, machine.memory, machine.limits,
+            machine.shared_memory, partial(machine.disks, output), machine.clock,
         ),
         "GPUs": (driver,),
         "network": (network.interfaces, network.own_name, partial(network.ports, port)),

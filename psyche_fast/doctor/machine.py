@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import pwd
 import resource
 import sys
 import tempfile
@@ -40,6 +41,23 @@ def system() -> Iterator[Finding]:
             f"file names are {encoding}",
             "set LANG=C.UTF-8, or PYTHONUTF8=1: texts and names of models may be UTF-8",
         )
+
+
+def user() -> Iterator[Finding]:
+    """Who runs this: containers are often told a number that nobody has."""
+    number = os.getuid()
+    try:
+        yield ok("user", pwd.getpwuid(number).pw_name)
+    except KeyError:
+        missing = [name for name in ("HOME", "USER") if not os.environ.get(name)]
+        if missing:
+            yield problem(
+                "user",
+                f"{number} is not in /etc/passwd, and {' and '.join(missing)} not set",
+                "docker run -e HOME=/tmp -e USER=me: caches are looked for by them",
+            )
+        else:
+            yield ok("user", f"{number}, of no name but USER")
 
 
 def cores() -> Iterator[Finding]:
@@ -180,7 +198,7 @@ def disks(output: Path) -> Iterator[Finding]:
     Args:
         output: where runs are to write.
     """
-    home = Path(os.environ.get("HOME") or "~").expanduser()
+    home = Path(os.path.expanduser("~"))  # as it is where nobody knows
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or hub / "hub")

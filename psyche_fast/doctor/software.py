@@ -215,7 +215,7 @@ def compiler(has_gpu: bool) -> Iterator[Finding]:
             f"no {headers[0]}",
             f"apt-get install python{this}-dev (dnf install python{this}-devel): {why}",
         )
-    home = os.environ.get("TRITON_HOME") or os.environ.get("HOME") or str(Path("~").expanduser())
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
     refused = _takes_libraries(folder)
     if refused is None:
@@ -287,6 +287,15 @@ def environment(has_gpu: bool) -> Iterator[Finding]:
             "MASTER_PORT itself, and other machines to reach it",
             "unset it, unless something else asks for it",
         )
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        place = os.environ.get(name)
+        if place and not Path(place).exists():
+            noted = True
+            yield warning(
+                "environment",
+                f"{name}={place}: there is no such thing, so that every download by https fails",
+                f"unset {name}, or put the certificates there",
+            )
     try:
         launch = launched()
     except ValueError as error:

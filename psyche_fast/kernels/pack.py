@@ -13,7 +13,9 @@ Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, wit
 2. bit planes, uint8 `[ceil(chunks / 8), bits]`: bit `j` of byte `[g, b]` is bit `b` of chunk
    `8 g + j`. A chunk's bits are the low bits (entry by entry, least significant first), the bit
    vector, and a sign per entry (1 for negative) where only signs are sent; of codes of several bits
-   the lowest bit per entry, then the next one of all entries, and so on.
+   the lowest bit per entry, then the next one of all entries, and so on. Codes of all coefficients
+   are in rows of 64 (8, or of a chunk's where it is no multiple) in the place of chunks, so that
+   few chunks fill bytes too.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ Values = Literal["sign"] | int | torch.dtype
 floating-point dtype."""
 
 __all__ = [
-    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares", "unpack",
-    "unpack_checked", "well_formed",
+    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares",
+    "unpack", "unpack_checked", "well_formed",
 ]  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def size(plan: ChunkPlan, values: Values) -> int:
     Raises:
         TypeError: `values` is neither.
     """
-    return _value_bytes(plan, values) + _groups(plan) * _bits(plan, values)
+    return _value_bytes(plan, values) + _groups(plan, values) * _bits(plan, values)
 
 
 def pack(
@@ -140,11 +142,13 @@ def pack(
         out[:value_bytes].copy_(raw)
     bits = _bits(plan, values)
     if bits:
-        planes = out[value_bytes:].view(_groups(plan), bits)
+        planes = out[value_bytes:].view(_groups(plan, values), bits)
         signs = None if isinstance(values, torch.dtype) else entries.values
-        implementation(backend, "pack").pack(
-            index_code(plan.totalk, plan.k), entries.indices, signs, planes, _planes(values)
-        )
+        code, indices = index_code(plan.totalk, plan.k), entries.indices
+        if signs is not None and (width := _row_width(plan, values)):
+            code, signs = index_code(width, width), signs.reshape(-1, width)
+            indices = signs
+        implementation(backend, "pack").pack(code, indices, signs, planes, _planes(values))
     return out
 
 
@@ -214,7 +218,7 @@ def well_formed(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
         good &= numbers(plan, data, values).isfinite().all(dim=1)
     if code.bits == 0:
         return good
-    planes = data[:, at:].unflatten(1, (_groups(plan), _bits(plan, values)))
+    planes = data[:, at:].unflatten(1, (_groups(plan, values), _bits(plan, values)))
     for group, part in enumerate(planes.split(_CHUNKS_AT_ONCE // 8, dim=1)):
         chunks = min(plan.chunks - group * _CHUNKS_AT_ONCE, _CHUNKS_AT_ONCE)
         indices = torch.empty(chunks, len(data), plan.k, dtype=plan.index_dtype)
@@ -286,8 +290,13 @@ def _unpack(
         indices.copy_(everything.to(plan.index_dtype).expand(shape))
     bits = _bits(plan, values)
     if bits and chunks and peers:
-        planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
-        implementation(backend, "pack").unpack(code, planes, indices, signs, valid, _planes(values))
+        planes = rows[:, value_bytes:].unflatten(1, (_groups(plan, values), bits))
+        if width := _row_width(plan, values):
+            result = _unpacked_rows(plan, planes, width, _planes(values), backend)
+        else:
+            implementation(backend, "pack").unpack(
+                code, planes, indices, signs, valid, _planes(values)
+            )
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )
@@ -305,11 +314,32 @@ def _check_entries(plan: ChunkPlan, entries: Entries) -> None:
         raise ValueError(f"indices: wanted {plan.index_dtype}, got {entries.indices.dtype}")
 
 
-def _groups(plan: ChunkPlan) -> int:
-    return -(-plan.chunks // 8)
+def _row_width(plan: ChunkPlan, values: Values) -> int:
+    """Of codes of all coefficients; 0 of all else."""
+    if not isinstance(values, int) or plan.k < plan.totalk:
+        return 0
+    return next((width for width in (64, 8) if plan.k % width == 0), plan.k)
+
+
+def _unpacked_rows(plan: ChunkPlan, planes: Tensor, width: int, count: int, backend: str) -> Tensor:
+    """Codes of all coefficients `[chunks, peers, k]`."""
+    peers, n = len(planes), plan.k // width
+    codes = torch.empty(plan.chunks * n, peers, width, dtype=torch.uint8, device=planes.device)
+    implementation(backend, "pack").unpack(
+        index_code(width, width), planes, codes, codes, None, count
+    )
+    return codes.view(plan.chunks, n, peers, width).transpose(1, 2)
+
+
+def _groups(plan: ChunkPlan, values: Values) -> int:
+    width = _row_width(plan, values)
+    rows = plan.chunks * plan.k // width if width else plan.chunks
+    return -(-rows // 8)
 
 
 def _bits(plan: ChunkPlan, values: Values) -> int:
+    if width := _row_width(plan, values):
+        return width * _planes(values)
     return index_code(plan.totalk, plan.k).bits + plan.k * _planes(values)
 
 

@@ -24,6 +24,8 @@ from psyche_fast.methods.philox import positions
 from psyche_fast.methods.values import BITS
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_TURNS_KEPT = 2
+"""Whose random places are kept: those of results that have yet to come are drawn once."""
 _NOISE = 64
 """Of a chunk's largest value times the type's epsilon."""
 
@@ -116,6 +118,7 @@ class Fragment:
         self.kept = self.layout.zeros() if self._keeps else None
         self.own: list[Picked] | None = None
         self._numbers = {}
+        self._places: dict[tuple[ChunkPlan, int], Tensor] = {}
         if method.select == "random":
             for at, (name, whole) in enumerate(zip(names, self.parts.wholes, strict=True)):
                 every = torch.arange(whole.chunks, device=whole.device).view(whole.lead)
@@ -176,12 +179,10 @@ class Fragment:
     def _takes_out_at_once(self) -> bool:
         """Whether all that is sent is taken out of what is kept where it is made.
 
-        What is kept is needed as it was where it leads the look-ahead; an owner's part of a message
-        is quantised by itself.
+        What is kept is needed as it was where it leads the look-ahead.
         """
         method = self.method
-        is_all = method.select == "all" and not method.lookahead and method.values != "codebook4"
-        return is_all and isinstance(self.format, Format)
+        return method.select == "all" and not method.lookahead and method.values != "codebook4"
 
     def _previous(self, at: int) -> dict[str, Any]:
         if self.own is None:
@@ -231,7 +232,12 @@ class Fragment:
         """The positions that a round's random selection takes, int64 `[n, k]`."""
         named = [self.names[m.position] for m in plan.members]
         numbers = {name: self._numbers[name] for name in named}
-        return positions(numbers, plan.totalk, plan.k, seed=self.method.seed, turn=turn)
+        drawn = self._places.get((plan, turn))  # when it was sent
+        if drawn is None:
+            drawn = positions(numbers, plan.totalk, plan.k, seed=self.method.seed, turn=turn)
+            self._places = {k: v for k, v in self._places.items() if k[1] > turn - _TURNS_KEPT}
+            self._places[plan, turn] = drawn
+        return drawn
 
     def merge(self, received: Sequence[Picked], turn: int) -> list[Tensor]:
         """The mean of the replicas' results, transformed back: this rank's shards, in order."""

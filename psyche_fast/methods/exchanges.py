@@ -290,10 +290,3 @@ def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple
     found = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(found, padded, group=group)
     return {tuple(row) for row in torch.cat(found).tolist()}
-
-
-def group_of(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-    """A group of ranks, who alone take part in making it."""
-    made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return made

@@ -24,7 +24,7 @@ from psyche_fast.methods.method import SGD, Method
 from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.presets import get
 from psyche_fast.methods.replica import Faults, Replica
-from psyche_fast.methods.steps import copied
+from psyche_fast.methods.steps import OuterStep, copied
 
 Levels: TypeAlias = Sequence[tuple[int, Method]]
 """How many of the level below learn from each other, and how; the innermost first."""
@@ -81,30 +81,23 @@ def _misfit(below: Method, method: Method) -> str | None:
     return None
 
 
-class _HandOn:
+class _HandOn(OuterStep):
     """In an outer step's place: the mean becomes the gradient of the level above."""
 
-    decays = False
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters, self.has_mean = parameters, False
+    def __init__(self, method: Method, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(method, parameters)
+        self.has_mean = False
 
     def decay(self, rate: float) -> None:
         self.has_mean = False
 
     def length(self, rate: float) -> None:
-        """None: the mean itself is wanted, not a step of it."""
+        return None  # the mean is wanted, not a step by it
 
     def step(self, merged: Mapping[str, Tensor], rate: float) -> None:
         for name, mean in merged.items():
-            self._parameters[name].grad = mean.to(self._parameters[name].dtype)
+            self._shared[name].grad = mean.to(self._shared[name].dtype)
         self.has_mean = True
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        assert not state
 
 
 class Hierarchy:
@@ -167,7 +160,7 @@ class Hierarchy:
                     raise ValueError(
                         f"parameter {name}: a mean gradient wants float32, not {p.dtype}"
                     )
-        self._means = [_HandOn(parameters) for _ in range(self._base)]
+        self._means: list[_HandOn] = []
         self.levels: list[Replica] = []
         named = parameters
         for at, (count, method) in enumerate(found):
@@ -180,7 +173,8 @@ class Hierarchy:
                 options["inner"] = torch.optim.SGD(list(named.values()), lr=0.0)
             replica = Replica(method, named, replica=index, replicas=count, **options)
             if at < self._base:
-                replica.outer = self._means[at]  # type: ignore[assignment]  # as far as it is used
+                replica.outer = _HandOn(method, parameters)
+                self._means.append(replica.outer)
             else:
                 named = replica.plain()
             self.levels.append(replica)

@@ -147,7 +147,7 @@ class Mean:
             total = picked.values[0].clone()
             for value in picked.values[1:]:
                 total += value
-            total /= replicas
+            total *= 1.0 / replicas
             if self._kept is not None:
                 total = self._kept.add_(total).clone()
             return Picked(None, total)
@@ -159,7 +159,10 @@ class Mean:
             total.scatter_add_(1, where, value)
             count.scatter_add_(1, where, torch.ones_like(value))
         named = count > 0
-        total /= count.clamp_(min=1) if self._by_name else replicas
+        if self._by_name:
+            total /= count.clamp_(min=1)
+        else:
+            total *= 1.0 / replicas
         # As many as there may be: those that nobody names are filled up, with zeros.
         missing = sent.k - named.sum(1, keepdim=True)
         taken = named | ((~named).cumsum(1) <= missing) if sent.k < size else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import msgspec
@@ -9,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psyche_fast.methods.exchanges import group_of
 from psyche_fast.methods.hierarchy import Hierarchy, Level
 from psyche_fast.methods.replica import Faults
 from psyche_fast.methods.rounds import Rounds
@@ -34,10 +34,10 @@ def rounds_of(hierarchy: Hierarchy, group: dist.ProcessGroup) -> list[Rounds]:
     for at, count in enumerate(hierarchy.counts):
         size = prod(hierarchy.counts[:at])
         first = rank - rank % size
-        site = group_of(ranks[first : first + size], "gloo") if size > 1 else None
+        site = _group(ranks[first : first + size], "gloo") if size > 1 else None
         begin = rank - hierarchy.levels[at].replica * size
         peers = ranks[begin : begin + count * size : size]
-        others = group_of(peers, dist.get_backend_config(group)) if count > 1 else None
+        others = _group(peers, dist.get_backend_config(group)) if count > 1 else None
         if site is None:
             rounds.append(Rounds(Level(hierarchy, at), others))
         elif rank == first:
@@ -68,8 +68,8 @@ class _Leading(Level):
 class _Following(Rounds):
     """The exchanges of a level of a rank that is not its site's first: it sends none to others.
 
-    Its groups with its counterparts are there all the same: torch tells groups apart by how many
-    each of their ranks has had before.
+    It has the group of its counterparts all the same: torch tells groups that their own ranks make
+    apart by how many each rank has, which has to be as many on all.
     """
 
     def __init__(
@@ -101,3 +101,10 @@ class _Following(Rounds):
     def resume(self) -> None:
         """As of `Rounds`: the site's first rank exchanges again what is in flight."""
         self._compare()
+
+
+def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """A group of ranks, who alone take part in making it."""
+    made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made

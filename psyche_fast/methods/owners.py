@@ -32,6 +32,7 @@ from torch import Tensor
 
 from psyche_fast.distro.chunks import MAX_SLICE_ELEMENTS, Layout
 from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices
+from psyche_fast.kernels.quantise import Codes
 from psyche_fast.methods.merged import Mean, Merged
 from psyche_fast.methods.message import (
     HEADER,
@@ -163,13 +164,13 @@ class Owners:
         seen = [torch.empty_like(p.values) for p in picked]
         for part in self._parts:
             own = [
-                Picked(_rows(picked[at].indices, rows), picked[at].values[rows])
-                for at, rows in zip(part.classes, part.chunks, strict=True)
+                _part(picked[at], rows) for at, rows in zip(part.classes, part.chunks, strict=True)
             ]
             message, values = part.up.pack(turn, sender, own)
             messages.append(message)
             for at, rows, value in zip(part.classes, part.chunks, values, strict=True):
-                seen[at][rows] = value
+                if picked[at].codes is None:
+                    seen[at][rows] = value.to(seen[at].dtype)
         return torch.cat(messages), seen
 
     def check_parts(self, turn: int, parts: Tensor) -> dict[int, str]:
@@ -396,6 +397,14 @@ def _cut(plan: ChunkPlan, chunks: int) -> ChunkPlan:
     return replace(
         plan, members=members, slices=cut_slices(members, plan.totalk, MAX_SLICE_ELEMENTS)
     )
+
+
+def _part(picked: Picked, rows: Tensor) -> Picked:
+    """Some chunks' entries, to be sent."""
+    if picked.codes is not None:
+        codes = Codes(picked.codes.codes[rows], picked.codes.scales[rows])
+        return Picked(None, picked.values, codes)
+    return Picked(_rows(picked.indices, rows), picked.values[rows])
 
 
 def _rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -148,8 +148,13 @@ class Replica:
 
     def bytes_sent(self, step: int) -> int:
         """Size of the message that ends step `step` (from 0), 0 where there is none."""
+        form = self.form(step)
+        return 0 if form is None else form.size
+
+    def form(self, step: int) -> Format | Owners | None:
+        """How the message travels that ends step `step` (from 0); None where there is none."""
         turn = self._turn(step + 1)
-        return 0 if turn is None else self.fragments[turn % len(self.fragments)].format.size
+        return None if turn is None else self.fragments[turn % len(self.fragments)].format
 
     @torch.no_grad()
     def before_forward(self, step: int) -> None:

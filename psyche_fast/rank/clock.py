@@ -18,12 +18,14 @@ class Transfer:
         delay: steps from sending to the step whose end waits for the result.
         ways: how often something goes from one end to the other until the result is there: once,
             and once more for the ranks to agree on what they take.
+        counts: whether it goes over the link that the clock is for.
     """
 
     up: int
     down: int
     delay: int
     ways: int = 2
+    counts: bool = True
 
 
 class Clock:
@@ -62,7 +64,7 @@ class Clock:
             exchange was waited for.
         """
         link, began, now = self.link, self.seconds, self.seconds + train
-        for transfer in sent:
+        for transfer in (t for t in sent if t.counts):
             moved = link.seconds(transfer.up, transfer.down) - link.latency
             self._free = max(self._free, now) + moved
             arrives = self._free + transfer.ways * link.latency

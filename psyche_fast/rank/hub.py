@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.methods import Replica
 from psyche_fast.methods.exchanges import Arrived, InProcess, traffic
+from psyche_fast.methods.hierarchy import Level
 from psyche_fast.methods.replica import Faults
 
 
@@ -36,7 +36,7 @@ class Hub:
         self.replicas = replicas
         self._gathers: defaultdict[int, _Gather] = defaultdict(_Gather)
         self._done = 0
-        self._rounds: defaultdict[object, _Board] = defaultdict(partial(_Board, replicas))
+        self._boards: defaultdict[object, _Board] = defaultdict(_Board)
 
     def gather(
         self, number: int, rank: int, sent: Tensor | Callable[[], Tensor]
@@ -61,7 +61,7 @@ class Hub:
 
     def board(self, what: object) -> _Board:
         """Where the replicas of a method leave their messages."""
-        return self._rounds[what]
+        return self._boards[what]
 
 
 class Peers(Gathers):
@@ -83,21 +83,20 @@ class Peers(Gathers):
         number, self._number = self._number, self._number + 1
         return self._hub.gather(number, self.rank, sent)
 
-    def rounds(self, replica: Replica) -> Here:
-        """The exchanges of a method's replica."""
-        return Here(replica, self._hub.board("method"))
+    def rounds(self, replica: Replica | Level, what: object = None) -> Here:
+        """The exchanges of a method's replica with all that say the same of what they exchange."""
+        return Here(replica, self._hub.board(what))
 
 
 class _Board:
     """A method's replicas, and their messages under way by the number of their round."""
 
-    def __init__(self, replicas: int) -> None:
-        self._count = replicas
-        self._replicas: dict[int, Replica] = {}
+    def __init__(self) -> None:
+        self._replicas: dict[int, Replica | Level] = {}
         self._sent: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
         self._arrived: dict[int, tuple[Arrived, set[int]]] = {}
 
-    def join(self, replica: Replica) -> None:
+    def join(self, replica: Replica | Level) -> None:
         self._replicas[replica.replica] = replica
 
     def put(self, number: int, replica: int, message: Tensor) -> None:
@@ -107,13 +106,13 @@ class _Board:
         """What a replica receives of the oldest messages that it has not received yet."""
         if number not in self._arrived:
             sent = self._sent.pop(number)
-            assert len(sent) == self._count, "all have their turns before one receives"
-            members = range(self._count)
+            members = sorted(self._replicas)
+            assert sorted(sent) == members, "all have their turns before one receives"
             exchange = InProcess([self._replicas[r] for r in members])
             self._arrived[number] = exchange.deliver([sent[r] for r in members], at=0), set()
         arrived, takers = self._arrived[number]
         takers.add(replica)
-        if len(takers) == self._count:
+        if len(takers) == len(self._replicas):
             del self._arrived[number]
         return arrived
 
@@ -130,7 +129,7 @@ class Here:
         bytes_received: likewise.
     """
 
-    def __init__(self, replica: Replica, board: _Board) -> None:
+    def __init__(self, replica: Replica | Level, board: _Board) -> None:
         self._replica, self._board = replica, board
         self._sent = self._received = 0
         self.bytes_sent = self.bytes_received = 0

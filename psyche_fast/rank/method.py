@@ -53,12 +53,18 @@ def method_of(run: config.RunConfig) -> Method | None:
     if name is None or run.optimizer.distro:
         return None
     try:
-        return _method_of(name, options, run.optimizer)
+        return method_by(name, options, run.optimizer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"--method {name}: {error}") from error
 
 
-def _method_of(name: str, options: config.Exchange, optimizer: config.Optimizer) -> Method:
+def method_by(name: str, options: config.Exchange, optimizer: config.Optimizer) -> Method:
+    """A method by its name and options, with a run's AdamW and weight decay.
+
+    Raises:
+        ValueError: options that do not go together.
+        TypeError: likewise.
+    """
     method = get(name)
     given = {f: getattr(options, n) for n, f in _FIELDS.items()}
     changes: dict[str, Any] = {f: value for f, value in given.items() if value is not None}
@@ -212,9 +218,9 @@ class MethodOptimizer(Optimizer):
         """All that this rank has, the shared parameters included, and messages in flight."""
         replica, _ = self._replica()
         tensors: list[Tensor] = []
-        skeleton = msgspec.json.encode(_skeleton(replica.state_dict(), tensors))
+        packed = msgspec.json.encode(skeleton(replica.state_dict(), tensors))
         pieces = {f"method/{at}": Piece(tensor) for at, tensor in enumerate(tensors)}
-        return {**pieces, "method": Piece(torch.frombuffer(bytearray(skeleton), dtype=torch.uint8))}
+        return {**pieces, "method": Piece(torch.frombuffer(bytearray(packed), dtype=torch.uint8))}
 
     def load(self, reader: Reader, *, is_new: bool) -> None:
         """Take up what `state` gave; a collective of all replicas.
@@ -228,34 +234,34 @@ class MethodOptimizer(Optimizer):
                 "--resume: a --method's replicas are those that there were; give as many --replicas"
             )
         replica, rounds = self._replica()
-        skeleton = msgspec.json.decode(bytes(reader.tensor("optimizer/method").tolist()))
-        state = _filled(skeleton, reader)
+        packed = msgspec.json.decode(bytes(reader.tensor("optimizer/method").tolist()))
+        state = filled(packed, reader)
         # Whether it is of this run the core has looked at, by flags; a fork may have other rates.
         replica.load_state_dict({**state, "method": repr(self._method)})
         rounds.resume()
 
 
-def _skeleton(value: Any, tensors: list[Tensor]) -> Any:
+def skeleton(value: Any, tensors: list[Tensor]) -> Any:
     """A state as JSON: each dict its pairs, a list its items, a tensor its number."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _skeleton(v, tensors)] for key, v in value.items()]}
+        return {"dict": [[key, skeleton(v, tensors)] for key, v in value.items()]}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_skeleton(v, tensors) for v in value]}
+        return {kind: [skeleton(v, tensors) for v in value]}
     return value
 
 
-def _filled(value: Any, reader: Reader) -> Any:
-    """What `_skeleton` was made of."""
+def filled(value: Any, reader: Reader) -> Any:
+    """What `skeleton` was made of."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return reader.tensor(f"optimizer/method/{content}")
     if kind == "dict":
-        return {key: _filled(v, reader) for key, v in content}
-    items = [_filled(v, reader) for v in content]
+        return {key: filled(v, reader) for key, v in content}
+    items = [filled(v, reader) for v in content]
     return tuple(items) if kind == "tuple" else items

@@ -75,10 +75,7 @@ class Optimizer:
         """Bring the parameters to where the gradient is wanted."""
 
     def receive(self) -> None:
-        """Begin with what has come from other ranks; waits for nothing, changes no parameter.
-
-        To be called between forwards and backwards, as often as one likes.
-        """
+        """Begin with what has come, between forwards and backwards; waits for nothing."""
 
     def after_backward(self, prev_lr: float, lr: float, factor: Tensor) -> None:
         """Take up the gradients.
@@ -323,10 +320,8 @@ class DistroOptimizer(DistroStep, Optimizer):
             signs=options.distro_quantization,
             outliers=options.refuse_outliers,
         )
-        self._replicas = 1
         if isinstance(peers, Gathers):
             self._exchange: Exchange = ElasticExchange(form, peers)
-            self._replicas = peers.replicas
         else:
             # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
             agreement = None if peers is None else dist.new_group(backend="gloo")
@@ -350,8 +345,7 @@ class DistroOptimizer(DistroStep, Optimizer):
     @property
     def transfers(self) -> Sequence[Transfer]:
         """See `Optimizer`."""
-        sent = self._exchange.bytes_sent
-        return [Transfer(sent, sent * (self._replicas - 1), delay=1)]
+        return [Transfer(self.bytes_sent, self.bytes_sent * self._exchange.others, delay=1)]
 
     @property
     def refused_results(self) -> dict[int, int]:

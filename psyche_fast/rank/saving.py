@@ -21,7 +21,16 @@ SPLIT = ("data_parallelism", "tensor_parallelism")
 _WORLD = ("replicas", *SPLIT)
 _FORM = (
     *("distro", "compression_chunk", "compression_topk", "distro_quantization", "delta_dtype"),
-    *("offload_delta", "param_dtype", "master_dtype", "method", "every", "fragments", "delay"),
+    *(
+        "levels",
+        "offload_delta",
+        "param_dtype",
+        "master_dtype",
+        "method",
+        "every",
+        "fragments",
+        "delay",
+    ),
     *("mix", "chunk", "topk", "values", "subtract", "outer_momentum"),
 )
 """Flags on which the form of an optimiser's state hangs."""

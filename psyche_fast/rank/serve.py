@@ -24,7 +24,9 @@ from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
 from psyche_fast.rank.hub import Peers
+from psyche_fast.rank.levels import LevelsOptimizer, levels_of
 from psyche_fast.rank.link import settle
+from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
@@ -81,10 +83,14 @@ def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Train
     parameters, method = trainable(model), method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
-    if method is not None:
-        peers = topology.peers
+    levels, peers = levels_of(config), topology.peers
+    if method is not None or levels is not None:
         assert isinstance(peers, Peers) or not isinstance(peers, Gathers), "refused by then"
-        optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
+        if levels is not None:
+            optimizer = LevelsOptimizer(parameters, levels, peers, undecayed)
+        else:
+            assert method is not None
+            optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
@@ -132,7 +138,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     writer = StateWriter(client.clone(), folder)
     totals: Totals | None = None
     step = 0
-    with beats:
+    with beats, snapshot_if_full(logs, rank):
         while True:
             beats.at(step, "waiting")
             match inbox.next():

@@ -46,6 +46,7 @@ class Simulated(Trainer):
         self.model, self.parameters = model, trainable(model)
         self.topology = Topology(replicas=replicas)
         self.stats = {}
+        self.virtual = {}
         buffers = [b for name, b in model.kept().items() if name.startswith("buffer/")]
         self._pointed = [*self.parameters.values(), *model.masters.values(), *buffers]
         self._sets = [

@@ -145,9 +145,44 @@ def test_a_large_model_from_its_config_alone(tmp_path: Path) -> None:
     assert "times less than a dense exchange" in table
 
 
+def test_a_method_over_a_link(tmp_path: Path) -> None:
+    """Bytes of 4 replicas' all-gather, and of owners; up and down, by round and by step."""
+    file = tmp_path / "config.json"
+    small = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}
+    file.write_text(json.dumps({**LLAMA_405B, **small, **heads}))
+    words = ["--model", str(file), "--replicas", "4", "--param-dtype", "float32", "--every", "12"]
+    words += ["--uplink", "10Mbit", "--downlink", "100Mbit", "--latency-ms", "20"]
+    found = {}
+    for method in ("sparseloco", "diloco", "streaming-diloco"):
+        said = command(*words, "--method", method, "--step-seconds", "0.5", "--json")
+        assert said.exit_code == 0, said.output
+        found[method] = json.loads(said.output)
+    elements = found["diloco"]["elements"]
+    sparse, dense, stream = found.values()
+    assert sparse["sent"] == pytest.approx(elements / 4096 * 84, rel=0.02)
+    assert sparse["rounds"]["up"] == [3 * sparse["sent"]] == sparse["rounds"]["down"]
+    assert dense["rounds"]["up"] == [pytest.approx(2 * 2 * elements * 3 / 4, rel=0.02)]
+    assert len(stream["rounds"]["up"]) == 3
+    assert sum(stream["state"].values()) == 16 * elements
+    up = 8 * sparse["rounds"]["up"][0] / 10e6
+    assert sparse["exchange_seconds"] == pytest.approx(0.02 + up)
+    assert sparse["over"]["loss"] == pytest.approx((0.02 + up) / (12 * 0.5))
+    assert sparse["chosen"]["loss"] == 0
+    assert sparse["chosen"]["every"] == 12
+    table = command(*words, "--method", "sparseloco", "--step-seconds", "0.5").output
+    assert "state       16.1 bytes per parameter and rank: shared 4, kept 4, own" in table
+    assert "per rank and round of 12 steps" in table
+    assert "chosen   --topk 64 --every 12 --delay" in table
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--uplink", "fast"], "--uplink: wanted a rate such as 100Mbit or 1Gbit, got 'fast'"),
+        (["--link", "1Gbit,1ms", "--uplink", "1Gbit"], "--link and --uplink: give one of them"),
+        (["--link", "1Gbit"], "link '1Gbit': wanted a rate and a latency"),
+        (["--method", "loco"], "--method loco: method: wanted one of distro, demo"),
         (
             ["--bandwidth", "fast"],
             "--bandwidth: wanted a rate such as 100Mbit or 1Gbit, got 'fast'",

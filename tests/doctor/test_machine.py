@@ -260,6 +260,24 @@ def test_a_clock_that_nobody_keeps(monkeypatch):
     assert worst(machine.clock())["clock"].status == "ok"
 
 
+def test_a_number_that_no_user_has(monkeypatch, tmp_path):
+    assert worst(machine.user())["user"].status == "ok"
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(machine.pwd, "getpwuid", nobody)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USER", "me")
+    assert worst(machine.user())["user"].status == "ok"
+    for name in ("USER", "HOME"):
+        monkeypatch.delenv(name)
+        found = worst(machine.user())["user"]
+        assert (found.status, name in found.text) == ("problem", True)
+    disks = worst(machine.disks(tmp_path))
+    assert disks["output"].status == "ok", "what does not depend on it is looked at all the same"
+
+
 @pytest.mark.parametrize(("encoding", "status"), [("ascii", "warning"), ("utf-8", None)])
 def test_names_that_are_not_utf_8(monkeypatch, encoding, status):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)

@@ -167,6 +167,8 @@ def test_a_cache_that_kernels_cannot_be_written_to(tmp_path, monkeypatch, variab
         ("PSYCHE_FAST_KERNAL", "triton", "environment", "warning"),
         ("PSYCHE_FAST_TIMEOUT", "ten", "environment", "problem"),
         ("PSYCHE_FAST_TUNING", "/missing.toml", "environment", "problem"),
+        ("REQUESTS_CA_BUNDLE", "/missing.pem", "environment", "warning"),
+        ("SSL_CERT_DIR", "/missing", "environment", "warning"),
         ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", "environment", "warning"),
         ("SLURM_STEP_NUM_TASKS", "4", "launcher", "problem"),  # nothing else of a step is there
         ("TORCHELASTIC_RUN_ID", "none", "launcher", "problem"),

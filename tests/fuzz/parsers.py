@@ -36,6 +36,7 @@ from psyche_fast.psyche import messages, results
 from psyche_fast.rank import protocol, saving, state
 from psyche_fast.rank.state import Manifest, Piece, StateFile
 from psyche_fast.runfile import read_run_file
+from psyche_fast.start import probe
 from psyche_fast.start.devices import Processor
 from tests.distro.test_message import form, layout, random_entries, resealed
 from tests.test_runfile import LARGE, SMALL
@@ -367,7 +368,15 @@ def _http() -> Parser:
     return answers, parse
 
 
+def _probes() -> Parser:
+    kinds = ((b"p", probe.PINGS), (b"u", 1 << 20), (b"d", probe.MOST_BYTES))
+    size = probe.REQUEST.size
+    asked = [probe.REQUEST.pack(probe.MAGIC, *kind) for kind in kinds]
+    return asked, lambda data: probe.read_request(data[:size].ljust(size))
+
+
 PARSERS: dict[str, Callable[[], Parser]] = {
+    "requests of a link": _probes,
     "operations": _operations,
     "handshake": _handshake,
     "processors": _processors,

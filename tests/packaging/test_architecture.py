@@ -67,8 +67,9 @@ ALLOWED = {
     | {"bench", "completion", "conversion", "core", "data", "doctor", "kernels", "psyche", "start"},
     "looking": BOTTOM | {"core", "metrics", "start"},
     "cli": BOTTOM
-    | {"commands", "completion", "conversion", "core", "kernels", "looking", "metrics", "runfile"}
-    | {"sidecar", "start", "version"},
+    | {"commands", "completion", "conversion", "core", "launching", "looking", "metrics"}
+    | {"runfile", "start", "version"},
+    "launching": BOTTOM | {"metrics", "psyche_fast", "sidecar", "start"},
     "__main__": {"cli"},
     "psyche_fast": {"distro", "methods", "schedules"},
     "version": {"psyche_fast"},
@@ -307,7 +308,9 @@ def test_the_gradients_road_is_short() -> None:
 def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
-    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 6_000
+    assert (
+        sum(n for module, n in lines.items() if part(module) == "kernels") < 6_000
+    )  # those of methods are 1,300
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 3_900  # levels of methods are 350 of them, exchanges and owners 900
     # What looks at machines grows with what can be wrong with them.
@@ -316,7 +319,7 @@ def test_the_package_stays_small() -> None:
     # Cases, their checks in float64, and the tables of `bench`: nothing that a run needs.
     bench = sum(n for module, n in lines.items() if part(module) == "bench")
     assert bench < 2_200
-    assert sum(lines.values()) - methods - doctor - bench < 30_500
+    assert sum(lines.values()) - methods - doctor - bench < 34_500
 
 
 def test_an_implementation_is_chosen_in_one_place() -> None:

@@ -16,12 +16,15 @@ from tests.tiny import save_llama, save_tokens
 
 METHODS = {
     "sparseloco": (
-        "3", "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
+        "2", "--method", "sparseloco", "--every", "3", "--delay", "1", "--mix", "rebase",
         "--chunk", "16", "--topk", "16",
     ),
     "diloco": ("2", "--method", "diloco", "--every", "2", "--values", "4bit"),
     "dense": ("2", "--method", "dense"),
     "distro": ("2", *DISTRO, "--distro-quantization"),
+    "levels": (
+        "4", "--levels", "2:dense,2:sparseloco(every=3,k=16,chunk=16,delay=1,mix=rebase)",
+    ),
 }  # fmt: skip
 SHORT = ("--total-steps", "4", "--total-batch", "7", "--checkpoint-every", "2", "--optim-stats")
 """Shares of another size each, and checkpoints in mid-round with a message in flight."""
@@ -62,22 +65,26 @@ def test_every_bit(name: str, place: Path, tmp_path: Path) -> None:
     )
     # DisTrO sends the second result while it waits for the first, and so on.
     waits = [line["virtual_wait_seconds"] > 1000 for line in here]
-    every = {"sparseloco": 3, "diloco": 2, "dense": 1, "distro": 2}[name]
+    every = {"sparseloco": 3, "diloco": 2, "dense": 1, "distro": 2, "levels": 3}[name]
     assert waits == [step % every == 0 for step in range(1, 5)]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["sparseloco", "distro"])
+@pytest.mark.parametrize("name", ["distro", "levels"])
 def test_resumed_is_as_never_interrupted(name: str, place: Path, tmp_path: Path) -> None:
     count, *method = METHODS[name]
-    arguments = (*method, *SHORT, "--simulate", count, "--link", "10Mbit,100ms")
+    link = ("--link", "10Mbit,100ms") if name == "levels" else ()
+    arguments = (*method, *SHORT, "--simulate", count, *link)
     whole = train(place, tmp_path / "whole", *arguments)
     resumed = without_later(tmp_path / "whole", tmp_path / "resumed", 2)
     again = train(place, resumed, *arguments, "--resume", "auto")
     assert known(again) == known(whole)
     assert same(parameters(resumed, 4), parameters(tmp_path / "whole", 4))
     assert same(states(resumed, 4), states(tmp_path / "whole", 4))
-    assert again[2]["virtual_seconds"] > whole[1]["virtual_seconds"], "the clock goes on"
+    if link:
+        assert again[2]["virtual_seconds"] > whole[1]["virtual_seconds"], "the clock goes on"
+    else:
+        assert "virtual_seconds" not in again[2]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ class Decoder:
         self._plan, self._start = plan, start
         index, value = _widen(plan, entries, start, stop)
         m = index.shape[1]
-        if divisor is not None:
-            value = value / divisor
+        share = 1.0 if divisor is None else 1.0 / divisor
         # So few entries that a sum of outer products is cheaper than the transform.
         self._low_rank = (
             plan.is_transformed
@@ -40,15 +39,16 @@ class Decoder:
         )
         if self._low_rank:
             is_sum = entries.unique or divisor is not None
-            self._value = value if is_sum else _shares(index, value)
+            self._value = value * share if is_sum else _shares(index, value)
             self._row = index.div(plan.w, rounding_mode="floor")
             self._column = index.sub_(self._row, alpha=plan.w)
             return
         self._dense = scratch(DENSE, (stop - start, plan.totalk), value).zero_()
         if entries.unique:
-            self._dense.scatter_(1, index, value)
+            self._dense.scatter_(1, index, value if divisor is None else value * share)
         elif divisor is not None:
             _add_in(self._dense, index, value)
+            self._dense.scatter_(1, index, self._dense.gather(1, index).mul_(share))
         else:
             self._dense.scatter_(1, index, _mean_in(self._dense, index, value))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from psyche_fast.kernels.pack import IndexCode
 
 _LOWEST_BITS = 0x0101010101010101  # of eight bytes at once
-_CHUNKS_AT_ONCE = 1 << 9  # a multiple of 8
+_ELEMENTS_AT_ONCE = 1 << 21
 
 
 def pack(
@@ -56,8 +56,9 @@ def _signs(values: Tensor) -> Tensor:
 def _pack_codes(codes: Tensor, planes: Tensor, count: int) -> None:
     """Bits of codes `[chunks, k]` into `[groups, count * k]`, eight codes of a chunk at once."""
     k, whole = codes.shape[1], len(codes) // 8 * 8
-    for first in range(0, len(codes), _CHUNKS_AT_ONCE):
-        part = codes[first : first + _CHUNKS_AT_ONCE]
+    at_once = _rows_at_once(k)
+    for first in range(0, len(codes), at_once):
+        part = codes[first : first + at_once]
         if first + len(part) > whole or k % 8 or not part.is_contiguous():
             part = torch.nn.functional.pad(part, (0, -k % 8, 0, -len(part) % 8))
         words = part.view(torch.int64).view(len(part) // 8, 8, -1)
@@ -77,9 +78,10 @@ def _pack_codes(codes: Tensor, planes: Tensor, count: int) -> None:
 def _unpack_codes(planes: Tensor, codes: Tensor, count: int) -> None:
     """What `_pack_codes` wrote, of peers `[peers, groups, count * k]`, to `[chunks, peers, k]`."""
     chunks, peers, k = codes.shape
+    at_once = _rows_at_once(k)
     for peer in range(peers):
-        for first in range(0, chunks, _CHUNKS_AT_ONCE):
-            part = planes[peer, first // 8 : (first + _CHUNKS_AT_ONCE) // 8]
+        for first in range(0, chunks, at_once):
+            part = planes[peer, first // 8 : (first + at_once) // 8]
             part = part.unflatten(1, (count, k))
             if k % 8 or part.storage_offset() % 8 or part.stride(0) % 8:
                 part = torch.nn.functional.pad(part, (0, -k % 8)).contiguous()
@@ -99,8 +101,13 @@ def _unpack_codes(planes: Tensor, codes: Tensor, count: int) -> None:
                     else:
                         found[:, place] |= moved
             bytes_ = found.view(len(words) * 8, -1).view(torch.uint8)
-            target = codes[first : first + _CHUNKS_AT_ONCE, peer]
+            target = codes[first : first + at_once, peer]
             target.copy_(bytes_[: len(target), :k])
+
+
+def _rows_at_once(k: int) -> int:
+    """Rows of `k` that are worked on together, a multiple of 8."""
+    return max(8, _ELEMENTS_AT_ONCE // max(k, 1) // 8 * 8)
 
 
 def _as_signed(mask: int) -> int:

@@ -21,8 +21,8 @@ from tools.kernel_guard.case import Case, Loop
 def compile_cases() -> list[Case]:
     """What the compile guard compiles: chunks of 64 x 64 with 1-bit results."""
     signs = [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
-    codes = [(64, 2), (4096, 2), (4096, 4), (4096, 8)]
-    return signs + [case for k, p in codes for case in _cases(k, index_code(4096, k), p)]
+    codes = [(4096, 2), (64, 2), (64, 4), (64, 8)]  # of 64 of these
+    return signs + [case for n, p in codes for case in _cases(64, index_code(n, 64), p)]
 
 
 def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
@@ -35,6 +35,7 @@ def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
         "PLANES": planes,
     }
     what = "signs of fp32" if planes == 1 else f"codes of {planes} bits"
+    what += "" if code.bits else ", rows"
     options, own = cpu_launch_options("codec")
     groups, tile, entries = tile_sizes(code, PACK_BITS, own["elements"])
     pack_case = Case(
