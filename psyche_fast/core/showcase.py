@@ -125,11 +125,11 @@ def run_demo(
             device=device,
             seed=1,
             eval_data=str(output / "held-out"),
-            eval_every=max(1, steps // 10),
-            eval_sequences=128,
-            samples_every=max(1, steps // 5),
+            eval_every=-(-steps // 6),
+            eval_sequences=64,
+            samples_every=-(-steps // 3),
             sample_prompt=PROMPTS,
-            sample_tokens=40,
+            sample_tokens=24,
             output=str(output),
         )
     )

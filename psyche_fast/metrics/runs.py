@@ -91,7 +91,7 @@ class RunFiles:
         samples: of `samples.jsonl`.
         events: in the order of time, those without one first.
         status: of `status.json`.
-        stacks: file names, and the beginnings of what ranks were doing when the run hung.
+        stacks: file names, and the ends of what ranks were doing when the run hung.
         lives: how often the run has begun.
         notes: what could not be read.
     """
@@ -162,7 +162,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunFiles:
     for file in sorted(path.glob("logs/stacks-rank-*.txt"))[:64]:
         with suppress(OSError):
             text = file.read_text(encoding="utf-8", errors="replace")
-            run.stacks[file.name] = "\n".join(text.splitlines()[:_STACK_LINES])
+            # Python names the main thread last.
+            run.stacks[file.name] = "\n".join(text.splitlines()[-_STACK_LINES:])
     return run
 
 
@@ -268,7 +269,8 @@ def state_of(run: RunFiles, now: float | None = None) -> State:
     ended = status.get("ended")
     if isinstance(ended, str):
         good = ended.startswith(("finished", "stopped", "ended"))
-        return State("finished" if good else "failed", [ended, moved])
+        then = [] if good else [line for line, _ in _ranks(status)]
+        return State("finished" if good else "failed", [ended, moved, *then])
     heard, since = number(status.get("time")) or 0.0, number(status.get("since")) or 0.0
     place = f"rank 0 on {status.get('host')} (process {status.get('pid')})"
     step, phase = status.get("step"), status.get("phase")

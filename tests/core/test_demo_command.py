@@ -36,6 +36,10 @@ def test_forty_steps_of_the_demo_learn(tmp_path: Path) -> None:
     assert sum(line["loss"] for line in lines[-5:]) / 5 < lines[0]["loss"] - 0.8
     assert 0 < lines[-1]["bytes_sent"] < lines[-1]["dense_bytes"] / 100
     assert "the model continues 'def '" in said
+    assert f"page        {(output / 'report.html').resolve()} (open it" in said
+    page = (output / "report.html").read_text()
+    assert page.count('"Held-out bits per byte"') == page.count('"Time of a step by phase"') == 1
+    assert "finished with step 40" in page
     assert {p.name for p in (output / "plots").iterdir()} >= {"loss.png", "loss_vs_bytes.png"}
     checkpoint = output / "checkpoints" / "step-000040"
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -162,7 +162,8 @@ BEATS = {
     [
         ({"ended": "finished with step 20"}, "finished", ["finished with step 20"]),
         ({"ended": "stopped by SIGTERM after step 20"}, "finished", ["stopped by SIGTERM"]),
-        ({"ended": "failed: rank 2 ended"}, "failed", ["failed: rank 2 ended"]),
+        ({"ended": "failed: rank 2 ended", "time": NOW - 20}, "failed",
+         ["failed: rank 2 ended", "rank 2 on c was at step 20: optimize"]),
         ({"time": NOW - 1, "since": NOW - 2}, "running", ["step 20 is the last one done"]),
         ({"time": NOW - 1, "since": NOW - 90}, "stalled",
          ["step 21 has been going on for 90 s (usually 1 s)",
