@@ -150,7 +150,8 @@ def muloco(bits: int) -> Callable[[Path, list[tuple[int, ...]]], Side]:
         model.gradients()
         optimizer = optimizer_of(
             model.parameters(), lr=OUTER_RATE, momentum=OUTER_MOMENTUM, nesterov=True,
-            error_decay=DECAY, quantization_bins=1 << bits, simulate_quantization_after_reduce=False,
+            error_decay=DECAY, quantization_bins=1 << bits,
+            simulate_quantization_after_reduce=False,
         )  # fmt: skip
         previous = {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` is instant. Th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -274,26 +273,36 @@ def demo(**options: Any) -> None:
 
 
 _ESTIMATED = (
-    "model", "sequence_length", "micro_batch", "total_batch",
+    "model", "sequence_length", "micro_batch", "total_batch", "total_steps",
     "tensor_parallelism", "data_parallelism", "replicas",
     "grad_accum_in_fp32", "compression_chunk", "compression_topk", "delta_dtype", "offload_delta",
-    "distro", "distro_quantization", "attn_implementation", "param_dtype",
+    "distro", "distro_quantization", "attn_implementation", "param_dtype", "master_dtype",
     "activation_checkpointing",
+    *(name for name, known in FLAGS.items() if known.section == "exchange" and name != "link"),
 )  # fmt: skip
 
 
 @cli.command()
 @click.option("--bandwidth", default="1Gbit", show_default=True, help="of a host's link, a second")
+@click.option("--uplink", help="of what a host sends (default: --bandwidth)")
+@click.option("--downlink", help="of what it receives (default: --bandwidth)")
 @click.option("--latency-ms", type=click.FloatRange(min=0), default=50.0, show_default=True)
+@click.option("--link", metavar="LINK",
+              help="all of that as RATE[/DOWN],LATENCY; or HOST[:PORT], where `psyche-fast link` "
+              "runs, to measure it")  # fmt: skip
+@click.option("--step-seconds", type=click.FloatRange(min=0, min_open=True),
+              help="of a step without exchanges: what is lost, and settings that hide")  # fmt: skip
 @click.option("--ranks-per-host", type=click.IntRange(min=1),
               help="ranks that share a link (default: a replica's, at most 8)")  # fmt: skip
 @click.option("--device-type", type=click.Choice(["cuda", "cpu"]), default="cuda",
               show_default=True, help="kernels on a CPU need memory of their own")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
 @partial(config_options, only=_ESTIMATED)
+@click.pass_context
 def estimate(
-    bandwidth: str,
-    latency_ms: float,
+    context: click.Context,
+    link: str | None,
+    step_seconds: float | None,
     ranks_per_host: int | None,
     device_type: str,
     as_json: bool,
@@ -301,35 +310,24 @@ def estimate(
 ) -> None:
     """Say what a run would need: memory, bytes a step, time. Reads only the model's config."""
     quiet_terminal()
+    names = ("bandwidth", "uplink", "downlink", "latency_ms")
+    rates = {name: flags.pop(name) for name in names}
+    typed = [n for n in names if context.get_parameter_source(n) not in _UNTYPED]
+    if link is not None and typed:
+        raise ValueError(f"--link and {flag(typed[0])}: give one of them")
     run = RunConfig.of(**flags)
     from psyche_fast.core import estimate as estimates
+    from psyche_fast.core import estimate_lines as said
 
-    rate = estimates.parse_bandwidth(bandwidth)
-    need = estimates.estimate(estimates.read_model(run.model.model), run, device_type)
+    model = estimates.read_model(run.model.model)
+    over = said.link_of(link, **rates)
     ranks = ranks_per_host or min(run.parallelism.ranks_per_replica, 8)
-    seconds = estimates.exchange_seconds(need, ranks, rate, latency_ms / 1e3)
+    need = estimates.estimate(model, run, device_type, link=over, ranks=ranks, step=step_seconds)
     if as_json:
-        fields = {**dataclasses.asdict(need), "memory": need.memory, "exchange_seconds": seconds}
-        click.echo(json.dumps(fields))
+        click.echo(json.dumps(said.as_json(need, over)))
         return
-    from psyche_fast.metrics.formatting import format_bytes, format_count
-
-    click.echo(f"model       {format_count(need.total_parameters)} parameters")
-    for name in ("parameters", "gradients", "optimizer", "activations", "workspace", "unsharded"):
-        click.echo(f"{name:<11} {format_bytes(getattr(need, name)):>8} per rank")
-    click.echo(f"memory      {format_bytes(need.memory):>8} per rank, at most at one time")
-    click.echo(
-        f"snapshot    {format_bytes(need.snapshot):>8} per rank of the host's besides, while a "
-        "checkpoint is written"
-    )
-    if need.sent:
-        less = f"{need.dense / need.sent:.0f} times less than a dense exchange"
-        click.echo(f"sent        {format_bytes(need.sent):>8} per rank and step, {less}")
-        click.echo(f"batch       {format_bytes(need.batch):>8} per replica and step, from the core")
-        click.echo(
-            f"exchange    {seconds:.3g} s at {bandwidth} and {latency_ms:g} ms for {ranks} ranks "
-            "of a host; it hides behind the next step where that takes longer"
-        )
+    for line in said.lines(need, over, ranks, step_seconds):
+        click.echo(line)
 
 
 _SCHEDULED = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import click
 from psyche_fast.bench.command import bench
 from psyche_fast.completion import completion
 from psyche_fast.doctor.command import doctor
+from psyche_fast.start import probe
 from psyche_fast.start.logs import quiet_terminal
 
 
@@ -43,6 +45,8 @@ def convert(file: str, output: Path | None, run_id: str | None) -> None:
 @click.option("--errors", type=click.Choice(["strict", "skip"]), default="strict",
               show_default=True, help="text that is not UTF-8: an error, or left out")  # fmt: skip
 @click.option("--glob", "globs", multiple=True, help="which files of a folder, e.g. '*.py'")
+@click.option("--pack", type=click.IntRange(min=2), metavar="LENGTH",
+              help="pack whole documents into rows of so many tokens, kept apart")  # fmt: skip
 def tokenize(
     inputs: tuple[Path, ...],
     output: Path,
@@ -51,6 +55,7 @@ def tokenize(
     token_size: str | None,
     text_key: str,
     globs: tuple[str, ...],
+    pack: int | None,
     errors: Literal["strict", "skip"],
 ) -> None:
     """Turn text files, folders, jsonl or Parquet into token files."""
@@ -71,12 +76,18 @@ def tokenize(
         text_key=text_key,
         globs=globs or None,
         errors=errors,
+        pack=pack,
+        tokenizer_name=tokenizer,
         progress=sys.stderr.isatty(),
     )
-    click.echo(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens of {summary.token_size} bytes "
-        f"in {len(summary.files)} files -> {output}"
-    )
+    what = f"{summary.documents:,} documents, {summary.tokens:,} tokens"
+    if pack is None:
+        what += f" of {summary.token_size} bytes"
+    else:
+        assert summary.rows is not None
+        full = summary.tokens / summary.rows / pack
+        what += f" in {summary.rows:,} rows of {pack}, {full:.1%} full, {summary.cut:,} cut"
+    click.echo(f"{what} in {len(summary.files)} files -> {output}")
 
 
 @click.command()
@@ -173,6 +184,20 @@ def export(checkpoint: Path, out: Path, save_dtype: str | None) -> None:
     click.echo(f"{out}: the model of step {step}")
 
 
+@click.command()
+@click.option("--host", default="0.0.0.0", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(1, 65535), default=probe.PORT, show_default=True)
+def link(host: str, port: int) -> None:
+    """Answer another machine's `estimate --link HOST`, until Ctrl-C: what the link carries."""
+    from psyche_fast.start.network import listen
+
+    with listen(host, port) as listener:
+        click.echo(f"listening at {host} port {port}; on the other machine: psyche-fast estimate "
+                   f"--link {platform.node()}:{port} ...")  # fmt: skip
+        probe.serve(listener, click.echo)
+
+
 COMMANDS = (
-    bench, init, convert, tokenize, psyche_path, kernels, results, diff, export, doctor, completion,
+    bench, init, convert, tokenize, psyche_path, kernels, results, diff, export, link, doctor,
+    completion,
 )  # fmt: skip

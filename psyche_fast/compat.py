@@ -10,7 +10,7 @@ where it is needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -103,6 +103,26 @@ def dump_memory_snapshot(path: Path) -> None:
     import torch
 
     torch.cuda.memory._dump_snapshot(str(path))
+
+
+def all_to_all(
+    group: Any,
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    received_sizes: Sequence[int],
+    sizes: Sequence[int],
+) -> dist.Work:
+    """As `all_gather_into`."""
+    work: dist.Work = group.alltoall_base(received, sent, list(received_sizes), list(sizes))
+    return work
+
+
+def group_timeout() -> timedelta:
+    """What groups of `new_group` have (2.11 .. 2.13)."""
+    from torch.distributed import distributed_c10d
+
+    timeout: timedelta = distributed_c10d.default_pg_timeout
+    return timeout
 
 
 def set_default_timeout(timeout: timedelta) -> None:

@@ -264,25 +264,27 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     tracking: Tracking = msgspec.field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
-        replicas, world_size = self.parallelism.replicas, self.parallelism.world_size
+        replicas, world_size = self.parallelism.copies, self.parallelism.world_size
+        asked = "--simulate" if self.parallelism.simulate else "--replicas"
         self.exchange.check(
             distro=self.optimizer.distro,
             elastic=self.parallelism.elastic,
+            simulate=self.parallelism.simulate,
             replicas=replicas,
             ranks_per_replica=self.parallelism.ranks_per_replica,
             has_masters=self.model.master_dtype == "float32",
         )
         if replicas > 1 and not self.optimizer.distro and self.exchange.method is None:
             raise ValueError(
-                f"--replicas {replicas} needs --distro: AdamW has no exchange between peers "
+                f"{asked} {replicas} needs --distro: AdamW has no exchange between peers "
                 "(--method dense has)"
             )
         if self.optimizer.refuse_outliers is not None and replicas < 3:
             raise ValueError(
-                f"--refuse-outliers needs --replicas 3 or more, got {replicas}: of two nobody can "
+                f"--refuse-outliers needs {asked} 3 or more, got {replicas}: of two nobody can "
                 "tell which is the outlier"
             )
-        which = "--max-replicas" if self.parallelism.max_replicas else "--replicas"
+        which = "--max-replicas" if self.parallelism.max_replicas else asked
         most = self.parallelism.max_replicas or replicas
         for name in ("total_batch", "total_batch_start"):
             rows = getattr(self.run, name)
@@ -318,7 +320,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def replace(self, **values: Any) -> Self:
         """The configuration with other values of these flags."""
         changes: dict[str, dict[str, Any]] = {}
-        if values.get("method") == "distro":
+        # Only `methods` have it with a share of what was sent.
+        if values.get("method") == "distro" and values.get("subtract") is None:
             values["distro"] = True
         for name, value in values.items():
             changes.setdefault(FLAGS[name].section, {})[name] = value
@@ -327,6 +330,11 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             for name, fields in changes.items()
         }
         return msgspec.structs.replace(self, **sections)
+
+    @property
+    def chooses_for_link(self) -> bool:
+        """Whether settings are chosen by `--link`, which a simulated run has a clock for."""
+        return self.exchange.link is not None and not self.parallelism.simulate
 
     @property
     def ranks_here(self) -> int:

@@ -47,7 +47,8 @@ class Exchange(Section, frozen=True, kw_only=True):
     link: Annotated[
         str | None,
         _help("method, DisTrO: auto (measured at the start) or RATE[/RATE down],LATENCY between "
-              "replicas: choose topk, every and delay so that exchanges hide behind compute"),
+              "replicas: choose topk, every and delay so that exchanges hide behind compute; with "
+              "--simulate a virtual clock"),
     ] = None  # fmt: skip
     outer_rate: Annotated[Amount | None, _help("method: rate of the outer step")] = None
     outer_momentum: Annotated[Share | None, _help("method: momentum of the outer step")] = None
@@ -59,14 +60,15 @@ class Exchange(Section, frozen=True, kw_only=True):
                 continue
             if self.method is None:
                 raise ValueError(f"{flag(name)} needs --method")
-            if self.method == "distro":
+            if self.method == "distro" and self.subtract is None:
                 raise ValueError(
                     f"{flag(name)} is of other methods; DisTrO's options are --compression-topk, "
-                    "--compression-chunk, --compression-decay and --distro-quantization"
+                    "--compression-chunk, --compression-decay and --distro-quantization (with "
+                    "--subtract it has --topk, --chunk, --beta and --values)"
                 )
 
     def check(
-        self, *, distro: bool, elastic: bool, replicas: int, ranks_per_replica: int,
+        self, *, distro: bool, elastic: bool, simulate: int, replicas: int, ranks_per_replica: int,
         has_masters: bool,
     ) -> None:  # fmt: skip
         """Checks that a method goes with a run's other options.
@@ -78,15 +80,18 @@ class Exchange(Section, frozen=True, kw_only=True):
         if self.link is not None:
             if self.link != "auto":
                 Link.parse(self.link)
+            elif simulate:
+                raise ValueError("--link auto measures a link, which --simulate has none of")
             if not distro and method is None:
                 raise ValueError("--link needs --distro or --method, whose exchanges go over it")
             if replicas < 2:
-                raise ValueError("--link needs --replicas of at least 2: one exchanges nothing")
+                asked = "--replicas or --simulate"
+                raise ValueError(f"--link needs {asked} of at least 2: one exchanges nothing")
             if elastic:
                 raise ValueError("--link with --elastic: replicas that join may have other links")
         if method is None or (method == "distro" and distro):
             return
-        if distro or method == "distro":
+        if distro:
             raise ValueError(f"--distro and --method {method}: give one of them")
         if ranks_per_replica > 1 and self.values == "codebook4":
             raise ValueError(
@@ -94,7 +99,8 @@ class Exchange(Section, frozen=True, kw_only=True):
                 "has a part by --data-parallelism or --tensor-parallelism; 2bit goes by chunks"
             )
         if elastic:
-            raise ValueError(f"--elastic wants --method distro, got {method}")
+            got = method if method != "distro" else "it with --subtract"
+            raise ValueError(f"--elastic wants --method distro, got {got}")
         if not has_masters:
             raise ValueError(
                 f"--method {method} adds to float32 parameters or masters, what bfloat16 would "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from psyche_fast.options import Count, Port, Positive, Section
+from psyche_fast.options import Count, Port, Positive, Section, flag
 from psyche_fast.options import describe as _help
 
 
@@ -14,6 +14,10 @@ class Parallelism(Section, frozen=True, kw_only=True):
     replicas: Annotated[
         Positive, _help("DisTrO peers; ranks = replicas x data x tensor parallelism")
     ] = 1
+    simulate: Annotated[
+        Count,
+        _help("in place of --replicas: so many in one process, which take turns on one device"),
+    ] = 0
     data_parallelism: Annotated[Positive, _help("ranks that shard one replica with FSDP2")] = 1
     tensor_parallelism: Annotated[Positive, _help("ranks that share each layer of one replica")] = 1
     elastic: Annotated[
@@ -30,6 +34,11 @@ class Parallelism(Section, frozen=True, kw_only=True):
     ] = "auto"  # fmt: skip
 
     @property
+    def copies(self) -> int:
+        """Replicas, each in ranks of its own or all in one."""
+        return self.simulate or self.replicas
+
+    @property
     def ranks_per_replica(self) -> int:
         """Ranks that together hold one copy of the model."""
         return self.data_parallelism * self.tensor_parallelism
@@ -41,6 +50,8 @@ class Parallelism(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
+        if self.simulate:
+            self._check_simulated()
         if not self.elastic:
             if self.max_replicas:
                 raise ValueError("--max-replicas needs --elastic")
@@ -56,6 +67,18 @@ class Parallelism(Section, frozen=True, kw_only=True):
                 "--elastic with --device-backend nccl: what goes between replicas that may die "
                 "goes over gloo; leave it out"
             )
+
+    def _check_simulated(self) -> None:
+        given = {
+            "replicas": self.replicas > 1, "data_parallelism": self.data_parallelism > 1,
+            "tensor_parallelism": self.tensor_parallelism > 1, "elastic": self.elastic,
+        }  # fmt: skip
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(
+                    f"--simulate {self.simulate} is one process that has whole replicas, with no "
+                    f"other ranks: leave out {flag(name)}"
+                )
 
 
 class Machines(Section, frozen=True, kw_only=True):

@@ -53,8 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == [early.FLAG]:
-        words = early.wait(int(words[1]))
+        words = early.wait(int(words[1]), _import)
     run(parse(words))
+
+
+def _import() -> None:
+    """What `serve` imports with our own core, and what that does: some seconds of it."""
+    from psyche_fast.rank import serve, topology  # noqa: F401
+    from psyche_fast.start import store  # noqa: F401
 
 
 def main_for_psyche(argv: list[str] | None = None) -> None:

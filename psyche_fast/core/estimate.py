@@ -7,7 +7,6 @@ what these hold at most is added up. Any architecture of Transformers' can be es
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,16 +29,17 @@ from psyche_fast.compat import (
     without_values,
 )
 from psyche_fast.config import RunConfig
-from psyche_fast.distro.chunks import Layout, ParameterLayout
-from psyche_fast.distro.message import MessageFormat
-from psyche_fast.distro.shards import own_layouts
 from psyche_fast.kernels.plan import ChunkPlan
 from psyche_fast.kernels.reference.workspace import groups
+from psyche_fast.links import Link
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
 from psyche_fast.models.source import read_model as read_model
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.models.tensor_parallel import tensor_parallel
+from psyche_fast.rank.choice import Over, Place, choose, table
+from psyche_fast.rank.costs import Costs, costs_of, distro_layout, state_bytes
+from psyche_fast.rank.method import method_of
 from psyche_fast.rank.topology import Topology
 from psyche_fast.sharding import local_tensor
 
@@ -50,21 +50,30 @@ class Estimate:
 
     Attributes:
         total_parameters: of the model, tied ones once.
+        elements: of them this rank's part of those that are trained.
         parameters: this rank's part.
         gradients: kept from micro-batch to micro-batch.
-        optimizer: DisTrO's momentum and copy of the parameters, or AdamW's moments and copy.
+        optimizer: DisTrO's momentum and copy of the parameters, AdamW's moments and copy, or the
+            sum of `state`.
         activations: what forward and backward of one micro-batch hold beside the above at most.
         workspace: of DisTrO's kernels on a CPU, which they keep; on a GPU they have none.
         unsharded: FSDP2's whole blocks, and the whole gradient of one.
         snapshot: host memory beside the above while a checkpoint is written: copies of what a rank
             of the first replica writes; of further ones it is the optimizer's own part alone.
-        sent: what this rank hands to the other replicas in a step; 0 for one replica.
-        dense: the same for a dense exchange of the gradient.
-        received: from the other replicas in a step.
+        sent: what this rank hands to the other replicas in a round; 0 for one replica.
+        dense: the same for a dense exchange of the gradient, in a step.
+        received: from the other replicas in a round.
         batch: rows of a step that the core sends to each other replica, once; 0 for one replica.
+        state: what a method keeps, by kind (`rank.costs.state_bytes`); of others nothing.
+        messages: a method's own message, and what comes for it.
+        rounds: bytes and steps of the exchanges; None for one replica.
+        over: the run over the link that was given.
+        chosen: the same with settings that fit it, where a step's time was given.
+        table: lines of what each method costs over it.
     """
 
     total_parameters: int
+    elements: int
     parameters: int
     gradients: int
     optimizer: int
@@ -76,12 +85,18 @@ class Estimate:
     dense: int
     received: int
     batch: int
+    state: dict[str, int]
+    messages: int
+    rounds: Costs | None
+    over: Over | None
+    chosen: Over | None
+    table: list[str]
 
     @property
     def memory(self) -> int:
         """All of it at once, but for the snapshot."""
         kept = self.parameters + self.gradients + self.optimizer
-        return kept + self.activations + self.workspace + self.unsharded
+        return kept + self.activations + self.workspace + self.unsharded + self.messages
 
 
 class LiveBytes(TorchDispatchMode):
@@ -142,19 +157,29 @@ def _nobody(world: int) -> Iterator[None]:
         dist.set_debug_level(level)
 
 
-def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") -> Estimate:
+def estimate(
+    model: dict[str, Any],
+    run: RunConfig,
+    device_type: str = "cpu",
+    *,
+    link: Link | None = None,
+    ranks: int = 1,
+    step: float | None = None,
+) -> Estimate:
     """Estimates what a rank of `run` needs.
 
     Args:
         model: `config.json` of a Transformers model.
         run: as `train` would take it; its `model` is not looked at.
         device_type: what attention is chosen for. Forward is gone through as the CPU does it.
+        link: of each host.
+        ranks: of a host, which share its link.
+        step: seconds of a step without exchanges.
 
     Raises:
-        ValueError: the model cannot be built or split so.
+        ValueError: the model cannot be built or split so, or the method cannot take it.
     """
-    if run.exchange.method not in (None, "distro"):
-        raise ValueError(f"estimate knows DisTrO and AdamW, not --method {run.exchange.method}")
+    method = method_of(run)
     dtype: torch.dtype = getattr(torch, run.model.param_dtype)
     attention = choose_attention(
         run.model.attn_implementation, device_type, model.get("model_type")
@@ -188,37 +213,47 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         own = sum(map(_bytes, named.values()))
         elements = own // dtype.itemsize
         master = max(getattr(torch, run.model.master_dtype).itemsize, dtype.itemsize)
-        sent = optimizer = workspace = 0
+        optimizer = workspace = messages = 0
         kept = 0  # of the optimizer's state
         copies = master * elements if master > dtype.itemsize else 0
-        if run.optimizer.distro:
-            wholes = [_layout(n, p, run, device) for n, p in named.items()]
-            layouts, shared = own_layouts(list(named.values()), wholes)
-            layout = Layout(layouts)
-            size = MessageFormat(
-                layout, ["torch"] * len(layout.plans), signs=run.optimizer.distro_quantization
-            ).size
-            sent = size if run.parallelism.replicas > 1 else 0
+        state: dict[str, int] = {}
+        replicas = run.parallelism.replicas
+        exchanges = replicas > 1 and (method is not None or run.optimizer.distro)
+        rounds = costs_of(run, named, method) if exchanges else None
+        if method is not None:
+            state = state_bytes(method, named, replicas, has_masters=copies > 0)
+            optimizer = sum(state.values())
+            kept = optimizer - state["masters"]
+            messages = (
+                max(map(sum, zip(rounds.messages, rounds.down, strict=True))) if rounds else 0
+            )
+        elif run.optimizer.distro:
+            layout, shared = distro_layout(run, named)
             delta = getattr(torch, run.optimizer.delta_dtype).itemsize
             chunks = sum(plan.chunks * plan.totalk for plan in layout.plans)
             optimizer = chunks * (master + delta)
             # Momentum, and entries of two bytes and four: own ones, and those of all replicas.
             entries = 6 * sum(plan.chunks * plan.k for plan in layout.plans)
-            kept = chunks * delta + entries * (1 + run.parallelism.replicas)
+            kept = chunks * delta + entries * (1 + replicas)
             if device_type == "cpu":
-                workspace = max(
-                    (_workspace(plan, run.parallelism.replicas) for plan in layout.plans), default=0
-                )
+                workspace = max((_workspace(plan, replicas) for plan in layout.plans), default=0)
             if run.optimizer.offload_delta:
                 optimizer = chunks * master
             # Where chunks are cut: index tables of 8 bytes, and the chunks themselves.
-            for at in (at for members in shared.values() for at in members):
-                part = layouts[at].chunks * layouts[at].totalk
+            for at in shared:
+                part = layout.parameters[at].chunks * layout.parameters[at].totalk
                 held = local_tensor(list(named.values())[at].detach()).numel()
                 optimizer += 8 * (part + held) + part * dtype.itemsize
         else:
             kept = 2 * master * elements
             optimizer = copies + kept
+        over = chosen = None
+        lines: list[str] = []
+        if link is not None and rounds is not None:
+            place = Place(run, named, link, step, ranks)
+            over = place.over("distro" if method is None else str(run.exchange.method), run, method)
+            chosen = None if step is None else choose(place)
+            lines = table(place)
     sharded = run.parallelism.data_parallelism > 1
     # The block at work and the next one, and embedding and head beside them; gradients of a block
     # whole, and in fp32 on their way to the ranks.
@@ -226,6 +261,7 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
     unsharded = 2 * most + rest + most + most * 4 // dtype.itemsize if sharded else 0
     return Estimate(
         total_parameters=sum(p.numel() for p in everything),
+        elements=elements,
         parameters=sum(map(_bytes, everything)),
         gradients=elements * (4 if run.training.grad_accum_in_fp32 else dtype.itemsize),
         optimizer=optimizer,
@@ -233,10 +269,16 @@ def estimate(model: dict[str, Any], run: RunConfig, device_type: str = "cpu") ->
         workspace=workspace,
         unsharded=unsharded,
         snapshot=sum(map(_bytes, everything)) + copies + kept,
-        sent=sent,
-        dense=own if run.parallelism.replicas > 1 else 0,
-        received=sent * (run.parallelism.replicas - 1),
+        sent=max(rounds.messages) if rounds else 0,
+        dense=own if replicas > 1 else 0,
+        received=max(rounds.down) if rounds else 0,
         batch=_batch(model, run),
+        state=state,
+        messages=messages,
+        rounds=rounds,
+        over=over,
+        chosen=chosen,
+        table=lines,
     )
 
 
@@ -262,14 +304,6 @@ def _workspace(plan: ChunkPlan, replicas: int) -> int:
     if replicas > 1:  # entries of one are not added up
         numbers += 2 * slices * plan.totalk
     return numbers * plan.compute_dtype.itemsize
-
-
-def _layout(name: str, parameter: Tensor, run: RunConfig, device: torch.device) -> ParameterLayout:
-    return ParameterLayout.of(
-        name, parameter.shape, parameter.dtype, device,
-        compression_chunk=run.optimizer.compression_chunk,
-        compression_topk=run.optimizer.compression_topk,
-    )  # fmt: skip
 
 
 def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, attention: str) -> int:
@@ -302,33 +336,3 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
                 f"there is no estimate: {type(error).__name__}: {why}"
             ) from error
     return bytes_.peak
-
-
-_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-
-
-def parse_bandwidth(text: str) -> float:
-    """Bits per second of `100Mbit` and the like.
-
-    Raises:
-        ValueError: another form.
-    """
-    match = re.fullmatch(r"(\d*\.?\d+) ?([kmg]?bit)(?:/s)?", text.lower())
-    value = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if not value > 0:
-        raise ValueError(f"--bandwidth: wanted a rate such as 100Mbit or 1Gbit, got {text!r}")
-    return value
-
-
-def exchange_seconds(need: Estimate, ranks: int, bandwidth: float, latency: float) -> float:
-    """How long one exchange takes where `ranks` ranks of a host share its link.
-
-    Args:
-        need: what a rank sends and receives.
-        ranks: ranks on a host.
-        bandwidth: bits per second of the host's link.
-        latency: seconds.
-    """
-    if not need.sent:
-        return 0.0
-    return latency + 8 * ranks * max(need.sent, need.received) / bandwidth

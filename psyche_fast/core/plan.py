@@ -18,7 +18,14 @@ from psyche_fast.core.fitting import largest_micro_batch
 from psyche_fast.core.hub import check_hub
 from psyche_fast.core.remote import open_remote
 from psyche_fast.core.resume import Start, check_start, find_start, identity
-from psyche_fast.data import BlockCache, Dataset, DummyDataset, open_dataset
+from psyche_fast.data import (
+    BlockCache,
+    Dataset,
+    DummyDataset,
+    check_card,
+    folders_of,
+    open_dataset,
+)
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.metrics.formatting import format_bytes, format_count
@@ -117,6 +124,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     vocabulary = vocabulary_size(model.config)
     if vocabulary is not None:
         dataset.check_vocabulary(vocabulary)
+    cards = _cards(config, source, dataset)
     held = look_at(config, source, vocabulary)
     on_cpu = devices.backend == "gloo"
     _check_parallelism(text_config(model.config), parallelism.tensor_parallelism)
@@ -144,7 +152,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices) + fitted + held.notes
+    summary = _summary(config, resolved, model, dataset, devices) + cards + fitted + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
@@ -171,7 +179,7 @@ def _summary(
     rise = ""
     if sizes.warmup_tokens:
         tokens = format_count(sizes.warmup_tokens)
-        rise = f" (from {math.ceil(sizes.start / parallelism.replicas)} on, over {tokens} tokens)"
+        rise = f" (from {math.ceil(sizes.start / parallelism.copies)} on, over {tokens} tokens)"
     method = "AdamW" if config.exchange.method is None else config.exchange.method
     if optimizer.distro:
         chunks = f"{optimizer.compression_topk} of {optimizer.compression_chunk}^2"
@@ -182,19 +190,39 @@ def _summary(
         f"{format_count(model.num_parameters)} parameters",
         f"data     {config.data.data_path}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
-        f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data x "
-        f"{parallelism.tensor_parallelism} tensor parallel on {devices.describe()}"
+        (
+            f"ranks    1 for {parallelism.simulate} replicas in turn"
+            if parallelism.simulate
+            else f"ranks    {parallelism.replicas} replicas x {parallelism.data_parallelism} data "
+            f"x {parallelism.tensor_parallelism} tensor parallel"
+        )
+        + f" on {devices.describe()}"
         + (", gloo between replicas" if parallelism.device_backend == "split" else "")
         + (f", {threads} threads each" if threads else ""),
         f"training {method}, {config.model.param_dtype}{_masters(config)}, "
         f"{resolved.model.attn_implementation} attention, "
-        f"{math.ceil(rows / parallelism.replicas)} sequences per replica and step{rise}, "
+        f"{math.ceil(rows / parallelism.copies)} sequences per replica and step{rise}, "
         f"weight decay {optimizer.weight_decay:g} of "
         f"{'all parameters' if optimizer.decay == 'all' else 'matrices'}",
         *_lost_updates(config),
         *left_over(config),
         *_in_clear(config),
     )
+
+
+def _cards(config: RunConfig, source: FilesSource, dataset: Dataset) -> tuple[str, ...]:
+    """What the data's cards say, which has to be what the model's tokenizer and the files are."""
+    lines = [
+        check_card(
+            folder,
+            token_size=config.data.token_size,
+            sequence_length=config.model.sequence_length,
+            tokenizer=source.named("tokenizer.json"),
+            model=config.model.model,
+        )
+        for folder in folders_of(dataset)
+    ]
+    return tuple(line for line in lines if line is not None)
 
 
 def _in_clear(config: RunConfig) -> tuple[str, ...]:
@@ -224,7 +252,7 @@ def _lost_updates(config: RunConfig) -> tuple[str, ...]:
 def left_over(config: RunConfig) -> tuple[str, ...]:
     """The last local steps, where nothing is sent after them."""
     method, steps = method_of(config), config.schedule.total_steps
-    if config.exchange.link is not None and config.exchange.every is None:
+    if config.chooses_for_link and config.exchange.every is None:
         return ()  # the local steps are chosen when the run starts
     left = 0 if method is None else steps % method.every
     if method is None or not left:
@@ -288,7 +316,7 @@ def _from_start(config: RunConfig, start: Start | None) -> RunConfig:
         changes["cold_start_step"] = saved.get("cold_start_step", saved.get("start_step", 1))
     changes["resume" if config.run.resume else "fork"] = str(folder)
     was = start.manifest.config
-    if config.run.resume and config.exchange.link is not None and "link" in was:
+    if config.run.resume and config.chooses_for_link and "link" in was:
         # What was chosen then stays; what is given is looked at as ever.
         chosen = {name: was[name] for name in CHOSEN if name in was}
         changes |= {name: v for name, v in chosen.items() if _is_default(config, name)}

@@ -20,7 +20,7 @@ from psyche_fast.core.remote import fetched, is_url
 from psyche_fast.data import Dataset
 from psyche_fast.kernels.backends import explain
 from psyche_fast.rank import state
-from psyche_fast.rank.saving import fits
+from psyche_fast.rank.saving import SPLIT, fits, is_by_method
 from psyche_fast.rank.state import Manifest
 from psyche_fast.views import Evaluation, Tracking
 
@@ -37,7 +37,10 @@ _FREE = {
     *Tracking.__struct_fields__,
 }
 """Flags that may be others: no bit of what is trained hangs on them, or a warning says that."""
-_NEW_NUMBERS = ("total_steps", "total_tokens", "replicas", "data_parallelism", "tensor_parallelism")
+_NEW_NUMBERS = (
+    *("total_steps", "total_tokens", "replicas", "simulate"),
+    *("data_parallelism", "tensor_parallelism"),
+)
 """Flags that may be others, which changes the bits of what is trained from then on."""
 
 
@@ -161,7 +164,8 @@ def check_start(
         if then != now and name not in _FREE:
             changed[name] = f"{flag(name)} {_said(then)} -> {_said(now)}"
     which = flag("fork" if forks else "resume")
-    refused = [text for name, text in changed.items() if name not in _NEW_NUMBERS]
+    kept = SPLIT if is_by_method(config) else ()
+    refused = [t for name, t in changed.items() if name not in _NEW_NUMBERS or name in kept]
     if refused and not forks:
         raise ValueError(
             f"--resume: {', '.join(refused)} since {start.folder}; give what it had, or begin a "

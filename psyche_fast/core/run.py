@@ -44,6 +44,7 @@ from psyche_fast.metrics import (
     plot_run,
 )
 from psyche_fast.metrics.trackers import Names
+from psyche_fast.metrics.writer import read_metrics
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.rank.checkpoint import atomic_folder
 from psyche_fast.rank.counts import Totals
@@ -54,6 +55,7 @@ from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.protocol import Exit, Join, Save, Sender, hand_on
 from psyche_fast.rank.saving import restore
 from psyche_fast.rank.serve import build_trainer
+from psyche_fast.rank.simulated import Simulated
 from psyche_fast.rank.state import FOLDER
 from psyche_fast.rank.topology import join
 from psyche_fast.rank.trainer import Trainer
@@ -226,6 +228,8 @@ def _train(
         plan = _settled(plan, trainer.settled, output, console)
         config = plan.resolved
     restore(trainer, config)
+    if isinstance(trainer, Simulated) and run.resume is not None:
+        trainer.begin_at(_virtual_seconds(output, config.schedule.start_step))
     if members is not None:
         members.begin(trainer)
     checkpoints = Checkpoints(
@@ -245,7 +249,7 @@ def _train(
     first, total = config.schedule.start_step, config.schedule.total_steps
     names: Names = flatten
     if run.metric_names == "psyche":
-        names = PsycheNames(parallelism.replicas, vocabulary)
+        names = PsycheNames(parallelism.copies, vocabulary)
     with (
         MetricsWriter(
             output / "metrics.jsonl", drop_from_step=first, tell=console.message
@@ -278,6 +282,8 @@ def _train(
         except BaseException:
             checkpoints.leave()
             raise
+    if isinstance(trainer, Simulated) and (said := trainer.summary()) is not None:
+        console.message(said)
     unsaved = _save(run.save_path, checkpoint)
     stopped = stop.signal if last_step < total else None
     stop.has_work = False
@@ -308,6 +314,15 @@ def _settled(plan: Plan, settled: Settled, output: Path, console: Console) -> Pl
     for line in left_over(plan.config):
         console.message(line)
     return plan
+
+
+def _virtual_seconds(output: Path, first: int) -> float:
+    """What a virtual clock showed before a step, by the lines of the run so far."""
+    lines = read_metrics(output / "metrics.jsonl") if (output / "metrics.jsonl").exists() else []
+    before = [
+        line.get("virtual_seconds") or 0.0 for line in lines if line.get("step", first) < first
+    ]
+    return float(before[-1]) if before else 0.0
 
 
 def _save(save_path: str | None, checkpoint: Path | None) -> OSError | None:
@@ -348,7 +363,7 @@ def steps(
         ReplicasDiffer: the replicas' parameters are no longer the same.
     """
     config, trainer, sender, timer = core.plan.resolved, core.trainer, core.sender, core.timer
-    schedule, replicas = config.schedule, config.parallelism.replicas
+    schedule, replicas = config.schedule, config.parallelism.copies
     vocabulary = vocabulary_size(trainer.model.config)
     feed, lines = Feed(batches, sender, vocabulary, timer), Lines(report, timer)
     members, saves = core.members, False
@@ -408,6 +423,7 @@ def steps(
             "memory": memory_bytes(trainer.model.device),
             **({"optim_stats": trainer.stats} if trainer.stats else {}),
             **trainer.refusals,
+            **trainer.virtual,
         }
         if trainer.settled is not None and step == schedule.start_step:
             fields["link"] = trainer.settled.measured

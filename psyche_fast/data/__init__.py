@@ -1,7 +1,8 @@
 """Training data: token files, Parquet, their seeded order, background batches, tokenising."""
 
 from psyche_fast.batch import Batch
-from psyche_fast.data.datasets import open_dataset
+from psyche_fast.data.card import check_card
+from psyche_fast.data.datasets import folders_of, open_dataset
 from psyche_fast.data.dummy import DummyDataset
 from psyche_fast.data.local import LocalDataset
 from psyche_fast.data.mixture import MixtureDataset
@@ -26,8 +27,10 @@ __all__ = [
     "Sample",
     "TokenizeSummary",
     "bytes_of_tokens",
+    "check_card",
     "collate",
     "find_files",
+    "folders_of",
     "iter_texts",
     "load_tokenizer",
     "open_dataset",

@@ -46,6 +46,16 @@ def open_dataset(
     return _open_part(Source(name, token_size), sequence_length, seed, cache, seed is not None)
 
 
+def folders_of(dataset: Dataset) -> list[Path]:
+    """This machine's folders that a data set is read from."""
+    if isinstance(dataset, MixtureDataset):
+        return list(dict.fromkeys(f for part in dataset.parts for f in folders_of(part)))
+    path = getattr(dataset, "path", None)
+    if not isinstance(path, Path):  # behind a URL, or nowhere
+        return []
+    return [path if path.is_dir() else path.parent]
+
+
 def _open_part(
     source: Source,
     sequence_length: int,

@@ -32,6 +32,9 @@ class MixtureDataset:
     With a seed the whole epoch is then shuffled (`reversed_order`). After the epoch the same one
     begins again.
 
+    Attributes:
+        parts: as given.
+
     Args:
         parts: the data sets, all of one sequence length.
         weights: their shares, 0 or more, which are divided by their sum; None for their lengths.
@@ -49,7 +52,7 @@ class MixtureDataset:
     ) -> None:
         assert parts and len({part.sequence_length for part in parts}) == 1
         self.sequence_length = parts[0].sequence_length
-        self._parts = parts
+        self.parts = parts
         sizes = [len(part) for part in parts]
         self._length = sum(sizes)
         self._draws = _Draws(sizes, sizes if weights is None else weights)
@@ -87,12 +90,12 @@ class MixtureDataset:
         check_range(first, last)
         if last >= len(self):
             raise ValueError(f"sample {last} is past the end of a mixture of {len(self)} sequences")
-        wanted: list[dict[int, int]] = [{} for _ in self._parts]
+        wanted: list[dict[int, int]] = [{} for _ in self.parts]
         for place, sample_id in enumerate(range(first, last + 1)):
             which, index = self.draw(sample_id)
             wanted[which][place] = index
         samples: dict[int, Sample] = {}
-        for part, ids in zip(self._parts, wanted, strict=True):
+        for part, ids in zip(self.parts, wanted, strict=True):
             found = part.get_ids(list(ids.values())) if ids else []
             samples |= dict(zip(ids, map(self._completed, found), strict=True))
         return [samples[place] for place in range(last - first + 1)]
@@ -117,7 +120,7 @@ class MixtureDataset:
         Raises:
             ValueError: if a token id is not below `vocab_size`.
         """
-        for part in self._parts:
+        for part in self.parts:
             part.check_vocabulary(vocab_size)
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Literal, Self
 
@@ -15,7 +16,9 @@ import transformers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from psyche_fast.data.card import NAME, Card, TokenizerCard, tokenizer_hash, write_card
 from psyche_fast.data.local import token_files
+from psyche_fast.data.pack import PackedWriter
 from psyche_fast.data.texts import Piece, find_files, iter_pieces
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -33,9 +36,13 @@ class TokenizeSummary:
     tokens: int
     """Tokens written, the one at the end of each document included."""
     files: tuple[Path, ...]
-    """The token files, in order."""
+    """The token files, or those of packed rows, in order."""
     token_size: int
     """Bytes to a token, 2 or 4."""
+    rows: int | None = None
+    """Packed rows."""
+    cut: int = 0
+    """Documents that were longer than a packed row."""
 
 
 def token_size_for(vocab_size: int, token_size: int | None = None) -> int:
@@ -65,6 +72,8 @@ def tokenize_files(
     text_key: str = "text",
     globs: Sequence[str] | None = None,
     errors: Literal["strict", "skip"] = "strict",
+    pack: int | None = None,
+    tokenizer_name: str | None = None,
     progress: bool = True,
 ) -> TokenizeSummary:
     """Write the documents of text files, JSON lines and Parquet files as token files.
@@ -72,8 +81,10 @@ def tokenize_files(
     Every document is encoded without the tokenizer's own special tokens (text that spells one is
     plain text too) and followed by the end-of-text token; empty documents are left out. The
     output is `tokens-00000.bin` and so on, raw little-endian uint16 or uint32, which `LocalDataset`
-    reads, and the tokenizer in the folder `tokenizer` beside them. It appears under these names
-    when all is written and synced; after an error the directory is as it was.
+    reads, and the tokenizer in the folder `tokenizer` beside them; or, with `pack`,
+    `train-00000.parquet` and so on, which `ParquetDataset` reads. `card.json` says what is there.
+    All appear under these names when everything is written and synced; after an error the directory
+    is as it was.
 
     Args:
         inputs: files and folders, see `find_files`.
@@ -84,6 +95,9 @@ def tokenize_files(
         globs: patterns for files in folders, see `find_files`.
         errors: `strict` raises at text that is not UTF-8, `skip` leaves the text file or JSON line
             out with a warning.
+        pack: tokens of a row into which whole documents are packed, see `data.pack`; None for token
+            files, in which they follow one another.
+        tokenizer_name: what the card calls the tokenizer; None for one trained on the inputs.
         progress: show a progress bar (input bytes) on stderr.
 
     Raises:
@@ -105,7 +119,7 @@ def tokenize_files(
         unit_scale=True,
         disable=not progress,
     )
-    with bar, _Writer(output, token_size, tokenizer.eos_token_id) as writer:
+    with bar, _Writer(output, token_size, tokenizer.eos_token_id, pack) as writer:
         batch: list[Piece] = []
         characters = 0
 
@@ -129,15 +143,37 @@ def tokenize_files(
         if writer.documents == 0:
             raise ValueError(f"no text in {', '.join(map(str, inputs))}")
         tokenizer.save_pretrained(writer.folder / TOKENIZER_FOLDER)
+        sizes = writer.finish()
+        packed = writer.packed
+        card = Card(
+            made=datetime.now().astimezone().isoformat(timespec="seconds"),
+            sources=[str(path) for path in inputs],
+            source_files=len(paths),
+            source_bytes=bar.total,
+            documents=writer.documents,
+            tokens=writer.tokens,
+            token_size=None if packed else token_size,
+            packed=pack,
+            rows=packed.rows if packed else None,
+            tokenizer=TokenizerCard(
+                name=tokenizer_name,
+                vocabulary=max(tokenizer.get_vocab().values()) + 1,
+                sha256=tokenizer_hash(writer.folder / TOKENIZER_FOLDER / "tokenizer.json"),
+            ),
+            files=sizes,
+        )
+        write_card(card, writer.folder / NAME)
         files = writer.publish()
-    return TokenizeSummary(writer.documents, writer.tokens, files, token_size)
+    rows, cut = (packed.rows, packed.cut) if packed else (None, 0)
+    return TokenizeSummary(writer.documents, writer.tokens, files, token_size, rows, cut)
 
 
 def _prepare_output(output: Path) -> Path:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} (--output) is a file, expected a directory")
     output.mkdir(parents=True, exist_ok=True)
-    if present := [*token_files(output), *output.glob(TOKENIZER_FOLDER)]:
+    present = [*token_files(output), *output.glob(TOKENIZER_FOLDER), *output.glob(NAME)]
+    if present := [*present, *output.glob("train*.parquet")]:
         raise ValueError(
             f"{output} (--output) already holds {present[0].name}: choose a new directory"
         )
@@ -156,7 +192,7 @@ def _plain_encoder(tokenizer: transformers.PreTrainedTokenizerFast) -> Tokenizer
 class _Writer:
     """Token files in a hidden folder of the output directory, moved out of it when complete."""
 
-    def __init__(self, output: Path, token_size: int, end_of_text: int) -> None:
+    def __init__(self, output: Path, token_size: int, end_of_text: int, pack: int | None) -> None:
         self._output = output
         self._dtype = np.dtype(f"<u{token_size}")
         self._end_of_text = end_of_text
@@ -165,18 +201,26 @@ class _Writer:
         self._names: list[str] = []
         self.folder = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=output))
         self.documents = self.tokens = 0
+        self.packed = None if pack is None else PackedWriter(self.folder, pack, end_of_text)
+        self._document: list[np.ndarray] = []
 
     def add(self, ids: list[int], ends_document: bool) -> None:
         """Append the tokens of a piece, and the end-of-text token if it ends its document."""
+        tokens = np.array([*ids, self._end_of_text] if ends_document else ids, dtype=self._dtype)
+        self.tokens += len(tokens)
+        self.documents += ends_document
+        if self.packed is not None:
+            self._document.append(tokens)
+            if ends_document:
+                self.packed.add(np.concatenate(self._document))
+                self._document = []
+            return
         if self._file is None:
             self._names.append(f"tokens-{len(self._names):05d}.bin")
             self._file = (self.folder / self._names[-1]).open("wb")
             self._in_file = 0
-        tokens = np.array([*ids, self._end_of_text] if ends_document else ids, dtype=self._dtype)
         self._file.write(tokens.tobytes())
         self._in_file += len(tokens)
-        self.tokens += len(tokens)
-        self.documents += ends_document
         if ends_document and self._in_file >= _FILE_TOKENS:
             self._finish_file()
 
@@ -187,12 +231,20 @@ class _Writer:
             self._file.close()
             self._file = None
 
-    def publish(self) -> tuple[Path, ...]:
-        """Sync everything and move it into the output directory, the token files last."""
+    def finish(self) -> dict[str, int]:
+        """Write what is left; the files' sizes by name."""
         self._finish_file()
+        if self.packed is not None:
+            self.packed.flush()
+            self.packed.close()
+            self._names = self.packed.names
+        return {name: (self.folder / name).stat().st_size for name in self._names}
+
+    def publish(self) -> tuple[Path, ...]:
+        """Sync everything and move it into the output directory, what training reads last."""
         for path in self.folder.rglob("*"):
             _sync(path)
-        for name in (TOKENIZER_FOLDER, *self._names):
+        for name in (TOKENIZER_FOLDER, NAME, *self._names):
             os.rename(self.folder / name, self._output / name)
         _sync(self._output)
         return tuple(self._output / name for name in self._names)
@@ -203,6 +255,8 @@ class _Writer:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
+        if self.packed is not None:
+            self.packed.close()
         shutil.rmtree(self.folder)
 
 

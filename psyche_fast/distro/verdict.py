@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,10 +41,7 @@ class Verdict:
 
 
 def agree(
-    faults: Mapping[int, str],
-    messages: Tensor | Sequence[Tensor],
-    group: dist.ProcessGroup,
-    order: Sequence[int] | None = None,
+    faults: Mapping[int, str], messages: Tensor, group: dist.ProcessGroup
 ) -> tuple[dict[int, str], set[int]]:
     """Which messages any rank of a group refuses; a collective that waits for the other ranks.
 
@@ -54,10 +51,9 @@ def agree(
 
     Args:
         faults: what is wrong with the messages that this rank refuses, by their numbers.
-        messages: uint8 `[senders, n]` in host memory, or `[n]` of each sender; rank
-            `sender * places + place` has got those of the ranks with its place.
+        messages: uint8 `[senders, n]` in host memory; rank `sender * places + place` has got those
+            of the ranks with its place.
         group: the ranks.
-        order: the group's ranks in that order, where it is another than their own.
 
     Returns:
         The same numbers on every rank, in order, each with what is wrong or who refuses it. And the
@@ -66,12 +62,15 @@ def agree(
     ranks, senders = dist.get_world_size(group), len(messages)
     on_host = "cpu" in backends_of(group)
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    own = torch.stack([opinion(row, number in faults) for number, row in enumerate(messages)])
-    sent = own.repeat(ranks, 1, 1).to(device)
+    sent = opinions(faults, messages).repeat(ranks, 1, 1).to(device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    received = received.cpu()
-    return conclude(faults, received if order is None else received[list(order)], senders)
+    return conclude(faults, received.cpu(), senders)
+
+
+def opinions(faults: Mapping[int, str], messages: Iterable[Tensor]) -> Tensor:
+    """What a rank says of each sender's message `[n]`: uint8 `[senders, OPINION]`."""
+    return torch.stack([opinion(row, number in faults) for number, row in enumerate(messages)])
 
 
 def opinion(message: Tensor, state: int) -> Tensor:
@@ -124,14 +123,14 @@ def judge(opinions: Tensor, ranks: Sequence[int], sender: int, places: int, bad:
 
 
 def conclude(
-    faults: Mapping[int, str], opinions: Tensor, senders: int
+    faults: Mapping[int, str], said: Tensor, senders: int
 ) -> tuple[dict[int, str], set[int]]:
     """`agree` for what all ranks have said: uint8 `[ranks, senders, OPINION]`."""
-    ranks, places = range(len(opinions)), len(opinions) // senders
+    ranks, places = range(len(said)), len(said) // senders
     refused: dict[int, str] = {}
     offenders = set()
     for sender in range(senders):
-        judgement = judge(opinions[:, sender], ranks, sender, places, True)
+        judgement = judge(said[:, sender], ranks, sender, places, True)
         if (why := judgement.why(faults.get(sender))) is not None:
             refused[sender] = why
         if judgement.offends:

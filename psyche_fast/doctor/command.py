@@ -19,16 +19,20 @@ from psyche_fast.doctor.finding import Check, Finding, carry_out
               help="where runs are to write")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), default=34567, show_default=True,
               help="on which the core is to listen for other machines")  # fmt: skip
-@click.option("--link", metavar="HOST[:PORT]", help="also look at the way to another machine")
+@click.option(
+    "--link",
+    metavar="HOST[:PORT]",
+    help="also measure the way to another machine, on which `link` runs",
+)
 @click.option("--self-test/--no-self-test", default=True,
               help="also load torch and run each hot path against float64: 20 seconds")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="print JSON, for a report")
 def doctor(output: Path, port: int, link: str | None, self_test: bool, as_json: bool) -> None:
     """Look whether this machine is set up: ok, warning or problem, and what to do; status 1."""
     if link is not None:
-        from psyche_fast.doctor.network import host_and_port
+        from psyche_fast.start.probe import parse_host
 
-        host_and_port(link)
+        parse_host(link)
     counts = {"ok": 0, "warning": 0, "problem": 0}
     entries, began, group = [], time.time(), None
     for name, finding in look(output, port, link, self_test=self_test):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import platform
-import re
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,10 +15,12 @@ import psutil
 
 from psyche_fast.doctor.finding import Finding, ok, problem, warning
 from psyche_fast.doctor.software import reaches
-from psyche_fast.start import network
+from psyche_fast.start import network, probe
 
 _PORT = 34567
 """That of README's commands for several machines."""
+_MOST_SKEW = 1.0
+"""Seconds between two clocks that nobody minds."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -162,12 +162,12 @@ def _user_of(port: int) -> str:
 
 
 def way_to(target: str) -> Iterator[Finding]:
-    """The way to another machine: its name, the interface, its port, how long an answer takes.
+    """The way to another machine on which `psyche-fast link` runs: what it carries, and its clock.
 
     Args:
-        target: `HOST` or `HOST:PORT`, an IPv6 address in brackets where a port follows.
+        target: as of `probe.parse_host`.
     """
-    host, port = host_and_port(target)
+    host, port = probe.parse_host(target)
     began = time.monotonic()
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -184,21 +184,35 @@ def way_to(target: str) -> Iterator[Finding]:
     if seconds > 1:
         yield warning("name", f"the name server took {seconds:.1f} s", "give an address instead")
     yield from _route(host)
-    times, refused = _connect(host, port)
+    refused = reaches(host, port, 5.0)
     if refused is not None:
         yield problem("port", f"{host}:{port}: {refused}", _port_remedy(refused, port))
         return
-    middle = statistics.median(times) * 1e3
-    said = f"{host}:{port} answers in {middle:.3g} ms (median of {len(times)})"
-    spread = max(times) * 1e3
-    if spread > 10 * middle + 50:
+    try:
+        yield from _skew(probe.ask_clock(target))
+        link = probe.ask(target)
+    except ValueError as error:
+        yield problem("link", str(error), f"run psyche-fast link --port {port} there")
+        return
+    said = f"{link}, one way"
+    if min(link.up, link.down) < 1e6:
+        yield warning("link", said, "slow: psyche-fast estimate --link says which method fits")
+    else:
+        yield ok("link", said)
+
+
+def _skew(seconds: float) -> Iterator[Finding]:
+    size = abs(seconds)
+    said = f"the other one is {size:.3g} s {'ahead' if seconds > 0 else 'behind'}"
+    if size > _MOST_SKEW:
         yield warning(
-            "port",
-            f"{said}, once in {spread:.0f} ms",
-            "packets are lost or wait in line: look at the link with mtr, and who else uses it",
+            "clocks",
+            said,
+            "timedatectl set-ntp true on both: logs of two machines are read side by side, and "
+            "certificates and buckets want the right time",
         )
     else:
-        yield ok("port", said)
+        yield ok("clocks", f"{said}, by an answer that took about as long either way")
 
 
 def _route(host: str) -> Iterator[Finding]:
@@ -228,45 +242,14 @@ def _route(host: str) -> Iterator[Finding]:
         yield ok("route", said)
 
 
-def _connect(host: str, port: int) -> tuple[list[float], str | None]:
-    """Seconds of several connections, or why there is none."""
-    times: list[float] = []
-    for _ in range(7):
-        began = time.perf_counter()
-        refused = reaches(host, port, 5.0)
-        if refused is not None:
-            return times, refused
-        times.append(time.perf_counter() - began)
-        time.sleep(0.02)
-    return times, None
-
-
 def _port_remedy(refused: str, port: int) -> str:
     if "refused" in refused.lower():
         return (
-            f"nobody listens there: start train there first, with --host and --port {port}; the "
-            "machine itself is reached"
+            "nobody listens there, though the machine is reached: run psyche-fast link "
+            f"--port {port} there"
         )
     if "no answer" in refused:
         return (
             f"a firewall swallows it, or the machine is off: allow TCP {port} between the machines"
         )
     return "look at ip route, the VPN and the firewall between"
-
-
-def host_and_port(target: str) -> tuple[str, int]:
-    """Of `HOST`, `HOST:PORT` or `[ADDRESS]:PORT`.
-
-    Raises:
-        ValueError: no such thing, or no port.
-    """
-    bracketed = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?", target)
-    if bracketed is not None:
-        host, text = bracketed[1], bracketed[2]
-    elif target.count(":") == 1:
-        host, text = target.split(":")
-    else:  # a name, or an IPv6 address without a port
-        host, text = target, None
-    if not host or (text is not None and not (text.isdecimal() and 0 < int(text) < 1 << 16)):
-        raise ValueError(f"--link {target}: wanted HOST, HOST:PORT or [ADDRESS]:PORT")
-    return host, _PORT if text is None else int(text)

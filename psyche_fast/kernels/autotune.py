@@ -57,6 +57,15 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
         tuple({"num_warps": n} for n in (4, 8, 16)),
         tuple({"ctas_per_sm": n} for n in (2, 4, 6, 8)),
     ),
+    "plain": (
+        tuple({"num_warps": n} for n in (4, 8)),
+        tuple({"ctas_per_sm": n} for n in (2, 3, 4, 6, 8)),
+    ),
+    "outer": (
+        tuple({"num_warps": n} for n in (4, 8)),
+        tuple({"ctas_per_sm": n} for n in (2, 3, 4, 6)),
+        tuple({"entries": n} for n in (256, 512, 1024)),
+    ),
     "codec": (
         tuple({"num_warps": n} for n in (4, 8)),
         tuple({"elements": n} for n in (1024, 2048, 4096)),

@@ -55,3 +55,27 @@ def encode(
         plan, delta, gradients, learning_rates, decay, gradient_scale, previous, share, anchors
     )
     return entries
+
+
+def update(
+    plan: ChunkPlan,
+    delta: Tensor,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    *,
+    decay: float,
+    gradient_scale: float | Tensor | None = None,
+    previous: Entries | None = None,
+    share: float = 1.0,
+    anchors: Sequence[Tensor] | None = None,
+    backend: str = "torch",
+) -> None:
+    """Update delta as `encode` does, of a class without transform, and select nothing.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    assert not plan.is_transformed
+    implementation(backend, "encode").update(
+        plan, delta, gradients, learning_rates, decay, gradient_scale, previous, share, anchors
+    )

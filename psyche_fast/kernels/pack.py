@@ -19,6 +19,7 @@ Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, wit
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +34,8 @@ Values = Literal["sign"] | int | torch.dtype
 floating-point dtype."""
 
 __all__ = [
-    "IndexCode", "Values", "index_code", "pack", "size", "squares", "unpack", "unpack_checked",
-    "well_formed",
+    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares", "unpack",
+    "unpack_checked", "well_formed",
 ]  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def pack(
             gives them.
         values: "sign" (values below zero, or bool values that are True, are negative), the bits of
             the codes that the values then are (uint8), or the dtype in which values are sent.
-        out: where to write, uint8 `[size(plan, values)]`, contiguous; new memory where None.
+        out: where to write, uint8 `[size(plan, values)]`, contiguous; where None it is new memory,
+            or the values' own where that is all.
         backend: resolved backend name.
 
     Returns:
@@ -117,6 +119,8 @@ def pack(
     """
     _check_entries(plan, entries)
     total = size(plan, values)
+    if out is None and isinstance(values, torch.dtype) and plan.k == plan.totalk:
+        return _bytes(entries, values)
     if out is None:
         out = torch.empty(total, dtype=torch.uint8, device=plan.device)
     elif out.shape != (total,) or out.dtype != torch.uint8 or not out.is_contiguous():
@@ -144,6 +148,13 @@ def pack(
     return out
 
 
+def _bytes(entries: Entries, values: torch.dtype) -> Tensor:
+    """Values in the dtype in which they are sent, uint8."""
+    if entries.values.dtype == torch.bool:
+        raise TypeError(f"entries: wanted values to be sent in {values}, got signs alone")
+    return entries.values.to(values).contiguous().view(-1).view(torch.uint8)
+
+
 def unpack(plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "torch") -> Entries:
     """Decode results, of one peer or of several side by side.
 
@@ -157,8 +168,8 @@ def unpack(plan: ChunkPlan, data: Tensor, values: Values, *, backend: str = "tor
         backend: resolved backend name.
 
     Returns:
-        Indices in `plan.index_dtype` and values (bool for "sign", uint8 for codes), `[chunks, peers * k]` with the
-        peers in the order of the rows. `unique` for a single peer.
+        Indices in `plan.index_dtype` and values (bool for "sign", uint8 for codes), `[chunks,
+        peers * k]` with the peers in the order of the rows. `unique` for a single peer.
 
     Raises:
         TypeError: `values` is neither "sign" nor a floating-point dtype.
@@ -200,7 +211,7 @@ def well_formed(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
     code, at = index_code(plan.totalk, plan.k), _value_bytes(plan, values)
     good = torch.ones(len(data), dtype=torch.bool)
     if isinstance(values, torch.dtype):
-        good &= _numbers(plan, data, values).isfinite().all(dim=1)
+        good &= numbers(plan, data, values).isfinite().all(dim=1)
     if code.bits == 0:
         return good
     planes = data[:, at:].unflatten(1, (_groups(plan), _bits(plan, values)))
@@ -222,14 +233,25 @@ def squares(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
         values: the dtype in which they are sent.
     """
     assert isinstance(values, torch.dtype), "signs have no norm"
-    return _numbers(plan, data, values).double().square().sum(dim=1)
+    return numbers(plan, data, values).double().square().sum(dim=1)
 
 
-def _numbers(plan: ChunkPlan, data: Tensor, values: torch.dtype) -> Tensor:
-    """The values of each peer, `[peers, chunks * k]`."""
-    # A copy is aligned, wherever in a buffer the bytes lie.
-    raw = data[:, : _value_bytes(plan, values)].clone(memory_format=torch.contiguous_format)
-    return raw.flatten().view(values).view(len(data), plan.chunks * plan.k)
+def numbers(plan: ChunkPlan, data: Tensor, values: torch.dtype) -> Tensor:
+    """The values of each peer, `[peers, chunks * k]`: a view where the bytes are aligned."""
+    raw = data[:, : _value_bytes(plan, values)]
+    if raw.numel() == 0:
+        return raw.new_empty(len(data), plan.chunks * plan.k, dtype=values)
+    steps = (raw.data_ptr(), raw.storage_offset(), raw.stride(0))
+    if any(step % values.itemsize for step in steps):
+        raw = raw.clone(memory_format=torch.contiguous_format)
+    return raw.view(values)
+
+
+def are_finite(values: Tensor) -> Tensor:
+    """Whether all numbers of the last dimension are; NaN is the largest and the smallest."""
+    if values.numel() == 0:
+        return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+    return (values.amax(-1) < math.inf) & (values.amin(-1) > -math.inf)
 
 
 def _unpack(
@@ -252,10 +274,10 @@ def _unpack(
     valid = torch.ones(peers, chunks, dtype=torch.bool, device=rows.device) if check else None
     value_bytes = _value_bytes(plan, values)
     if isinstance(values, torch.dtype):
-        numbers = _numbers(plan, rows, values).view(peers, chunks, k)
+        found = numbers(plan, rows, values).view(peers, chunks, k)
         if valid is not None:
-            valid &= numbers.isfinite().all(dim=2)
-        result, signs = numbers.transpose(0, 1), None
+            valid &= are_finite(found)
+        result, signs = found.transpose(0, 1), None
     else:
         dtype = torch.bool if values == "sign" else torch.uint8
         result = signs = torch.empty(shape, dtype=dtype, device=rows.device)

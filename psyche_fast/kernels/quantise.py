@@ -1,14 +1,15 @@
-"""Blockwise quantisation: values of a chunk as a few bits each, with one or two scales of the chunk.
+"""Blockwise quantisation: values of a chunk as a few bits each, with a scale or two of the chunk.
 
-- 8 and 4 bits: whole multiples, halves to even, of the chunk's largest magnitude times float32's
-  1/127 or 1/7.
+- 8 and 4 bits: whole multiples, halves to even, of the chunk's largest magnitude divided by 127 or
+  7, float32.
 - 2 bits: a sign, and one of two levels of the chunk's magnitudes, bfloat16: eight of Lloyd's
-  iterations from the mean, on magnitudes in 4096ths (or 2048ths) of the largest, halves to even. A
-  value has the upper level where its magnitude is above the mean of both.
+  iterations from the mean. A value has the upper level where its magnitude is above the mean of
+  both.
 
-All backends come to the same bits: sums are of integers up to 2^24, which float32 adds up exactly,
-and quotients are products with a reciprocal of three of Newton's steps, each operation rounded as
-IEEE asks. The division of GPUs is not.
+All backends come to the same bits: sums are of integers, magnitudes that have been scaled by a
+power of two to 24 bits, and exact; quotients are products with a reciprocal of three of Newton's
+steps, in float32 with each operation rounded as IEEE asks. The division of GPUs is not. Of float64
+values all is in float64.
 
 A code has the sign in its lowest bit, above it the multiple or the number of the level.
 """
@@ -28,7 +29,7 @@ from psyche_fast.kernels.plan import ChunkPlan, Rates
 Bits = Literal[2, 4, 8]
 
 MOST_ENTRIES = 4096
-"""Values of a chunk that the kernels quantise, and whose sums of 2 bits are exact."""
+"""Values of a chunk that the kernels quantise."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def encode_all(
     exact: bool = False,
     backend: str = "torch",
 ) -> Codes | None:
-    """All values of chunks without transform: take them up, quantise them and take out what is sent.
+    """All values of chunks without transform: take up, quantise and take out what is sent.
 
     `x = decay * delta + lr * gradient_scale * gradient`, with anchors as in `encode`; then
     `delta = x - share * y`, `y` being `x` as its receivers see it.

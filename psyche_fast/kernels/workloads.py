@@ -13,7 +13,9 @@ from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.apply import apply, lookahead
 from psyche_fast.kernels.encode import encode
+from psyche_fast.kernels.outer import Local, outer
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
+from psyche_fast.kernels.quantise import Bits, encode_all
 
 SIDE = 64
 _RATE, _DECAY = 1e-3, 0.999
@@ -76,10 +78,10 @@ class _Random:
         index = index.to(plan.index_dtype).view(flat)
         return Entries(index, (values < 0 if signs else values).view(flat), peers == 1)
 
-    def plan(self, chunks: int, h: int, k: int) -> ChunkPlan:
+    def plan(self, chunks: int, h: int, k: int, *, transform: bool = True) -> ChunkPlan:
         """A class of one bfloat16 parameter `[chunks * h, SIDE]`."""
         members = (Member(0, (chunks, 1), 0, chunks),)
-        basis_h, basis_w = self._basis(h), self._basis(SIDE)
+        basis_h, basis_w = (self._basis(n if transform else 0) for n in (h, SIDE))
         return ChunkPlan(
             h=h,
             w=SIDE,
@@ -190,11 +192,49 @@ def _codec(random: _Random, backend: str, chunks: int) -> Workload:
     return Workload(run, [])
 
 
+def _plain(random: _Random, backend: str, chunks: int) -> Workload:
+    plan = random.plan(chunks, SIDE, SIDE**2, transform=False)
+    anchor, parameter = (random.normal(chunks * SIDE, SIDE) for _ in range(2))
+    delta = random.normal(chunks, SIDE, SIDE)
+
+    def run() -> list[Tensor]:
+        results: list[Tensor] = []
+        bits: Bits
+        for bits in (2, 4):
+            codes = encode_all(
+                plan, delta, [parameter], [1.0], bits=bits, decay=_DECAY, anchors=[anchor],
+                share=1.0, backend=backend,
+            )  # fmt: skip
+            assert codes is not None
+            results += [codes.codes, codes.scales]
+        return results
+
+    return Workload(run, [delta])
+
+
+def _outer(random: _Random, backend: str, chunks: int) -> Workload:
+    plans = [random.plan(chunks, SIDE, 64, transform=is_so) for is_so in (False, True)]
+    shared, momentum, own = (random.normal(chunks * SIDE, SIDE) for _ in range(3))
+    received = [random.entries(plan, 8, signs=False) for plan in plans]
+
+    def run() -> list[Tensor]:
+        for plan, entries in zip(plans, received, strict=True):
+            outer(
+                plan, [shared], entries, _RATE, momenta=[momentum], momentum=_DECAY,
+                local=Local([own], mix=0.5), backend=backend,
+            )  # fmt: skip
+        return []
+
+    return Workload(run, [shared, momentum, own])
+
+
 _WORKLOADS: dict[str, Callable[[_Random, str, int], Workload]] = {
     "accumulate": _accumulate,
     "apply": _apply,
     "codec": _codec,
     "encode": _encode,
     "lookahead": _lookahead,
+    "outer": _outer,
+    "plain": _plain,
     "rows": _rows,
 }

@@ -8,6 +8,7 @@ from psyche_fast.methods.hierarchy import Hierarchy
 from psyche_fast.methods.local_steps import LocalSteps
 from psyche_fast.methods.method import SGD, AdamW, Method, Muon, Nesterov, Sign
 from psyche_fast.methods.muon import MuonAdamW
+from psyche_fast.methods.nested import rounds_of
 from psyche_fast.methods.presets import get, known
 from psyche_fast.methods.replica import Replica
 from psyche_fast.methods.rounds import Rounds
@@ -27,5 +28,6 @@ __all__ = [
     "Sign",
     "get",
     "known",
+    "rounds_of",
     "simulate",
 ]

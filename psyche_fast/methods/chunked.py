@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +12,16 @@ from torch import Tensor
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.shards import Parts
 from psyche_fast.kernels.apply import subtract
-from psyche_fast.kernels.backends import ENVIRONMENT, checked_backend, explain
-from psyche_fast.kernels.encode import encode
-from psyche_fast.kernels.plan import ChunkPlan, Entries, chunk_view
+from psyche_fast.kernels.backends import checked_backend
+from psyche_fast.kernels.encode import encode, update
+from psyche_fast.kernels.outer import Local, outer
+from psyche_fast.kernels.plan import ChunkPlan, Entries
+from psyche_fast.kernels.quantise import encode_all
 from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Muon, Sign
 from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.philox import positions
+from psyche_fast.methods.values import BITS
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _NOISE = 64
@@ -91,8 +93,8 @@ class Fragment:
         layout: this rank's chunks.
         backends: resolved backend of every chunk class.
         format: its messages.
-        kept: momentum or feedback, `[chunks, h, w]` per class, of which the own last result
-            (`own`) has yet to be taken out; None where nothing is kept.
+        kept: momentum or feedback, `[chunks, h, w]` per class, of which a share of the own last
+            result (`own`) has yet to be taken out; None where nothing is kept.
         own: what is to be taken out, per class; None where there is nothing.
     """
 
@@ -107,7 +109,7 @@ class Fragment:
         self.method, self.names = method, list(names)
         self.parts = Parts(tensors, _wholes(method, names, tensors))
         self.layout = Layout(self.parts.layouts, transform=method.transform == "dct")
-        self.backends = [_backend(plan, backend) for plan in self.layout.plans]
+        self.backends = [checked_backend(plan, backend) for plan in self.layout.plans]
         self.format: Format | Owners = Format(method, self.layout, self.backends, number)
         self._number = number
         self._keeps = method.what == "momentum" or method.feedback != "none"
@@ -131,6 +133,7 @@ class Fragment:
         scale: float | Tensor | None,
         turn: int,
         sender: int,
+        anchors: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Take up gradients or pseudo-gradients, `kept = decay (kept - own) + factor source`.
 
@@ -140,111 +143,172 @@ class Fragment:
             scale: a further factor; where it is not finite, all sources are left out.
             turn: number of the round.
             sender: this replica's number.
+            anchors: what the sources are subtracted from, where it is not they themselves.
 
         Returns:
             The message.
         """
+        if anchors is not None and not self.parts.are_shards:
+            sources = torch._foreach_sub(list(anchors), [s for s in sources if s is not None])
+            anchors = None
         sources = self.parts.of_gradients(sources)
-        kept = self.layout.zeros() if self.kept is None else self.kept
-        pick = self._largest if self.method.select == "topk" else self._at_known_places
-        picked = [
-            pick(at, plan, kept[at], [sources[m.position] for m in plan.members], factor, scale)
-            for at, plan in enumerate(self.layout.plans)
-        ]
-        if self.method.select == "random":
-            places = [self.places(plan, turn) for plan in self.layout.plans]
-            picked = [
-                Picked(where, p.values.gather(1, where))
-                for where, p in zip(places, picked, strict=True)
-            ]
+        pick = {"topk": self._largest, "all": self._all, "random": self._drawn}[self.method.select]
+        picked = []
+        for at, plan in enumerate(self.layout.plans):
+            given: dict[str, Any] = {
+                "gradients": [sources[m.position] for m in plan.members],
+                "learning_rates": [factor] * len(plan.members),
+                "decay": self.method.decay if self._keeps else 0.0,
+                "gradient_scale": scale,
+                "backend": self.backends[at],
+            }
+            if anchors is not None:
+                given["anchors"] = [anchors[m.position] for m in plan.members]
+            picked.append(pick(at, plan, given, turn))
         message, seen = self.format.pack(turn, sender, picked)
         self.own = None
-        if self.method.feedback != "none":
-            alpha = self.method.subtract
+        if self.method.feedback != "none" and not self._takes_out_at_once:
             values = [p.values for p in picked] if self.method.feedback == "exact" else seen
-            self.own = [Picked(p.indices, v * alpha) for p, v in zip(picked, values, strict=True)]
+            self.own = [Picked(p.indices, v) for p, v in zip(picked, values, strict=True)]
         return message
 
-    def _largest(
-        self,
-        at: int,
-        plan: ChunkPlan,
-        kept: Tensor,
-        sources: list[Tensor | None],
-        factor: float,
-        scale: float | Tensor | None,
-    ) -> Picked:
-        previous = None
-        if self.own is not None:
-            indices = self.own[at].indices
-            assert indices is not None
-            previous = Entries(indices, self.own[at].values, unique=True)
-        entries = encode(
-            plan,
-            kept,
-            sources,
-            [factor] * len(sources),
-            decay=self.method.decay if self._keeps else 0.0,
-            gradient_scale=scale,
-            previous=previous,
-            backend=self.backends[at],
-        )
+    @property
+    def _takes_out_at_once(self) -> bool:
+        """Whether all that is sent is taken out of what is kept where it is made.
+
+        What is kept is needed as it was where it leads the look-ahead; an owner's part of a message
+        is quantised by itself.
+        """
+        method = self.method
+        is_all = method.select == "all" and not method.lookahead and method.values != "codebook4"
+        return is_all and isinstance(self.format, Format)
+
+    def _previous(self, at: int) -> dict[str, Any]:
+        if self.own is None:
+            return {}
+        indices = self.own[at].indices
+        assert indices is not None
+        entries = Entries(indices, self.own[at].values, unique=True)
+        return {"previous": entries, "share": self.method.subtract}
+
+    def _state(self, at: int) -> Tensor:
+        """What is kept of a class, zeros where nothing is."""
+        if self.kept is not None:
+            return self.kept[at]
+        plan = self.layout.plans[at]
+        return plan.basis_w.new_zeros(plan.chunks, plan.h, plan.w)
+
+    def _largest(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+        entries = encode(plan, self._state(at), **given, **self._previous(at))
         return Picked(entries.indices, entries.values)
 
-    def _at_known_places(
-        self,
-        at: int,
-        plan: ChunkPlan,
-        kept: Tensor,
-        sources: list[Tensor | None],
-        factor: float,
-        scale: float | Tensor | None,
-    ) -> Picked:
-        """All of every chunk, a copy."""
-        flat = kept.view(plan.chunks, plan.totalk)
-        if self.own is not None:
-            own = self.own[at]
-            if own.indices is None:
-                flat.sub_(own.values)
-            else:
-                flat.scatter_add_(1, own.indices, -own.values)
-        if self._keeps:
-            kept.mul_(self.method.decay)
-        wide = None if scale is None else torch.as_tensor(scale, dtype=kept.dtype)
-        for member, source in zip(plan.members, sources, strict=True):
-            if source is None:
-                continue
-            chunks = chunk_view(source, plan.h, plan.w).to(kept.dtype)
-            if wide is not None:
-                wide = wide.to(kept.device)
-                chunks = torch.where(wide.isfinite(), chunks * wide, 0.0)
-            target = kept[member.start : member.start + member.count]
-            target.view(chunks.shape).add_(chunks, alpha=factor)
-        return Picked(None, flat.clone())
+    def _drawn(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+        state = self._state(at)
+        update(plan, state, **given, **self._previous(at))
+        where = self.places(plan, turn)
+        return Picked(where, state.view(plan.chunks, plan.totalk).gather(1, where))
+
+    def _all(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+        state = None if self.kept is None else self.kept[at]
+        if self.own is not None and state is not None:
+            state.view(plan.chunks, plan.totalk).sub_(
+                self.own[at].values, alpha=self.method.subtract
+            )
+        at_once, feedback = self._takes_out_at_once, self.method.feedback
+        bits = BITS.get(self.method.values) if at_once else None
+        out = None
+        if bits is None:
+            is_narrow = at_once and self.method.values == "bf16"
+            dtype = torch.bfloat16 if is_narrow else plan.compute_dtype
+            out = plan.basis_w.new_empty(plan.chunks, plan.totalk, dtype=dtype)
+        share = self.method.subtract if at_once and feedback != "none" else 0.0
+        codes = encode_all(
+            plan, state, **given, bits=bits, out=out, share=share, exact=feedback == "exact"
+        )
+        return Picked(None, plan.basis_w if out is None else out, codes)
 
     def places(self, plan: ChunkPlan, turn: int) -> Tensor:
         """The positions that a round's random selection takes, int64 `[n, k]`."""
-        names = [self.names[m.position] for m in plan.members]
-        seed = self.method.seed
-        return torch.cat(
-            [
-                positions(name, self._numbers[name], plan.totalk, plan.k, seed=seed, turn=turn)
-                for name in names
-            ]
-        )
+        named = [self.names[m.position] for m in plan.members]
+        numbers = {name: self._numbers[name] for name in named}
+        return positions(numbers, plan.totalk, plan.k, seed=self.method.seed, turn=turn)
 
     def merge(self, received: Sequence[Picked], turn: int) -> list[Tensor]:
         """The mean of the replicas' results, transformed back: this rank's shards, in order."""
-        merged = []
+        plans = self.layout.plans
+        if self.method.transform == "dct" and isinstance(self.method.outer, Sign | Muon):
+            return self.shards(
+                [self._clean(at, plan, received[at]) for at, plan in enumerate(plans)]
+            )
+        merged = [
+            torch.zeros(p.shape, dtype=plans[0].compute_dtype, device=plans[0].device)
+            for p in self.layout.parameters
+        ]
+        self.step_out(merged, received, turn, -1.0)
+        return self.parts.shards(merged)
+
+    def step_out(
+        self,
+        shared: Sequence[Tensor],
+        received: Sequence[Picked],
+        turn: int,
+        length: float,
+        momenta: Sequence[Tensor] | None = None,
+        momentum: float = 0.0,
+        local: Local | None = None,
+    ) -> None:
+        """The linear outer step, as `psyche_fast.kernels.outer` has it, of this rank's chunks.
+
+        Args:
+            shared: tensors of the layout's parameters.
+            received: the replicas' results.
+            turn: the number of their round.
+            length: of the step.
+            momenta: see there.
+            momentum: see there.
+            local: see there.
+        """
         for at, (plan, p) in enumerate(zip(self.layout.plans, received, strict=True)):
-            chunks = self._mean(at, plan, p, turn)
-            if plan.is_transformed and isinstance(self.method.outer, Sign | Muon):
-                # What cancels is what rounding leaves of it, which would have a sign.
-                limit = chunks.abs().amax((1, 2), keepdim=True) if chunks.numel() else 0.0
-                noise = limit * (_NOISE * torch.finfo(chunks.dtype).eps)
-                chunks = torch.where(chunks.abs() <= noise, 0.0, chunks)
-            merged.append(chunks)
-        return self.shards(merged)
+            places = [m.position for m in plan.members]
+            results: Entries | Tensor
+            replicas = len(p.values) if self.method.merge == "mean" else None
+            if self.method.select == "random":
+                where = self.places(plan, turn)
+                results, replicas = Entries(where, _mean(p.values), unique=True), None
+            elif p.indices is None and not plan.is_transformed:
+                results = p.values
+            else:
+                results = side_by_side(plan, p)
+            own = None
+            if local is not None:
+                since = local.since
+                own = Local(
+                    [local.tensors[i] for i in places], local.mix,
+                    None if since is None else [since[i] for i in places],
+                )  # fmt: skip
+            outer(
+                plan, [shared[i] for i in places], results, length, replicas=replicas,
+                momenta=None if momenta is None else [momenta[i] for i in places],
+                momentum=momentum, local=own, backend=self.backends[at],
+            )  # fmt: skip
+
+    def _clean(self, at: int, plan: ChunkPlan, p: Picked) -> Tensor:
+        """The mean `[chunks, h, w]`, without what rounding leaves of what cancels.
+
+        That would have a sign.
+        """
+        chunks = p.values.new_zeros(plan.chunks, plan.h, plan.w)
+        if self.method.merge == "named":
+            subtract(plan, chunks, side_by_side(plan, p), backend=self.backends[at])
+            chunks.neg_()
+        else:
+            for number, value in enumerate(p.values):
+                one = Picked(None if p.indices is None else p.indices[number, None], value[None])
+                subtract(plan, chunks, side_by_side(plan, one), backend=self.backends[at])
+            chunks.div_(-len(p.values))
+        limit = chunks.abs().amax((1, 2), keepdim=True) if chunks.numel() else 0.0
+        noise = limit * (_NOISE * torch.finfo(chunks.dtype).eps)
+        return torch.where(chunks.abs() <= noise, 0.0, chunks)
 
     def shards(self, chunks: Sequence[Tensor]) -> list[Tensor]:
         """This rank's shard of each parameter from chunks `[n, h, w]` of each class."""
@@ -257,33 +321,6 @@ class Fragment:
                     own = own.transpose(-3, -2)
                 parts[m.position] = own.reshape(layout.shape)
         return self.parts.shards([parts[at] for at in range(len(self.names))])
-
-    def _mean(self, at: int, plan: ChunkPlan, p: Picked, turn: int) -> Tensor:
-        """`[chunks, h, w]`."""
-        replicas = len(p.values)
-        chunks = p.values.new_zeros(plan.chunks, plan.h, plan.w)
-        if p.indices is not None and self.method.merge == "named":
-            subtract(plan, chunks, side_by_side(plan, p), backend=self.backends[at])
-            return chunks.neg_()
-        if p.indices is not None:
-            for index, value in zip(p.indices, p.values, strict=True):
-                entries = Entries(index, value, unique=True)
-                subtract(plan, chunks, entries, backend=self.backends[at])
-            return chunks.div_(-replicas)
-        total = p.values[0].clone()
-        for value in p.values[1:]:
-            total += value
-        total /= replicas
-        if self.method.select == "random":
-            chunks.view(plan.chunks, plan.totalk).scatter_(1, self.places(plan, turn), total)
-        elif plan.is_transformed:
-            everything = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
-            entries = Entries(everything.expand(total.shape), total, unique=True)
-            subtract(plan, chunks, entries, backend=self.backends[at])
-            chunks.neg_()
-        else:
-            chunks = total.view(chunks.shape)
-        return chunks
 
     def clipped(self, received: Sequence[Picked]) -> list[Picked]:
         """Every replica's values of a parameter scaled down to the lower median of the norms."""
@@ -366,18 +403,12 @@ class Fragment:
             ]
 
 
-def _backend(plan: ChunkPlan, asked: str) -> str:
-    """The backend of a class: the kernels transform all that they select from.
-
-    Raises:
-        ValueError: kernels are asked for that cannot take this class, or cannot run.
-    """
-    if plan.is_transformed:
-        return checked_backend(plan, asked)
-    name, reason = explain(plan.device, asked)
-    if name != "torch" and (asked != "auto" or os.environ.get(ENVIRONMENT, "auto") != "auto"):
-        raise ValueError(f"{reason}, but a method without transform has no kernels yet")
-    return "torch"
+def _mean(values: Tensor) -> Tensor:
+    """Of the replicas' values, added up in their order."""
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total.mul_(1.0 / len(values))
 
 
 def side_by_side(plan: ChunkPlan, p: Picked) -> Entries:

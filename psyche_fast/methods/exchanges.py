@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast.compat import all_to_all, default_store, group_timeout
 from psyche_fast.devices import message_for
 from psyche_fast.distro import exchange
-from psyche_fast.distro.verdict import agree
+from psyche_fast.distro.verdict import conclude, opinions
+from psyche_fast.methods.hierarchy import Level
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.replica import Faults, Replica
@@ -42,7 +45,7 @@ class InProcess:
         replicas: in the order of their numbers.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica | Level]) -> None:
         self._replicas = replicas
 
     @torch.no_grad()
@@ -73,6 +76,17 @@ class InProcess:
         return Arrived(arrived, form.faults(turn, arrived, refused), refused)
 
 
+def traffic(form: Format | Owners, replica: int, replicas: int) -> tuple[int, int]:
+    """The bytes that a replica hands over for a message, and those that come from others."""
+    if replicas == 1:
+        return 0, 0
+    if not isinstance(form, Owners):
+        return form.size, (replicas - 1) * form.size
+    own, merged = form.sizes[replica], form.merged_sizes
+    sent = form.size - own + (replicas - 1) * merged[replica]
+    return sent, (replicas - 1) * own + sum(merged) - merged[replica]
+
+
 class Flight:
     """A message on its way between processes, until all have agreed on what has come of it.
 
@@ -95,16 +109,14 @@ class Flight:
             self._decided.set_result(None)
             self._arrived.set_result(Arrived(message[None], {}))
             return
+        self.bytes_sent, self.bytes_received = traffic(form, replica, replicas)
         if isinstance(form, Owners):
-            own, merged = form.sizes[replica], form.merged_sizes
-            self.bytes_sent = form.size - own + (replicas - 1) * merged[replica]
-            self.bytes_received = (replicas - 1) * own + sum(merged) - merged[replica]
-            parts = _Parts(message, form.sizes, [own] * replicas, link.group)
+            own = form.sizes[replica]
+            assert link.up is not None
+            parts = link.up.all_to_all(message, form.sizes, [own] * replicas)
             work = partial(self._own, form, parts, before)
         else:
             pending = exchange.start(message, link.group)
-            self.bytes_sent = pending.bytes_sent
-            self.bytes_received = (replicas - 1) * pending.bytes_sent
             work = partial(self._gather, form, pending, before)
         threading.Thread(target=self._run, args=(work,), name="results", daemon=True).start()
 
@@ -132,10 +144,10 @@ class Flight:
             before.wait()
         return Arrived(messages, self._link.agree(faults, messages))
 
-    def _own(self, form: Owners, parts: _Parts, before: Flight | None) -> Arrived:
+    def _own(self, form: Owners, parts: Parts, before: Flight | None) -> Arrived:
         link, turn = self._link, self._turn
         assert link.down is not None
-        rows = parts.wait().view(link.replicas, -1)
+        rows = parts.wait().view(link.replicas, -1).to(form.device)
         faults = form.check_parts(turn, rows)
         if before is not None:
             before._decided.result()
@@ -143,20 +155,23 @@ class Flight:
         refused = link.agree(faults, nothing, first=True)
         message = form.merge(turn, rows, refused)
         sizes = [message.numel()] * link.replicas
-        merged = _Parts(message.repeat(link.replicas), sizes, form.merged_sizes, link.down)
+        merged = link.down.all_to_all(message.repeat(link.replicas), sizes, form.merged_sizes)
         self._decided.set_result(None)
         arrived = merged.wait()
         found = form.faults(turn, arrived, refused)
         if link.is_sharded:
-            found |= form.malformed(arrived, found)
+            found |= form.malformed(arrived.to(form.device), found)
         if before is not None:
             before.wait()
-        leave_out = link.agree(found, [row.cpu() for row in form.split(arrived)])
+        leave_out = link.agree(found, form.split(arrived))
         return Arrived(arrived, leave_out, refused)
 
 
 class Link:
     """The groups that a replica's messages go by; a collective of their ranks.
+
+    Beside the group that is given these are gloo's, made for this alone, since each is used by
+    threads and at its own pace: what owners get and send goes through host memory.
 
     Args:
         group: the ranks with the other replicas; None where there are none.
@@ -164,10 +179,12 @@ class Link:
         owned: whether owners merge results.
 
     Attributes:
+        group: see above.
         replica: this one's number.
         replicas: how many there are.
         is_sharded: whether they have several ranks.
-        down: for what owners send.
+        up: for what owners get; None where all results are gathered.
+        down: for what they send.
         last: the newest message.
     """
 
@@ -176,30 +193,44 @@ class Link:
     ) -> None:
         self.group, self.replica, self.replicas = group, 0, 1
         self.is_sharded = bool(inside)
-        self.down: dist.ProcessGroup | None = None
+        self.up: _Gloo | None = None
+        self.down: _Gloo | None = None
         self.last: Flight | None = None
         if group is None:
             return
         self.replica, self.replicas = dist.get_rank(group), dist.get_world_size(group)
+        peers = dist.get_process_group_ranks(group)
+        name = message_for(group, torch.tensor([secrets.randbits(62)]))
+        name = exchange.start(name, group).wait()[0]  # that nobody has had
         # Counterparts by their places. All have to leave out the same, whatever is in their shards:
         # what tensor parallelism replicates is every rank's.
-        places = {tuple(dist.get_process_group_ranks(group))}
+        places = {(*peers, int(name))}
         for connected in inside:
             places = _united(places, connected)
-        everyone = [r for row in zip(*sorted(places), strict=True) for r in row]
-        self._order = [sorted(everyone).index(rank) for rank in everyone]
-        # Groups of their own, as each is used by threads alone, and at its own pace.
-        self._agreements = [_group(everyone, "gloo") for _ in range(2 if owned else 1)]
+        *rows, names = zip(*sorted(places), strict=True)
+        everyone = [rank for row in rows for rank in row]
+        self._first = _Gloo(f"{names[0]}/first", everyone) if owned else None
+        self._last = _Gloo(f"{names[0]}/last", everyone)
         if owned:
-            ranks = dist.get_process_group_ranks(group)
-            self.down = _group(ranks, dist.get_backend_config(group))
+            self.up, self.down = (_Gloo(f"{int(name)}/{way}", peers) for way in ("up", "down"))
 
-    def agree(
-        self, faults: Faults, messages: Tensor | Sequence[Tensor], *, first: bool = False
-    ) -> Faults:
-        """What any rank of any replica refuses; a collective, see `distro.verdict.agree`."""
-        group = self._agreements[0 if first else -1]
-        return agree(faults, messages, group, self._order)[0]
+    def agree(self, faults: Faults, messages: Iterable[Tensor], *, first: bool = False) -> Faults:
+        """What any rank of any replica refuses; a collective, see `distro.verdict.agree`.
+
+        Args:
+            faults: what this rank refuses, and why.
+            messages: what has come, in host memory, of every replica.
+            first: of what owners get.
+        """
+        said = opinions(faults, messages)
+        group = self._first if first else self._last
+        assert group is not None
+        received = group.all_to_all(
+            said.flatten().repeat(group.size),
+            [said.numel()] * group.size,
+            [said.numel()] * group.size,
+        ).wait()
+        return conclude(faults, received.view(group.size, *said.shape), len(said))[0]
 
     def settle(self) -> None:
         """Wait until nothing is under way."""
@@ -208,39 +239,44 @@ class Link:
             self.last = None
 
 
-class _Parts:
-    """Another part for each rank of a group, and one from each, under way.
+class _Gloo:
+    """A group of gloo beside torch's own, which all ranks of the world would have to make.
 
-    Every part goes to its rank directly: over a slow link that takes one way, and not one for each
-    rank as round a ring.
+    Args:
+        name: nobody else's.
+        ranks: who, in this order.
     """
 
-    def __init__(
-        self,
-        sent: Tensor,
-        sizes: Sequence[int],
-        received: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> None:
-        self._device = sent.device
-        self._sent = message_for(group, sent)  # kept alive until it has been read
-        self._received = self._sent.new_empty(sum(received))
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, list(received), list(sizes), group=group, async_op=True
-        )
+    def __init__(self, name: str, ranks: Sequence[int]) -> None:
+        store = dist.PrefixStore(f"psyche_fast/{name}", default_store())
+        self.size, own = len(ranks), list(ranks).index(dist.get_rank())
+        self._group = dist.ProcessGroupGloo(store, own, self.size, group_timeout())
+
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], received: Sequence[int]) -> Parts:
+        """Begins to send another part to each rank: to all at once, which takes one way.
+
+        Args:
+            sent: uint8 `[sum(sizes)]`; where it lies on a GPU the device is waited for.
+            sizes: bytes for each rank.
+            received: bytes from each.
+        """
+        staged = sent.cpu()
+        into = staged.new_empty(sum(received))
+        work = all_to_all(self._group, into, staged, received, sizes)
+        return Parts(into, staged, work)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A part from each rank, under way."""
+
+    _received: Tensor
+    _sent: Tensor  # kept alive until it has been read
+    _work: dist.Work
 
     def wait(self) -> Tensor:
-        """What has come, uint8 `[sum(received)]`, on the device of what was sent.
-
-        The host waits, not what the device does meanwhile.
-        """
-        if not self._received.is_cuda:
-            self._work.wait()
-            return self._received.to(self._device)
-        beside = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(beside):
-            self._work.wait()
-        beside.synchronize()
+        """What has come, uint8 in host memory, in the order of ranks."""
+        self._work.wait()
         return self._received
 
 
@@ -256,7 +292,7 @@ def _united(places: set[tuple[int, ...]], group: dist.ProcessGroup) -> set[tuple
     return {tuple(row) for row in torch.cat(found).tolist()}
 
 
-def _group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+def group_of(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
     """A group of ranks, who alone take part in making it."""
     made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)

@@ -19,7 +19,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from psyche_fast.methods.message import Format
 from psyche_fast.methods.method import SGD, Method
+from psyche_fast.methods.owners import Owners
 from psyche_fast.methods.presets import get
 from psyche_fast.methods.replica import Faults, Replica
 from psyche_fast.methods.steps import copied
@@ -89,6 +91,9 @@ class _HandOn:
 
     def decay(self, rate: float) -> None:
         self.has_mean = False
+
+    def length(self, rate: float) -> None:
+        """None: the mean itself is wanted, not a step of it."""
 
     def step(self, merged: Mapping[str, Tensor], rate: float) -> None:
         for name, mean in merged.items():
@@ -179,7 +184,7 @@ class Hierarchy:
             else:
                 named = replica.plain()
             self.levels.append(replica)
-        self._rate = 0.0
+        self._rate, self._is_shared = 0.0, False
 
     @property
     def step(self) -> int:
@@ -188,6 +193,7 @@ class Hierarchy:
 
     def before_forward(self, step: int) -> None:
         """As of `Replica`."""
+        self._put_own()
         for replica in self.levels:
             replica.before_forward(step)
 
@@ -218,13 +224,34 @@ class Hierarchy:
             replica.follow(old)
         return faults
 
+    def put_shared(self) -> None:
+        """As of `Replica`: of the outermost level."""
+        for replica in reversed(self.levels[self._base :]):
+            replica.put_shared()
+        if not self.methods[self._base].is_local:
+            self.levels[self._base].follow({})
+        self._is_shared = True
+
+    def _put_own(self) -> None:
+        if not self._is_shared:
+            return
+        for replica in reversed(self.levels[self._base :]):  # which each one below begins with
+            replica.put_own()
+        if not self.methods[self._base].is_local:
+            self.levels[self._base].follow({})
+        self._is_shared = False
+
     def plain(self) -> Mapping[str, Tensor]:
         """The parameters that all ranks share, not copies: as of the outermost level."""
         return self.levels[-1].plain()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything for an exact resume between any two steps; copies."""
+        if was_shared := self._is_shared:
+            self._put_own()
         states = [replica.state_dict() for replica in self.levels]
+        if was_shared:
+            self.put_shared()
         for state in states[self._base + 1 :]:
             state["local"] = {}  # what is shared below
         return {"levels": states, "rate": self._rate}
@@ -243,3 +270,52 @@ class Hierarchy:
             replica.load_state_dict({**saved, "local": shared} if at > self._base else saved)
             shared = saved["shared"]
         self._rate = state["rate"]
+
+
+class Level:
+    """A level of a rank, as exchanges want a replica: what it receives goes through all below.
+
+    Args:
+        hierarchy: of the rank.
+        at: the level's number, from 0.
+
+    Attributes:
+        method: as of `Replica`.
+        replica: likewise.
+        replicas: likewise.
+        inside: likewise.
+    """
+
+    def __init__(self, hierarchy: Hierarchy, at: int) -> None:
+        self._hierarchy, self._at, self._own = hierarchy, at, hierarchy.levels[at]
+        self.method, self.inside = self._own.method, self._own.inside
+        self.replica, self.replicas = self._own.replica, self._own.replicas
+
+    @property
+    def step(self) -> int:
+        """As of `Replica`."""
+        return self._own.step
+
+    def send(self) -> Tensor | None:
+        """As of `Replica`, once all levels below are through."""
+        return self._hierarchy.send(self._at)
+
+    def due(self) -> bool:
+        """As of `Replica`."""
+        return self._own.due()
+
+    def receive(self, messages: Tensor, leave_out: Faults | None = None) -> Faults:
+        """As of `Replica`."""
+        return self._hierarchy.receive(self._at, messages, leave_out)
+
+    def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
+        """As of `Replica`."""
+        return self._own.flight(at)
+
+    def in_flight(self) -> list[Tensor]:
+        """As of `Replica`."""
+        return self._own.in_flight()
+
+    def plain(self) -> Mapping[str, Tensor]:
+        """As of `Replica`."""
+        return self._own.plain()

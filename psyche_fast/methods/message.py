@@ -1,13 +1,12 @@
 """What a replica sends of a fragment: one message of fixed size, that says what it is.
 
 A header of 40 bytes, little-endian, and then for every chunk class the scales, the selected entries
-(`psyche_fast.kernels.pack`, with signs or values) and the further bits of their codes; zeros up to
-a multiple of 8 bytes:
+(`psyche_fast.kernels.pack`, with signs, codes or values); zeros up to a multiple of 8 bytes:
 
 | bytes | what |
 | --- | --- |
 | 0 to 3 | `PFLM` |
-| 4, 5 | version of this format, 1 |
+| 4, 5 | version of this format, 2 |
 | 6, 7 | number of the fragment |
 | 8 to 15 | bytes after the header |
 | 16 to 23 | hash of the method, the layout and the definition of directions |
@@ -32,20 +31,11 @@ from psyche_fast.distro.message import hash_rows
 from psyche_fast.integers import definition_hash
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.plan import ChunkPlan, Entries
+from psyche_fast.kernels.quantise import Codes
 from psyche_fast.methods.method import Method, Values
-from psyche_fast.methods.values import (
-    PLANES,
-    Codes,
-    dequantise,
-    lower_bytes,
-    pack_bits,
-    packed_bytes,
-    quantise,
-    scales_of,
-    unpack_bits,
-)
+from psyche_fast.methods.values import BITS, coded, dequantise, scale_bytes, scales_of
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"PFLM"
 _FIELDS = struct.Struct("<4sHHQQII")  # all but the checksum
 HEADER = _FIELDS.size + 8
@@ -59,11 +49,15 @@ class Picked:
 
     Attributes:
         indices: `[.., n, k]` in the class's index dtype; None where all replicas know them.
-        values: `[.., n, k]` in the compute dtype.
+        values: `[.., n, k]` in the compute dtype; of what is to be sent also in that in which it
+            travels.
+        codes: of what is to be sent, where it has been quantised already; `values` are then of no
+            account.
     """
 
     indices: Tensor | None
     values: Tensor
+    codes: Codes | None = None
 
 
 class Envelope:
@@ -88,12 +82,13 @@ class Envelope:
 
     def seal(self, turn: int, sender: int, parts: Iterable[Tensor]) -> Tensor:
         """A message, uint8 `[size]`, of parts of its payload in their order, each uint8 `[n]`."""
-        message = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        message = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         message[: _FIELDS.size] = self._fields(turn, sender)
         at = HEADER
         for part in parts:
             message[at : at + part.numel()] = part
             at += part.numel()
+        message[at:] = 0
         words = message.view(torch.int64)
         words[HEADER // 8 - 1] = hash_rows(words[None, HEADER // 8 :])[0]
         return message
@@ -203,14 +198,15 @@ class Format(Envelope):
         rows = [row for row in range(len(messages)) if row not in leave_out]
         if not rows:
             return None, {}
-        picked, good = self._decode(messages[rows])
+        whole = messages if len(rows) == len(messages) else messages[rows]
+        picked, good = self._decode(whole)
         faults = {
             row: MALFORMED for row, is_good in zip(rows, good.tolist(), strict=True) if not is_good
         }
         if len(faults) == len(rows):
             return None, faults
         if faults:
-            picked, _ = self._decode(messages[rows][good])
+            picked, _ = self._decode(whole[good])
         return picked, faults
 
     def received(self, turn: int) -> None:
@@ -249,8 +245,8 @@ def sent_plan(plan: ChunkPlan, method: Method) -> ChunkPlan:
 
 
 def class_bytes(plan: ChunkPlan, kind: Values) -> int:
-    """Bytes of a class: of the entries, the scales and the further bits of their codes."""
-    return wire.size(plan, _form(plan, kind)) + packed_bytes(plan, kind)
+    """Bytes of a class: of the scales and the entries."""
+    return wire.size(plan, _form(plan, kind)) + scale_bytes(plan, kind)
 
 
 def encode_class(
@@ -266,17 +262,15 @@ def encode_class(
         seen = values.to(form).to(plan.compute_dtype)
         return [wire.pack(plan, entries, form, backend=backend)], seen
     if kind == "sign":
-        signs, others, seen = values < 0, [], torch.where(values < 0, -1.0, 1.0)
+        sent, scales, seen = values < 0, [], torch.where(values < 0, -1.0, 1.0)
         seen = seen.to(plan.compute_dtype)
     else:
-        codes = quantise(plan, kind, values)
-        signs, seen = codes.upper, dequantise(plan, kind, codes)
-        others = [
-            codes.scales.contiguous().view(-1).view(torch.uint8),
-            pack_bits(codes.lower, PLANES[kind]),
-        ]
-    packed = wire.pack(plan, Entries(indices, signs, unique=True), form, backend=backend)
-    return [*others[:1], packed, *others[1:]], seen
+        codes, seen = picked.codes, values
+        if codes is None:
+            codes, seen = coded(plan, kind, values, backend)
+        sent, scales = codes.codes, [codes.scales.contiguous().view(-1).view(torch.uint8)]
+    packed = wire.pack(plan, Entries(indices, sent, unique=True), form, backend=backend)
+    return [*scales, packed], seen
 
 
 def decode_class(
@@ -294,6 +288,10 @@ def decode_class(
         Entries `[peers, n, k]`, and which peers' are well-formed, bool `[peers]`.
     """
     peers, at, scales, form = len(data), 0, None, _form(plan, kind)
+    if isinstance(form, torch.dtype) and plan.k == plan.totalk:  # as they lie there
+        values = wire.numbers(plan, data, form).view(peers, plan.chunks, plan.k)
+        good = wire.are_finite(values).all(dim=1)
+        return Picked(None, values.to(plan.compute_dtype)), good
     good = torch.ones(peers, dtype=torch.bool, device=data.device)
 
     def take(count: int) -> Tensor:
@@ -301,7 +299,7 @@ def decode_class(
         at += count
         return data[:, at - count : at]
 
-    if kind in PLANES:
+    if kind in BITS:
         dtype, shape = scales_of(plan, kind)
         # A copy is aligned, wherever in the message the bytes lie.
         raw = take(dtype.itemsize * math.prod(shape)).flatten().clone()
@@ -314,9 +312,7 @@ def decode_class(
     shaped = (plan.chunks, peers, plan.k)
     values = entries.values.view(shaped).transpose(0, 1)
     if scales is not None:
-        planes = take(lower_bytes(plan, kind))
-        lower = unpack_bits(planes, PLANES[kind], (plan.chunks, plan.k))
-        values = dequantise(plan, kind, Codes(values, lower, scales))
+        values = dequantise(plan, kind, Codes(values, scales), backend)
     elif values.dtype == torch.bool:
         values = 1 - 2 * values.to(plan.compute_dtype)
     else:
@@ -329,6 +325,8 @@ def _form(plan: ChunkPlan, kind: Values) -> wire.Values:
     """What `kernels.pack` is told of a class's values."""
     if kind == "bf16":
         return torch.bfloat16
+    if kind in BITS:
+        return BITS[kind]
     return plan.dtype if kind == "parameter" else "sign"
 
 

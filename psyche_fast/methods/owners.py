@@ -24,16 +24,15 @@ latter the owner; then come, a bit each, the replicas that have been merged.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from psyche_fast.distro.chunks import MAX_SLICE_ELEMENTS, Layout
-from psyche_fast.kernels import pack as wire
-from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
+from psyche_fast.kernels.plan import ChunkPlan, Member, cut_slices
+from psyche_fast.methods.merged import Mean, Merged
 from psyche_fast.methods.message import (
     HEADER,
     MALFORMED,
@@ -41,13 +40,11 @@ from psyche_fast.methods.message import (
     Format,
     Picked,
     class_bytes,
-    decode_class,
     described,
     enclosed,
-    encode_class,
     sent_plan,
 )
-from psyche_fast.methods.method import Method, Values
+from psyche_fast.methods.method import Method
 from psyche_fast.methods.values import pack_bits, unpack_bits
 
 GATHERED = 16
@@ -60,8 +57,8 @@ def are_owned(method: Method, replicas: int) -> bool:
     """Whether owners merge a method's results, of so many replicas.
 
     That hangs on nothing else, so that all ranks of all replicas come to the same. Above `GATHERED`
-    replicas selected entries go to owners where fewer bytes come in by that, of a chunk of full
-    size and entries that no two replicas name.
+    replicas selected entries go to owners where that is fewer bytes, of a chunk of full size and
+    entries that no two replicas name.
     """
     if replicas < 2 or method.reduce == "gather":
         return False
@@ -71,133 +68,17 @@ def are_owned(method: Method, replicas: int) -> bool:
         return False
     if method.select == "all" or replicas <= GATHERED:
         return method.select == "all"
-    n = method.chunk**2
-    k = min(method.k, n)
-    empty = torch.empty(0, 0)
+    n, none, chunks = method.chunk**2, torch.empty(0, 0), 1 << 10
     plan = sent_plan(
         ChunkPlan(
-            h=1, w=n, k=k, dtype=torch.float32, compute_dtype=torch.float32,
-            device=torch.device("cpu"), basis_h=empty, basis_w=empty, rows_h=empty, rows_w=empty,
-            members=(Member(0, (8,), 0, 8),), slices=(),
+            h=1, w=n, k=min(method.k, n), dtype=torch.float32, compute_dtype=torch.float32,
+            device=torch.device("cpu"), basis_h=none, basis_w=none, rows_h=none, rows_w=none,
+            members=(Member(0, (chunks,), 0, chunks),), slices=(),
         ),
         method,
     )  # fmt: skip
-    own, merged = class_bytes(plan, method.values), _Merged.of(method, plan, replicas).bytes
-    return own + merged < replicas * own
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """How the merged results of a class travel.
-
-    Attributes:
-        plan: the class, as it is sent to its owner.
-        replicas: how many there are at most.
-        sent: the class as `encode_class` takes it; None for signs.
-        kind: as what values travel.
-    """
-
-    plan: ChunkPlan
-    replicas: int
-    sent: ChunkPlan | None
-    kind: Values
-
-    @staticmethod
-    def of(method: Method, plan: ChunkPlan, replicas: int) -> _Merged:
-        if method.values == "sign":
-            return _Merged(plan, replicas, None, "sign")
-        slots = min(replicas * plan.k, plan.totalk)
-        # What fills up is zero, which two bits have no code for.
-        coarse = method.select == "topk" and method.values == "2bit"
-        kind: Values = "4bit" if coarse else method.values
-        return _Merged(plan, replicas, replace(plan, h=1, w=plan.totalk, k=slots), kind)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether all replicas know the positions."""
-        return self.plan.k == self.plan.totalk
-
-    @cached_property
-    def bytes(self) -> int:
-        """Of all that there may be."""
-        if self.sent is not None:
-            return class_bytes(self.sent, self.kind)
-        if self.is_known:
-            return sum(self._planes()) * (-(-self.plan.chunks * self.plan.k // 8))
-        return wire.size(self._dealt(self.replicas), "sign")
-
-    def encode(self, picked: Picked, mean: Callable[[Picked], Picked], backend: str) -> _Encoded:
-        """What is sent of entries `[replicas, n, k]`, of which `mean` makes `sent`'s."""
-        if self.sent is not None:
-            merged = mean(picked)
-            return _Encoded(*encode_class(self.sent, self.kind, merged, backend), merged.indices)
-        if self.is_known:
-            count, parts = (picked.values > 0).sum(0, dtype=torch.int32), []
-            for low, planes in enumerate(self._planes()):
-                if planes:
-                    parts.append(pack_bits((count >> (8 * low)) & 255, planes))
-            return _Encoded(parts, None, None)
-        assert picked.indices is not None
-        replicas, n, k = picked.values.shape
-        keys = picked.indices.to(torch.int64) * 2 + (picked.values < 0)
-        keys = keys.transpose(0, 1).reshape(n, replicas * k).sort(1).values
-        plan = self._dealt(replicas)
-        places = (keys >> 1) + torch.arange(plan.k, device=keys.device)  # no two are the same now
-        entries = Entries(places.to(plan.index_dtype), (keys & 1).bool(), unique=True)
-        packed = wire.pack(plan, entries, "sign", backend=backend)
-        rest = packed.new_zeros(self.bytes - len(packed))  # of replicas that are refused
-        return _Encoded([packed, rest], None, None)
-
-    def decode(self, data: Tensor, merged: int, backend: str) -> tuple[Picked, bool]:
-        """What bytes `[bytes]` hold of so many replicas, and whether that can be.
-
-        Signs are dealt out to as many replicas as were merged: `[merged, n, k]`, whose sums are
-        those of the real ones. Of all else `[1, n, slots]`.
-        """
-        if self.sent is not None:
-            found, good = decode_class(self.sent, self.kind, data[None], backend)
-            return found, bool(good)
-        plan, rows = self.plan, torch.arange(merged, device=data.device)
-        if self.is_known:
-            count = torch.zeros(plan.chunks, plan.k, dtype=torch.int32, device=data.device)
-            at = 0
-            for low, planes in enumerate(self._planes()):
-                size = planes * (-(-plan.chunks * plan.k // 8))
-                if planes:
-                    part = unpack_bits(data[None, at : at + size], planes, count.shape)[0]
-                    count += part.to(torch.int32) << (8 * low)
-                at += size
-            values = torch.where(rows.view(-1, 1, 1) < count, 1.0, -1.0)
-            return Picked(None, values.to(plan.compute_dtype)), bool((count <= merged).all())
-        sent = self._dealt(merged)
-        size = wire.size(sent, "sign")
-        entries, valid = wire.unpack_checked(sent, data[None, :size], "sign", backend=backend)
-        indices = entries.indices.to(torch.int64) - torch.arange(sent.k, device=data.device)
-        # Dealt in turn: no replica gets an index twice unless there are too many of it.
-        good = valid.all() & (indices[:, merged:] > indices[:, :-merged]).all()
-        dealt = (plan.chunks, plan.k, merged)
-        values = 1 - 2 * entries.values.view(dealt).permute(2, 0, 1).to(plan.compute_dtype)
-        where = indices.view(dealt).permute(2, 0, 1).to(plan.index_dtype)
-        return Picked(where, values), bool(good)
-
-    def _planes(self) -> tuple[int, int]:
-        """Bits of a count's lower byte and of its upper one."""
-        bits = self.replicas.bit_length()
-        return min(bits, 8), max(bits - 8, 0)
-
-    def _dealt(self, replicas: int) -> ChunkPlan:
-        """The entries of so many replicas, the i-th index moved up by i."""
-        count = replicas * self.plan.k
-        return replace(self.plan, h=1, w=self.plan.totalk + count - 1, k=count)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Bytes of a class, and of values that are coded how they arrive and where they are."""
-
-    parts: list[Tensor]
-    seen: Tensor | None
-    indices: Tensor | None
+    own = class_bytes(plan, method.values)
+    return own + Merged.of(method, plan, replicas).bytes < replicas * own
 
 
 @dataclass(frozen=True)
@@ -215,7 +96,7 @@ class _Part:
 
     classes: list[int]
     chunks: list[Tensor]
-    merged: list[_Merged]
+    merged: list[Merged]
     backends: list[str]
     up: Format
     down: Envelope
@@ -237,6 +118,7 @@ class Owners:
 
     Attributes:
         size: bytes of a message.
+        device: where they are made.
         sizes: of it, bytes for each owner.
         merged_sizes: bytes of each owner's merged results.
     """
@@ -250,7 +132,7 @@ class Owners:
         replica: int,
         replicas: int,
     ) -> None:
-        self._method, self._layout = method, layout
+        self._method, self._layout, self.device = method, layout, layout.plans[0].device
         self._replica, self._replicas = replica, replicas
         self._mask = -(-replicas // 8)
         owned = owners_of(layout, replicas)
@@ -318,7 +200,7 @@ class Owners:
             for at, (form, backend, p) in enumerate(
                 zip(part.merged, part.backends, picked, strict=True)
             ):
-                mean = _Mean(self._method, form, None if kept is None else kept[at])
+                mean = Mean(self._method, form, None if kept is None else kept[at])
                 encoded = form.encode(p, mean, backend)
                 sealed += encoded.parts
                 if encoded.seen is not None:
@@ -454,7 +336,7 @@ class Owners:
         cut = [_cut(plans[at], len(owned[at])) for at in classes]
         own = [backends[at] for at in classes]
         merged = [
-            _Merged.of(self._method, sent_plan(plan, self._method), self._replicas) for plan in cut
+            Merged.of(self._method, sent_plan(plan, self._method), self._replicas) for plan in cut
         ]
         name = f"owner {number} of {self._replicas}"
         up = Format(self._method, self._layout, own, fragment, plans=cut, part=name)
@@ -468,57 +350,6 @@ class Owners:
         """The replicas that an owner has merged."""
         bits = unpack_bits(row[None, HEADER : HEADER + self._mask], 1, (self._replicas,))[0]
         return bits.nonzero().view(-1).tolist()
-
-
-class _Mean:
-    """Means of a class's entries, with what an owner has kept of earlier ones."""
-
-    def __init__(self, method: Method, form: _Merged, kept: Tensor | None) -> None:
-        self._by_name = method.merge == "named"
-        self._form, self._kept = form, kept
-        self._named: Tensor | None = None
-
-    def __call__(self, picked: Picked) -> Picked:
-        replicas, sent = len(picked.values), self._form.sent
-        assert sent is not None
-        if picked.indices is None:
-            total = picked.values[0].clone()
-            for value in picked.values[1:]:
-                total += value
-            total /= replicas
-            if self._kept is not None:
-                total = self._kept.add_(total).clone()
-            return Picked(None, total)
-        n, _, size = *picked.values.shape[1:], sent.totalk
-        total = picked.values.new_zeros(n, size)
-        count = torch.zeros_like(total)
-        for index, value in zip(picked.indices, picked.values, strict=True):
-            where = index.to(torch.int64)
-            total.scatter_add_(1, where, value)
-            count.scatter_add_(1, where, torch.ones_like(value))
-        named = count > 0
-        total /= count.clamp_(min=1) if self._by_name else replicas
-        # As many as there may be: those that nobody names are filled up, with zeros.
-        missing = sent.k - named.sum(1, keepdim=True)
-        taken = named | ((~named).cumsum(1) <= missing) if sent.k < size else None
-        if self._kept is not None:
-            total = torch.where(named, self._kept.add_(total), 0.0)
-            self._named = named
-        if taken is None:
-            return Picked(None, total)
-        indices = taken.nonzero()[:, 1].view(n, sent.k)
-        return Picked(indices.to(sent.index_dtype), total.gather(1, indices))
-
-    def take_out(self, seen: Tensor, indices: Tensor | None) -> None:
-        """Keep what is left of the sums, once others see so much of them."""
-        if self._kept is None:
-            return
-        if indices is not None:
-            where = indices.to(torch.int64)
-            seen = torch.zeros_like(self._kept).scatter_(1, where, seen)
-        if self._named is not None:
-            seen = torch.where(self._named, seen, 0.0)
-        self._kept.sub_(seen)
 
 
 def owners_of(layout: Layout, replicas: int) -> list[list[Tensor]]:
@@ -548,7 +379,7 @@ def sizes_of(method: Method, layout: Layout, replicas: int) -> tuple[list[int], 
             if chunks:
                 sent = sent_plan(_cut(plan, chunks), method)
                 own += class_bytes(sent, method.values)
-                out += _Merged.of(method, sent, replicas).bytes
+                out += Merged.of(method, sent, replicas).bytes
         sizes.append(enclosed(own))
         merged.append(enclosed(out))
     return sizes, merged
@@ -571,7 +402,7 @@ def _rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     """Rows of indices, which have few operations in their own dtype."""
     if tensor is None:
         return None
-    return tensor.view(_SIGNED[tensor.dtype])[rows].view(tensor.dtype)
+    return tensor.view(_SIGNED.get(tensor.dtype, tensor.dtype))[rows].view(tensor.dtype)
 
 
 def _joined(parts: Sequence[Picked], places: Tensor, plan: ChunkPlan) -> Picked:

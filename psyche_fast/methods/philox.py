@@ -7,6 +7,7 @@ depend on who works on a chunk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,14 +15,15 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_ROUNDS, _MIX = 6, (0x9E3779B1, 0x85EBCA6B)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
+def philox(counter: tuple[Tensor, ...], key: tuple[int, Tensor]) -> Tensor:
     """The first of four words of Philox 4x32-10.
 
     Args:
         counter: four int64 tensors of words of 32 bits, that broadcast.
-        key: two words.
+        key: two words, the second one of them for each.
 
     Returns:
         int64, each from 0 to 2^32 - 1.
@@ -45,25 +47,53 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def positions(name: str, chunks: Tensor, size: int, k: int, *, seed: int, turn: int) -> Tensor:
-    """Which `k` of the `size` elements of some of a parameter's chunks are sent in a round.
+def positions(numbers: Mapping[str, Tensor], size: int, k: int, *, seed: int, turn: int) -> Tensor:
+    """Which `k` of the `size` elements of some of parameters' chunks are sent in a round.
 
-    Those of the smallest numbers, counter (position, chunk, round's low and high word) and key
-    (seed, name); the lower position of equal ones.
+    Where a permutation of `0 .. size - 1` takes the first `k`: six rounds of an unbalanced Feistel
+    network over the bits of a position, the upper half changed by the lower one and the other way
+    round, each with a key of Philox: counter (round of the network, chunk, turn's low and high
+    word), key (seed, name). What falls at `size` or beyond goes through again. So the work is that
+    of `k` numbers, not of `size`.
 
     Args:
-        name: the parameter's.
-        chunks: their numbers in the whole parameter, int64 `[n]`.
+        numbers: by parameter the chunks' numbers in the whole parameter, int64 `[n]`.
         size: elements of a chunk.
         k: how many of them.
         seed: the method's.
         turn: number of the round.
 
     Returns:
-        int64 `[n, k]`, ascending, on the device of `chunks`.
+        int64 `[n, k]`, ascending, of one parameter's chunks after the other's, on their device.
     """
+    chunks = torch.cat(list(numbers.values())).unsqueeze(1)
+    counts = [len(own) for own in numbers.values()]
+    names = torch.tensor([name_key(name) for name in numbers]).repeat_interleave(
+        torch.tensor(counts)
+    )
+    bits = (size - 1).bit_length()
+    low = (bits + 1) // 2
+    rounds = torch.arange(_ROUNDS, device=chunks.device)
     words = [torch.tensor(w & _MASK, device=chunks.device) for w in (turn, turn >> 32)]
-    position = torch.arange(size, device=chunks.device)
-    numbers = philox((position, chunks.unsqueeze(1), *words), (seed & _MASK, name_key(name)))
-    order = ((numbers << 30) | position).sort(dim=1).indices[:, :k]
-    return order.sort(dim=1).values
+    keys = philox((rounds, chunks, *words), (seed & _MASK, names.to(chunks.device).unsqueeze(1)))
+    places = torch.arange(k, device=chunks.device).expand(len(chunks), k)
+    places = _permuted(places, keys.unsqueeze(2), low, bits - low)
+    while bool((beyond := places >= size).any()):
+        again = _permuted(places, keys.unsqueeze(2), low, bits - low)
+        places = torch.where(beyond, again, places)
+    return places.sort(dim=1).values
+
+
+def _permuted(places: Tensor, keys: Tensor, low: int, high: int) -> Tensor:
+    """Another place for each, `[n, k]`, of `2^(low + high)`; keys are `[n, rounds, 1]`."""
+    lower, upper = places & ((1 << low) - 1), places >> low
+    for number, key in enumerate(keys.unbind(1)):
+        source, bits = (lower, high) if number % 2 == 0 else (upper, low)
+        mixed = ((source + key) * _MIX[0]) & _MASK
+        mixed = ((mixed ^ (mixed >> 15)) * _MIX[1]) & _MASK
+        mixed >>= 32 - bits
+        if number % 2 == 0:
+            upper = upper ^ mixed
+        else:
+            lower = lower ^ mixed
+    return (upper << low) | lower

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from psyche_fast.distro.shards import GradientGuard
 from psyche_fast.kernels.apply import apply, lookahead
+from psyche_fast.kernels.outer import Local
 from psyche_fast.methods.chunked import Fragment, fragment_names, side_by_side
 from psyche_fast.methods.copies import Copies, parts
 from psyche_fast.methods.message import Format, Picked
@@ -235,9 +236,10 @@ class Replica:
         fragment = self.fragments[turn % len(self.fragments)]
         factor, scale = 1.0, None
         sources: list[Tensor | None]
+        anchors = None
         if self.method.is_local:
-            shared = parts(self._shared, fragment.names)
-            sources = list(torch._foreach_sub(shared, parts(self._stepped, fragment.names)))
+            anchors = parts(self._shared, fragment.names)
+            sources = list(parts(self._stepped, fragment.names))
         else:
             sources = [local_gradient(self._parameters[n]) for n in fragment.names]
             scale = self._clip
@@ -247,7 +249,7 @@ class Replica:
                 factor = gains[self.method.gain]
         if isinstance(scale, float) and scale == 1.0:
             scale = None
-        message = fragment.compress(sources, factor, scale, turn, self.replica)
+        message = fragment.compress(sources, factor, scale, turn, self.replica, anchors)
         local = {}
         if self.method.mix == "rebase" and self.method.delay > 0:
             own = parts(self._stepped, fragment.names)
@@ -306,9 +308,8 @@ class Replica:
         if leave_out is None and (anywhere := self._refused_elsewhere(refused)):
             refused |= anywhere
             picked, _ = fragment.format.unpack(rows, refused)
-        if picked is not None:
-            self._apply(fragment, picked, sent.turn)
-        if self.method.is_local:
+        is_mixed = picked is not None and self._apply(fragment, picked, sent)
+        if self.method.is_local and not is_mixed:
             for name in fragment.names:
                 self._mix(name, sent)
         self._copies.round(fragment.names)
@@ -347,6 +348,10 @@ class Replica:
     def put_shared(self) -> None:
         """Give the parameters, and masters, what all replicas share; until `before_forward`."""
         self._copies.put_shared()
+
+    def put_own(self) -> None:
+        """Undo `put_shared`."""
+        self._copies.put_own()
 
     def flight(self, at: int = -1) -> tuple[Format | Owners, int]:
         """Of a message whose results are to come, the newest or `at`: its format and its round."""
@@ -423,16 +428,29 @@ class Replica:
         why = "another rank of this replica refuses its part"
         return {n: why for n, flag in enumerate(found.tolist()) if flag and n not in refused}
 
-    def _apply(self, fragment: Fragment, picked: list[Picked], turn: int) -> None:
-        """The outer step of a fragment."""
+    def _apply(self, fragment: Fragment, picked: list[Picked], sent: Sent) -> bool:
+        """The outer step of a fragment; whether the replica's own are mixed with it, too."""
         method, rate = self.method, self._rate or 0.0  # none where others take the local steps
         if method.clip == "median":
             picked = fragment.clipped(picked)
         if self._signs_in_integers(fragment):
             self._add_signs(fragment, picked, rate)
-            return
-        merged = fragment.merge(picked, turn)
-        self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)
+            return False
+        length = self.outer.length(rate)
+        if length is None or not fragment.parts.are_shards:
+            merged = fragment.merge(picked, sent.turn)
+            self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)
+            return False
+        momenta, momentum = self.outer.momenta(fragment.names)
+        local = None
+        if method.is_local:
+            mix = 0.0 if isinstance(method.mix, str) else method.mix
+            since = [sent.local[n] for n in fragment.names] if sent.local else None
+            local = Local(parts(self._stepped, fragment.names), mix, since)
+        fragment.step_out(
+            parts(self._shared, fragment.names), picked, sent.turn, length, momenta, momentum, local
+        )
+        return True
 
     def _add_signs(self, fragment: Fragment, picked: list[Picked], rate: float) -> None:
         """`A -= rate sign(decode(mean))`, as `psyche_fast.integers` has the sign."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from psyche_fast.distro import exchange
 from psyche_fast.distro.message import hash_bits
 from psyche_fast.methods.exchanges import Flight, Link
+from psyche_fast.methods.hierarchy import Level
 from psyche_fast.methods.owners import are_owned
 from psyche_fast.methods.replica import Faults, Replica
 from psyche_fast.sharding import local_tensor
@@ -39,7 +40,7 @@ class Rounds:
         ValueError: the replicas' methods or shared parameters differ at the start.
     """
 
-    def __init__(self, replica: Replica, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, replica: Replica | Level, group: dist.ProcessGroup | None) -> None:
         self._replica, self._group = replica, group
         self._pending: deque[Flight] = deque()
         self.bytes_sent = self.bytes_received = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,20 @@ class OuterStep:
         """Whether `decay` changes anything."""
         return self._stepped is None and bool(self._method.outer.weight_decay)
 
+    def length(self, rate: float) -> float | None:
+        """How long a linear step is; None of all others."""
+        outer = self._method.outer
+        if not isinstance(outer, SGD | Nesterov):
+            return None
+        return outer.rate * (rate if self._method.step_by_rate else 1.0)
+
+    def momenta(self, names: Sequence[str]) -> tuple[list[Tensor] | None, float]:
+        """Nesterov's momenta of parameters, this rank's parts, and their decay; or None, 0."""
+        outer = self._method.outer
+        if not isinstance(outer, Nesterov):
+            return None, 0.0
+        return [self._momentum[name] for name in names], outer.momentum
+
     @torch.no_grad()
     def step(self, merged: Mapping[str, Tensor], rate: float) -> None:
         """One step.
@@ -141,7 +155,8 @@ class OuterStep:
             torch._foreach_add_(shared, [mean.sign() for mean in means], alpha=-rate)
         else:
             assert isinstance(outer, SGD | Nesterov)
-            length = outer.rate * (rate if self._method.step_by_rate else 1.0)
+            length = self.length(rate)
+            assert length is not None
             if isinstance(outer, Nesterov):
                 momenta = [self._momentum[n] for n in names]
                 torch._foreach_mul_(momenta, outer.momentum)

@@ -27,6 +27,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "grad_norm": lambda value: f"grad_norm {_number(value, '.2f')}",
     "learning_rate": lambda value: f"lr {_number(value, '.1e')}",
     "tokens_per_second": lambda value: f"{format_count(value or 0.0)} tok/s",
+    "virtual_seconds": lambda value: f"virtual {format_duration(value or 0.0)}",
 }
 
 
@@ -74,18 +75,19 @@ class Console:
 
         Args:
             metrics: The fields of its line in `metrics.jsonl`. `step` is required; `loss`,
-                `grad_norm`, `learning_rate` and `tokens_per_second` are shown where present.
+                `grad_norm`, `learning_rate`, `tokens_per_second` and `virtual_seconds` are shown
+                where present.
         """
         step = int(metrics["step"])
         left = self._time_left(step)
         if self._bar is not None:
-            parts = self._parts(metrics, ("loss", "tokens_per_second"))
+            parts = self._parts(metrics, ("loss", "tokens_per_second", "virtual_seconds"))
             self._bar.set_description_str(" | ".join([*parts, f"{left} left"]), refresh=False)
             with self._until_closed():
                 self._bar.update(step - self._bar.n)
             return
         head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
-        parts = self._parts(metrics, ("loss", "grad_norm", "learning_rate", "tokens_per_second"))
+        parts = self._parts(metrics, tuple(_FORMS))
         self.message(" | ".join([head, *parts, f"eta {left}"]))
 
     def message(self, text: str) -> None:

@@ -152,8 +152,7 @@ def _settings(place: Place) -> Iterator[dict[str, Any]]:
     """What may be chosen, the best first."""
     run, method = place.run, method_of(place.run)
     if method is None:
-        for k in _fewer(run.optimizer.compression_topk, 1):
-            yield {"compression_topk": k}
+        yield from ({"compression_topk": k} for k in _fewer(run.optimizer.compression_topk, 1))
         return
     ks: list[int | None] = [None]
     if method.select != "all" and run.exchange.topk is None:
@@ -183,9 +182,8 @@ def _local(place: Place, method: Method, changes: dict[str, Any]) -> Iterator[di
     changed = run.replace(**changes)
     costs: Costs = costs_of(changed, place.parameters, method_of(changed))
     exchange = costs.exchange_seconds(place.link, place.ranks)
-    delay = options.delay
-    if delay is None:
-        delay = max(1, math.ceil(exchange / (_MARGIN * step)))
+    beside = max(1, math.ceil(exchange / (_MARGIN * step)))
+    delay = beside if options.delay is None else options.delay
     if options.every is not None:
         every = method.every
         delay = min(delay, method.window - 1)
@@ -210,6 +208,13 @@ def _dividing(least: int, parts: int, most: int, run: RunConfig) -> int:
     return least
 
 
-def said(found: Over) -> str:
-    """The chosen settings as flags."""
-    return " ".join(f"{flag(name)} {value}" for name, value in found.changes.items())
+def chosen(found: Over) -> str:
+    """A line for the user: the settings as flags."""
+    flags = " ".join(f"{flag(name)} {value}" for name, value in found.changes.items())
+    lost = found.loss
+    assert lost is not None
+    much = "which hides behind compute" if not lost else f"which costs {lost:.1%} of a step"
+    return (
+        f"chosen   {flags or 'nothing: all is given'} for {found.name}: "
+        f"{format_bytes(found.sent)} up a round, {found.exchange:.3g} s, {much}"
+    )

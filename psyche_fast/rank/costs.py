@@ -97,9 +97,7 @@ def costs_of(run: RunConfig, parameters: Mapping[str, Tensor], method: Method | 
     return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down))
 
 
-def distro_layout(
-    run: RunConfig, parameters: Mapping[str, Tensor]
-) -> tuple[Layout, Mapping[object, list[int]]]:
+def distro_layout(run: RunConfig, parameters: Mapping[str, Tensor]) -> tuple[Layout, list[int]]:
     """Chunks of this rank's parts for DisTrO, and the numbers of those whose chunks are divided."""
     named = dict(sorted(parameters.items()))
     wholes = [
@@ -111,7 +109,7 @@ def distro_layout(
         for name, p in named.items()
     ]  # fmt: skip
     own, shared = own_layouts(list(named.values()), wholes)
-    return Layout(own), shared
+    return Layout(own), [at for members in shared.values() for at in members]
 
 
 def layouts(method: Method, parameters: Mapping[str, Tensor]) -> list[Layout]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from psyche_fast.distro.gathers import Gathered, Gathers
 from psyche_fast.rank.trainer import Trainer, TrainOutput
@@ -47,15 +48,14 @@ class Totals:
         """Begins to add up over all ranks."""
         self._output = output
         self._topology = trainer.topology
-        tokens = sum(output.row_tokens)
         device = trainer.model.device
         # float64 holds any number of bytes exactly.
         sent = [
             torch.full((), n, dtype=torch.float64, device=device)
             for n in (trainer.bytes_sent, trainer.bytes_received)
         ]
-        here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
-        total = torch.stack([*(t.double() for t in here), *sent])
+        here = [_sums(one) for one in (output, *output.others)]
+        total = torch.cat([torch.stack(here).sum(0), torch.stack(sent)])
         self.replicas: list[int] | None = None
         """After `wait`, in an elastic run: whose results of the step count."""
         self.epoch = 0
@@ -86,7 +86,8 @@ class Totals:
             self._sum = gathered.rows.view(torch.float64).sum(dim=0)
             replicas = len(gathered.ranks) // (self._topology.dp * self._topology.tp)
         loss, kept, left_out, refused, sent, received = self._sum.tolist()
-        warn_of_refusal(self._output)
+        for output in (self._output, *self._output.others):
+            warn_of_refusal(output)
         ranks = self._topology.dp * self._topology.tp
         return Counts(
             loss / kept if kept else math.nan,
@@ -95,6 +96,13 @@ class Totals:
             round(sent / replicas),
             round(received / replicas),
         )
+
+
+def _sums(output: TrainOutput) -> Tensor:
+    """What is added up of an output: float64 `[4]`."""
+    tokens = sum(output.row_tokens)
+    here = (output.loss * tokens, output.kept * tokens, output.nonfinite_losses, output.refused)
+    return torch.stack([t.double() for t in here])
 
 
 def warn_of_refusal(output: TrainOutput) -> None:

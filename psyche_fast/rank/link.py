@@ -20,10 +20,9 @@ from torch import Tensor
 from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.links import Link
-from psyche_fast.metrics.formatting import format_bytes
 from psyche_fast.models import CausalLM
 from psyche_fast.models.source import vocabulary_size
-from psyche_fast.rank.choice import Over, Place, choose, said, table
+from psyche_fast.rank.choice import Place, choose, chosen, table
 from psyche_fast.rank.gradients import drop_gradients
 from psyche_fast.rank.topology import Topology
 from psyche_fast.start.probe import PIECES, PINGS, Pace, arrivals
@@ -229,17 +228,6 @@ def _settled(
     }  # fmt: skip
     said_so = str(link) if is_measured else run.exchange.link
     return Settled({**found.changes, "link": said_so}, measured, lines)
-
-
-def chosen(found: Over) -> str:
-    """A line for the user."""
-    lost = found.loss
-    assert lost is not None
-    much = "which hides behind compute" if not lost else f"which costs {lost:.1%} of a step"
-    return (
-        f"chosen   {said(found) or 'nothing: all is given'} for {found.name}: "
-        f"{format_bytes(found.sent)} up a round, {found.exchange:.3g} s, {much}"
-    )
 
 
 def worst(links: Sequence[Link]) -> Link:

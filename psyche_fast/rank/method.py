@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,10 @@ from psyche_fast.methods import (
     Sign,
     get,
 )
+from psyche_fast.methods.owners import are_owned
 from psyche_fast.options import flag
+from psyche_fast.rank.clock import Transfer
+from psyche_fast.rank.hub import Here, Peers
 from psyche_fast.rank.optimizers import Optimizer
 from psyche_fast.rank.state import Piece, Reader
 from psyche_fast.sharding import local_tensor
@@ -106,13 +109,13 @@ class MethodOptimizer(Optimizer):
         self,
         parameters: Mapping[str, Tensor],
         method: Method,
-        peers: dist.ProcessGroup | None,
+        peers: dist.ProcessGroup | Peers | None,
         masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
     ) -> None:
         self._parameters, self._method = parameters, method
         self._peers, self._masters, self._undecayed = peers, masters, undecayed
-        self._made: tuple[Replica, Rounds] | None = None
+        self._made: tuple[Replica, Rounds | Here] | None = None
         self._sent = self._received = 0
         self._refused: dict[int, int] = {}
 
@@ -127,23 +130,37 @@ class MethodOptimizer(Optimizer):
         return self._received
 
     @property
+    def transfers(self) -> Sequence[Transfer]:
+        """See `Optimizer`."""
+        if not self._sent:
+            return ()
+        owned = are_owned(self._method, self._replica()[0].replicas)
+        # What owners merge goes two ways, and each time all agree on it.
+        return [Transfer(self._sent, self._received, self._method.delay, ways=4 if owned else 2)]
+
+    @property
     def refused_results(self) -> dict[int, int]:
         """Replicas whose results were refused in the last `step`."""
         return self._refused
 
-    def _replica(self) -> tuple[Replica, Rounds]:
+    def _replica(self) -> tuple[Replica, Rounds | Here]:
         """Made of the parameters that a checkpoint may have brought; a collective at first."""
         if self._made is None:
-            alone = self._peers is None
+            peers, place = self._peers, (0, 1)
+            if isinstance(peers, Peers):
+                place = peers.rank, peers.replicas
+            elif peers is not None:
+                place = dist.get_rank(peers), dist.get_world_size(peers)
             replica = Replica(
                 self._method,
                 self._parameters,
-                replica=0 if alone else dist.get_rank(self._peers),
-                replicas=1 if alone else dist.get_world_size(self._peers),
+                replica=place[0],
+                replicas=place[1],
                 masters=self._masters,
                 undecayed=self._undecayed,
             )
-            self._made = replica, Rounds(replica, self._peers)
+            rounds = peers.rounds(replica) if isinstance(peers, Peers) else Rounds(replica, peers)
+            self._made = replica, rounds
         return self._made
 
     def look_ahead(self, prev_lr: float) -> None:

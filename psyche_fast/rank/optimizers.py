@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from psyche_fast.distro.state import (
     entries_of,
 )
 from psyche_fast.kernels.plan import Entries
+from psyche_fast.rank.clock import Transfer
 from psyche_fast.rank.gradients import gradients, scale_
 from psyche_fast.rank.state import Piece, Reader, piece_of
 from psyche_fast.sharding import local_tensor
@@ -65,6 +66,11 @@ class Optimizer:
         """The replicas whose results of the last step count; None where it is all, always."""
         return None
 
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """What the last step has sent to other replicas, for a virtual clock."""
+        return ()
+
     def look_ahead(self, prev_lr: float) -> None:
         """Bring the parameters to where the gradient is wanted."""
 
@@ -90,6 +96,11 @@ class Optimizer:
         Args:
             lr: learning rate of this step.
         """
+
+    def stages(self, lr: float) -> Iterator[None]:
+        """`step` in parts, after each of which other replicas have to be as far."""
+        self.step(lr)
+        yield
 
     def settle(self) -> None:
         """Wait until nothing is under way between ranks: before checkpoints and at the end."""
@@ -312,8 +323,10 @@ class DistroOptimizer(DistroStep, Optimizer):
             signs=options.distro_quantization,
             outliers=options.refuse_outliers,
         )
+        self._replicas = 1
         if isinstance(peers, Gathers):
             self._exchange: Exchange = ElasticExchange(form, peers)
+            self._replicas = peers.replicas
         else:
             # All ranks, not the peers alone: what tensor parallelism replicates is every rank's.
             agreement = None if peers is None else dist.new_group(backend="gloo")
@@ -333,6 +346,12 @@ class DistroOptimizer(DistroStep, Optimizer):
     def bytes_received(self) -> int:
         """See `Optimizer`; in an elastic run of the results that have come last."""
         return self._exchange.bytes_received
+
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """See `Optimizer`."""
+        sent = self._exchange.bytes_sent
+        return [Transfer(sent, sent * (self._replicas - 1), delay=1)]
 
     @property
     def refused_results(self) -> dict[int, int]:

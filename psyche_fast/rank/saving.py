@@ -17,7 +17,8 @@ from psyche_fast.rank.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-_WORLD = ("replicas", "data_parallelism", "tensor_parallelism")
+SPLIT = ("data_parallelism", "tensor_parallelism")
+_WORLD = ("replicas", *SPLIT)
 _FORM = (
     *("distro", "compression_chunk", "compression_topk", "distro_quantization", "delta_dtype"),
     *("offload_delta", "param_dtype", "master_dtype", "method", "every", "fragments", "delay"),
@@ -124,6 +125,11 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
     if name is None:
         return
     folder = Path(name)
+    for one in trainer.parts():
+        _restore(one, folder, config)
+
+
+def _restore(trainer: Trainer, folder: Path, config: RunConfig) -> None:
     manifest = state.read_manifest(folder)
     before = {n: manifest.config.get(n, FLAGS[n].default) for n in _WORLD}
     ranks = before["data_parallelism"] * before["tensor_parallelism"]
@@ -153,7 +159,13 @@ def restore(trainer: Trainer, config: RunConfig) -> None:
 def fits(manifest: state.Manifest, config: RunConfig) -> bool:
     """Whether an optimiser's state has the form that a run's has; if not, only parameters do."""
     now = config.to_dict()
+    form = (*_FORM, *(SPLIT if is_by_method(config) else ()))
     return all(
         manifest.config.get(name, FLAGS[name].default) == now.get(name, FLAGS[name].default)
-        for name in _FORM
+        for name in form
     )
+
+
+def is_by_method(config: RunConfig) -> bool:
+    """Whether a run's state is a method's: each rank's own, for the shards that it has."""
+    return config.exchange.method is not None and not config.optimizer.distro

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from psyche_fast.compat import set_default_timeout
 from psyche_fast.config import RunConfig
 from psyche_fast.distro.gathers import Gathers
+from psyche_fast.links import Link
+from psyche_fast.models import CausalLM
 from psyche_fast.models.loading import load_configured
 from psyche_fast.models.registry import check_named
 from psyche_fast.models.source import ModelSource
@@ -20,11 +23,13 @@ from psyche_fast.rank import elastic, evaluation, protocol
 from psyche_fast.rank.beats import Beats, Patience
 from psyche_fast.rank.counts import Totals
 from psyche_fast.rank.elastic import Start
+from psyche_fast.rank.hub import Peers
 from psyche_fast.rank.link import settle
 from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
 from psyche_fast.rank.saving import StateWriter, restore
+from psyche_fast.rank.simulated import Simulated
 from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
 from psyche_fast.start.logs import keep_rank_log
@@ -60,21 +65,32 @@ def build_trainer(
         tensor_mesh=topology.tensor_mesh,
         group=topology.copy,
     )
-    parameters, settled = trainable(model), None
+    if config.parallelism.simulate:
+        link = None if config.exchange.link is None else Link.parse(config.exchange.link)
+        make = partial(_trainer_of, config, model)
+        return Simulated(model, config.parallelism.simulate, make, link)
+    settled = None
     if config.exchange.link is not None and config.run.resume is None:
-        settled = settle(config, model, parameters, topology)
+        settled = settle(config, model, trainable(model), topology)
         config = config.replace(**settled.changes)
-    method = method_of(config)
+    trainer = _trainer_of(config, model, topology)
+    trainer.settled = settled
+    return trainer
+
+
+def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Trainer:
+    parameters, method = trainable(model), method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
     if method is not None:
-        assert not isinstance(topology.peers, Gathers), "refused by the configuration"
-        optimizer = MethodOptimizer(parameters, method, topology.peers, model.masters, undecayed)
+        peers = topology.peers
+        assert isinstance(peers, Peers) or not isinstance(peers, Gathers), "refused by then"
+        optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
         )
-    trainer = Trainer(
+    return Trainer(
         model,
         topology,
         config.schedule.learning_rates(),
@@ -82,8 +98,6 @@ def build_trainer(
         config.training,
         config.optimizer.max_grad_norm,
     )
-    trainer.settled = settled
-    return trainer
 
 
 def serve(client: StoreClient, device: torch.device, start: Start | None = None) -> None:
@@ -108,6 +122,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     keep_rank_log(logs / f"rank-{rank}.log", rank)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     trainer = build_trainer(config, source, device, epochs)
+    folder = config.run.output
     if trainer.settled is not None:
         config = config.replace(**trainer.settled.changes)
     if epochs is None or not epochs.joins:
@@ -115,7 +130,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     log.info("loaded %s on %s", config.model.python_arch, device)
     first = 0 if epochs is None else elastic.enter(epochs, client, trainer)
     inbox = protocol.Inbox(client, trainer.topology, first)
-    writer = StateWriter(client.clone(), config.run.output)
+    writer = StateWriter(client.clone(), folder)
     totals: Totals | None = None
     step = 0
     with beats, snapshot_if_full(logs, rank):

@@ -7,7 +7,7 @@ the step's counts are read, during the step after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -21,6 +21,7 @@ from psyche_fast.batch import Batch, upload
 from psyche_fast.distro import replicas
 from psyche_fast.distro.gathers import Gathers
 from psyche_fast.models import CausalLM
+from psyche_fast.rank.clock import Transfer
 from psyche_fast.rank.gradients import (
     Fp32Accumulator,
     clip_factor,
@@ -53,6 +54,7 @@ class TrainOutput:
             finite on some rank.
         refused: bool 0-d; whether the replica's gradient was refused because it, or a loss of its
             own, was not finite.
+        others: the same of further replicas that are in this process.
     """
 
     step: int
@@ -62,6 +64,7 @@ class TrainOutput:
     grad_norm: Tensor
     nonfinite_losses: Tensor
     refused: Tensor
+    others: Sequence[TrainOutput] = ()
 
 
 class Trainer:
@@ -109,6 +112,8 @@ class Trainer:
         self._snapshot: Snapshot | None = None
         self.stats: dict[str, Tensor] = {}
         """Norms of gradient and momentum per parameter, with `optim_stats`: 0-d, on the device."""
+        self.virtual: dict[str, float] = {}
+        """What the last step would have taken over a link that is simulated."""
         model.train()
 
     @property
@@ -138,6 +143,15 @@ class Trainer:
     def senders(self) -> Future[list[int]] | None:
         """As of the optimiser."""
         return self._optimizer.senders
+
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """As of the optimiser."""
+        return self._optimizer.transfers
+
+    def parts(self) -> Iterator[Trainer]:
+        """The trainers of the replicas that are in this process: this one."""
+        yield self
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, 0 or more."""
@@ -225,13 +239,18 @@ class Trainer:
             ReplicasDiffer: the replicas' parameters were no longer bit-identical when they were
                 looked at last, one of these calls ago.
         """
-        self._optimizer.step(self.learning_rate(step))
-        self._finish_check()
+        for _ in self.stages(step):
+            pass
+
+    def stages(self, step: int) -> Iterator[None]:
+        """`optimize` in parts, at whose ends the other replicas have to be as far."""
+        yield from self._optimizer.stages(self.learning_rate(step))
+        self.finish_check()
         if self._snapshot is not None:
             snapshot, self._snapshot = self._snapshot, None
             snapshot.hand_over(rank_file(self._rank()), self._prefixed(self._optimizer.arrived()))
         if self._options.check_every and step % self._options.check_every == 0:
-            self._start_check(step)
+            self.begin_check(step)
 
     def plain(self) -> None:
         """Makes the model's parameters the plain ones, for forward, extract and checkpoints.
@@ -349,14 +368,14 @@ class Trainer:
         Raises:
             ReplicasDiffer: they are not the same.
         """
-        self._finish_check()
-        if self._options.check_every:
-            self._start_check(step)
-            self._finish_check()
+        self.finish_check()
+        self.begin_check(step)
+        self.finish_check()
 
-    def _start_check(self, step: int) -> None:
+    def begin_check(self, step: int) -> None:
+        """Begins to compare, unless that is off; `finish_check` tells what has come of it."""
         place = self.topology
-        if place.peers is None and place.tensor_mesh is None:
+        if not self._options.check_every or (place.peers is None and place.tensor_mesh is None):
             return
         self._optimizer.plain()
         for group, parts, who in self._comparisons({}):
@@ -387,7 +406,12 @@ class Trainer:
             found.append((group, whole, "tensor-parallel ranks"))
         return found
 
-    def _finish_check(self) -> None:
+    def finish_check(self) -> None:
+        """Waits for the comparisons that have been begun.
+
+        Raises:
+            ReplicasDiffer: see `check_replicas`.
+        """
         checks, self._checks = self._checks, []
         for check in checks:
             check.finish()

@@ -11,10 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +23,6 @@ FLAG = "--wait-for"
 """The sidecar's, with the core's process id: its arguments come over standard input."""
 _THREADS = "OMP_NUM_THREADS"
 """What a core decides for its sidecars of all that is read when torch is imported."""
-_NEEDED = ("psyche_fast.rank.serve", "psyche_fast.rank.topology", "psyche_fast.start.store")
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,18 @@ def early(count: int, ranks_here: int, device: str, threads: int) -> Iterator[Ea
         one.end()
 
 
-def wait(parent_pid: int) -> list[str]:
-    """Imports, and waits for what this sidecar is to do; by it. Ends with its core.
+def wait(parent_pid: int, prepare: Callable[[], object]) -> list[str]:
+    """Prepares, and waits for what this sidecar is to do; by it. Ends with its core.
+
+    Args:
+        parent_pid: the core's.
+        prepare: imports what a rank needs.
 
     Returns:
         Its arguments.
     """
     die_with_parent(parent_pid)
-    for name in _NEEDED:
-        import_module(name)
+    prepare()
     with open(0, "rb", closefd=False) as pipe:
         line = pipe.readline()
     if not line:  # the core's plan came to nothing

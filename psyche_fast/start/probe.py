@@ -13,8 +13,8 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 from psyche_fast.links import Link
@@ -24,17 +24,15 @@ PINGS = 6
 FIRST_BYTES = 1 << 18
 MOST_BYTES = 1 << 28
 """Of a message."""
-PIECES = 64
+PIECES = 32
 """Of a message."""
 TARGET_SECONDS = 0.8
 """What a message is to take, to say what a link carries."""
 MOST_SECONDS = 4.0
 """After which no further message is sent."""
 _SHORT = 0.01
-_EVEN = 6
-"""As many mean gaps is the largest at most where pieces come evenly."""
-_BURST = 1.4
-"""By how much the second half may be faster than all, before it is taken for a burst."""
+_MORE, _MOST = 1.1, 2.2
+"""Between what the usual rate is to the mean one, where both are of one link."""
 _SAME = 0.1
 """By how much two rates may differ."""
 
@@ -42,7 +40,9 @@ MAGIC = b"pflink\x01\n"
 REQUEST = struct.Struct("<8scQ")
 """Magic, kind, and pings or bytes."""
 _FOUND = struct.Struct("<dd")
-_PING, _UP, _DOWN = b"p", b"u", b"d"
+_PING, _UP, _DOWN, _CLOCK = b"p", b"u", b"d", b"c"
+_TIME = struct.Struct("<d")
+"""Seconds since 1970, by the other machine's clock."""
 ANSWER_SECONDS = 5.0
 """How long either side waits for the other to go on."""
 CONNECTION_SECONDS = 60.0
@@ -88,20 +88,17 @@ def arrivals(began: float, times: Sequence[float], piece: int) -> tuple[float, f
         piece: bytes of each.
 
     Returns:
-        Seconds from the first to the last piece; and bits in a second, of the second half where
-        that came evenly, before which a sender may have had to find its speed. Where pieces came in
-        bursts some have waited for a lost one: only all of them say how fast they were.
+        Seconds from the first to the last piece, and bits in a second. That is by the median of the
+        times between two pieces, since some come late and many at once after them where a packet
+        was lost or a sender had yet to find its speed; by all of them where most are like that.
     """
     seconds = times[-1] - times[0]
     if seconds < _SHORT:  # they were all there when this process looked
         return seconds, 8 * piece * len(times) / max(times[-1] - began, 1e-6)
     whole = 8 * piece * (len(times) - 1) / seconds
-    late = times[len(times) // 2 :]
-    gaps = [after - before for before, after in pairwise(late)]
-    span = max(sum(gaps), 1e-6)
-    later = 8 * piece * len(gaps) / span
-    is_even = max(gaps) <= _EVEN * span / len(gaps) and later < _BURST * whole
-    return seconds, later if is_even else whole
+    gaps = sorted(after - before for before, after in pairwise(times))
+    usual = 8 * piece / max(gaps[len(gaps) // 2], 1e-9)
+    return seconds, usual if whole < _MORE * usual < _MOST * whole else whole
 
 
 def is_host(text: str) -> bool:
@@ -131,6 +128,36 @@ def ask(text: str) -> Link:
     Raises:
         ValueError: the text has another form, or nobody answers there as wanted.
     """
+    with _connected(text) as (sock, deadline):
+        latency = _ping(sock, deadline)
+        up = _paced(lambda size: _send_up(sock, size, deadline))
+        down = _paced(lambda size: _ask_down(sock, size, deadline))
+    return Link(up, down, latency)
+
+
+def ask_clock(text: str) -> float:
+    """By how many seconds the clock of another machine, on which `psyche-fast link` runs, is ahead.
+
+    Args:
+        text: as of `parse_host`.
+
+    Raises:
+        ValueError: the text has another form, or nobody answers there as wanted.
+    """
+    with _connected(text) as (sock, deadline):
+        found = []
+        for _ in range(PINGS):
+            sock.sendall(REQUEST.pack(MAGIC, _CLOCK, 1))
+            began, clock = time.perf_counter(), time.time()
+            (there,) = _TIME.unpack(_read(sock, _TIME.size, deadline))
+            seconds = time.perf_counter() - began
+            found.append((seconds, there - clock - seconds / 2))
+    return min(found)[1]  # of the answer that has waited least
+
+
+@contextmanager
+def _connected(text: str) -> Iterator[tuple[socket.socket, float]]:
+    """A connection to `psyche-fast link`, and until when it may be used."""
     host, port = parse_host(text)
     try:
         with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as sock:
@@ -138,16 +165,13 @@ def ask(text: str) -> Link:
             deadline = time.monotonic() + CONNECTION_SECONDS
             if _read(sock, len(MAGIC), deadline) != MAGIC:
                 raise ValueError(f"--link {text}: what answers there is no `psyche-fast link`")
-            latency = _ping(sock, deadline)
-            up = _paced(lambda size: _send_up(sock, size, deadline))
-            down = _paced(lambda size: _ask_down(sock, size, deadline))
+            yield sock, deadline
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
         raise ValueError(
             f"--link {text}: nobody answers at {host} port {port} ({why}); run "
             f"`psyche-fast link --port {port}` there"
         ) from error
-    return Link(up, down, latency)
 
 
 def _paced(once: Callable[[int], tuple[float, float]]) -> float:
@@ -232,7 +256,12 @@ def read_request(data: bytes) -> tuple[bytes, int]:
         ValueError: it is nothing that is answered.
     """
     magic, kind, size = REQUEST.unpack(data)
-    limits = {_PING: (1, PINGS), _UP: (PIECES, MOST_BYTES), _DOWN: (PIECES, MOST_BYTES)}
+    limits = {
+        _CLOCK: (1, 1),
+        _PING: (1, PINGS),
+        _UP: (PIECES, MOST_BYTES),
+        _DOWN: (PIECES, MOST_BYTES),
+    }
     least, most = limits.get(kind, (1, 0))
     if magic != MAGIC or not least <= size <= most:
         raise ValueError(f"a request of {kind!r} and {size}")
@@ -259,6 +288,8 @@ def answer(sock: socket.socket) -> None:
         if kind == _PING:
             for _ in range(size):
                 sock.sendall(_read(sock, 1, deadline))
+        elif kind == _CLOCK:
+            sock.sendall(_TIME.pack(time.time()))
         elif kind == _UP:
             sock.sendall(_FOUND.pack(*_timed(sock, size, deadline)))
         else:

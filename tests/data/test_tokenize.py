@@ -126,7 +126,7 @@ def test_text_files_one_document_each(tokenizer, tmp_path):
     assert summary.documents == len(TEXTS)
     assert summary.tokens == len(read(summary)) == os.path.getsize(out / "tokens-00000.bin") // 2
     assert summary.files == (out / "tokens-00000.bin",)
-    assert sorted(os.listdir(out)) == ["tokenizer", "tokens-00000.bin"]
+    assert sorted(os.listdir(out)) == ["card.json", "tokenizer", "tokens-00000.bin"]
 
 
 def test_jsonl(tokenizer, tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from psyche_fast.doctor import network
+from psyche_fast.links import Link
+from psyche_fast.start import probe
 from psyche_fast.start.network import listen
 from tests.doctor.support import worst
 
@@ -111,31 +115,60 @@ def test_few_ports_for_connections(monkeypatch, tmp_path):
     assert "51 for connections" in worst(network.ports())["ports"].text
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [("node1", ("node1", 34567)), ("node1:99", ("node1", 99)), ("[::1]:99", ("::1", 99)),
-     ("::1", ("::1", 34567)), ("[::1]", ("::1", 34567))],
-)  # fmt: skip
-def test_a_host_with_and_without_port(target, expected):
-    assert network.host_and_port(target) == expected
+@pytest.fixture
+def other(monkeypatch):
+    """`psyche-fast link` on this machine, in a thread; its port."""
+    monkeypatch.setattr(probe, "TARGET_SECONDS", 0.01)
+    monkeypatch.setattr(probe, "MOST_SECONDS", 0.1)
+    with listen("127.0.0.1", 0) as here:
+
+        def serve():
+            with suppress(OSError):  # its socket is closed when the test ends
+                probe.serve(here, lambda line: None)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield here.getsockname()[1]
+        here.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("target", ["", "node1:", "node1:0", "node1:70000", "node1:x", ":5"])
-def test_no_host(target):
-    with pytest.raises(ValueError, match=r"--link .*: wanted HOST, HOST:PORT"):
-        network.host_and_port(target)
+def test_the_way_to_a_machine_that_answers(other):
+    found = worst(network.way_to(f"127.0.0.1:{other}"))
+    assert {one.status for one in found.values()} == {"ok"}
+    assert set(found) == {"name", "route", "clocks", "link"}
+    assert "by lo" in found["route"].text
+    assert "bit" in found["link"].text
 
 
-def test_the_way_to_a_machine_that_answers_and_to_one_that_refuses():
+def test_nobody_listens_there():
     with listen("127.0.0.1", 0) as here:
         port = here.getsockname()[1]
-        found = worst(network.way_to(f"127.0.0.1:{port}"))
-        assert {one.status for one in found.values()} == {"ok"}
-        assert set(found) == {"name", "route", "port"}
-        assert "by lo" in found["route"].text
-        assert " ms " in found["port"].text
-    refused = worst(network.way_to(f"127.0.0.1:{port}"))["port"]
-    assert (refused.status, "start train there first" in refused.remedy) == ("problem", True)
+    found = worst(network.way_to(f"127.0.0.1:{port}"))["port"]
+    assert (found.status, f"psyche-fast link --port {port}" in found.remedy) == ("problem", True)
+
+
+def test_something_else_listens_there(monkeypatch):
+    monkeypatch.setattr(probe, "ANSWER_SECONDS", 0.2)
+    with listen("127.0.0.1", 0) as here:
+        found = worst(network.way_to(f"127.0.0.1:{here.getsockname()[1]}"))["link"]
+    assert (found.status, "psyche-fast link" in found.remedy) == ("problem", True)
+
+
+@pytest.mark.parametrize(("ahead", "status"), [(100.0, "warning"), (-100.0, "warning"), (0, "ok")])
+def test_the_other_clock(other, monkeypatch, ahead, status):
+    plain = probe._TIME
+    later = SimpleNamespace(
+        pack=lambda seconds: plain.pack(seconds + ahead), size=plain.size, unpack=plain.unpack
+    )
+    monkeypatch.setattr(probe, "_TIME", later)
+    found = worst(network.way_to(f"127.0.0.1:{other}"))["clocks"]
+    assert found.status == status
+    assert status == "ok" or ("100 s ahead" if ahead > 0 else "100 s behind") in found.text
+
+
+def test_a_slow_link(other, monkeypatch):
+    monkeypatch.setattr(probe, "ask", lambda target: Link(5e5, 1e8, 0.2))
+    found = worst(network.way_to(f"127.0.0.1:{other}"))["link"]
+    assert (found.status, "estimate --link" in found.remedy) == ("warning", True)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_class_of_chunks_that_falls_back_on_a_gpu_is_said_once_with_the_reason
     gpu = torch.device("cuda", 0)
 
     def choose(h, w, backend="auto"):
-        plan = types.SimpleNamespace(device=gpu, h=h, w=w, dtype=torch.float32)
+        plan = types.SimpleNamespace(device=gpu, h=h, w=w, dtype=torch.float32, is_transformed=True)
         return backends.backend_of(plan, backend)[0]
 
     assert choose(64, 64) == "triton"

@@ -60,8 +60,26 @@ def philox(counter, key):
 def random_positions(name, chunk, size, k, seed, turn):
     word = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
     words = turn & 0xFFFFFFFF, turn >> 32
-    numbers = [philox((i, chunk, *words), (seed & 0xFFFFFFFF, word)) for i in range(size)]
-    return sorted(sorted(range(size), key=lambda i: (numbers[i], i))[:k])
+    keys = [philox((r, chunk, *words), (seed & 0xFFFFFFFF, word)) for r in range(6)]
+    bits = (size - 1).bit_length()
+    low = -(-bits // 2)
+
+    def permuted(place):
+        parts = [place % 2**low, place // 2**low]  # lower, upper
+        for r, key in enumerate(keys):
+            width = bits - low if r % 2 == 0 else low
+            mixed = (parts[r % 2] + key) * 0x9E3779B1 % 2**32
+            mixed = (mixed ^ mixed // 2**15) * 0x85EBCA6B % 2**32
+            parts[1 - r % 2] ^= mixed // 2 ** (32 - width)
+        return parts[0] + 2**low * parts[1]
+
+    found = []
+    for place in range(k):
+        place = permuted(place)
+        while place >= size:
+            place = permuted(place)
+        found.append(place)
+    return sorted(found)
 
 
 def bf16(x):

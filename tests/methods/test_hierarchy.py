@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from psyche_fast import methods as m
+from psyche_fast.methods.exchanges import InProcess
+from tests.groups import run_ranks
 from tests.methods import levels as tree
 from tests.methods import oracle
 from tests.methods.test_formulas import INNER, SHAPES, SMALL, THREE, flat, rate, world
@@ -153,7 +155,7 @@ class World:
     def peers(self, at, rank):
         site = int(np.prod([count for count, _ in self.levels[:at]]))
         first = rank - rank // site % self.levels[at][0] * site
-        return [first + site * number for number in range(self.levels[at][0])]
+        return tuple(first + site * number for number in range(self.levels[at][0]))
 
     def step(self):
         step = self.ranks[0].step
@@ -169,11 +171,11 @@ class World:
                 self.pending[at].append(sent)
             while self.ranks[0].due(at):
                 sent = self.pending[at].popleft()
-                for number, rank in enumerate(self.ranks):
-                    refused = rank.receive(
-                        at, torch.stack([sent[peer] for peer in self.peers(at, number)])
-                    )
-                    assert refused == {}
+                for group in sorted({self.peers(at, r) for r in range(len(self.ranks))}):
+                    peers = InProcess([self.ranks[r].levels[at] for r in group])
+                    arrived = peers.deliver([sent[r] for r in group], at=0)
+                    for r in group:
+                        assert self.ranks[r].receive(at, arrived.messages, arrived.leave_out) == {}
 
     def saved(self):
         written = io.BytesIO()
@@ -217,9 +219,28 @@ def test_resumed_at_any_step_is_as_never_interrupted(levels):
         m.Hierarchy([(8, LATE)], parameters(), rank=0).load_state_dict(whole.ranks[0].state_dict())
 
 
+def test_what_is_shared_can_be_looked_at_between_steps():
+    """Two levels of local steps over DisTrO: the model has the anchor, and goes on as if never."""
+    levels = [(1, m.get("distro", decay=0.9, **SMALL)), (2, LATE), (2, replace(LATE, every=6))]
+    world, alone = World(levels), World(levels)
+    for step in range(8):
+        for w in (world, alone):
+            w.step()
+        if step in (1, 2, 4, 6):
+            saved = world.saved() if step == 4 else None
+            for rank, model in zip(world.ranks, world.models, strict=True):
+                rank.put_shared()
+                assert all(torch.equal(p, rank.plain()[n]) for n, p in model.items())
+            if saved is not None:  # as if it had not been looked at
+                assert world.saved().getvalue() == saved.getvalue()
+    for one, other in zip(world.models, alone.models, strict=True):
+        assert all(torch.equal(one[n], other[n]) for n in FEW)
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_where_it_is():
     """The mean is over all of a rack, as between replicas of `dense`."""
-    world, alone = World([(2, DENSE), (2, SPARSE)]), World([(2, DENSE), (2, SPARSE)])
+    levels = [(2, replace(DENSE, reduce="gather")), (2, SPARSE)]
+    world, alone = World(levels), World(levels)
     for w, value in ((world, float("nan")), (alone, 0.0)):
         for r, (rank, model) in enumerate(zip(w.ranks, w.models, strict=True)):
             rank.before_forward(0)
@@ -237,7 +258,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_where_it_is():
 
 
 def test_where_every_mean_is_refused_no_step_is_made():
-    world = World([(2, DENSE), (2, SPARSE)])
+    world = World([(2, replace(DENSE, reduce="gather")), (2, SPARSE)])
     rank, model = world.ranks[0], world.models[0]
     rank.before_forward(0)
     for p in model.values():
@@ -283,3 +304,57 @@ def test_numbers_that_do_not_fit():
         m.Hierarchy([(2, DENSE), (2, SPARSE)], parameters(), rank=4)
     with pytest.raises(ValueError, match="a mean gradient wants float32"):
         m.Hierarchy([(2, DENSE), (2, DISTRO)], parameters(dtype=torch.bfloat16), rank=0)
+
+
+NESTED = {
+    "means below local steps": [(2, DENSE), (2, replace(LATE, values="2bit"))],
+    # Owners merge at both levels, and the upper one keeps what their coding leaves out.
+    "local steps below local steps": [
+        (2, m.get("diloco", every=2, chunk=8)),
+        (2, m.get("muloco", every=4, chunk=8, values="4bit")),
+    ],
+}
+
+
+def nested(rank, name):
+    """A rank's parameters after each of some steps, and what it has sent and been sent."""
+    model, path = parameters(), []
+    hierarchy = m.Hierarchy(NESTED[name], model, rank=rank)
+    rounds = m.rounds_of(hierarchy, torch.distributed.group.WORLD)
+    for step in range(8):
+        if step == 5:  # in a round, with what is in flight
+            for one in rounds:
+                one.settle()
+            state, model = hierarchy.state_dict(), parameters(1)
+            hierarchy = m.Hierarchy(NESTED[name], model, rank=rank)
+            rounds = m.rounds_of(hierarchy, torch.distributed.group.WORLD)
+            hierarchy.load_state_dict(state)
+            for one in rounds:
+                one.resume()
+        hierarchy.before_forward(step)
+        found = gradient(rank % 3, step, {n: p.detach() for n, p in model.items()})
+        for n, p in model.items():
+            p.grad = found[n]
+        hierarchy.local(rate(step))
+        for one in rounds:
+            one.send()
+            assert one.receive() == {}
+        path.append({n: p.clone() for n, p in hierarchy.plain().items()})
+    return path, [(one.bytes_sent, one.bytes_received) for one in rounds]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", NESTED)
+def test_two_sites_of_two_processes_are_the_simulation_to_the_bit(name):
+    start = {n: p.detach() for n, p in parameters().items()}
+    wanted = m.simulate(
+        NESTED[name], start, lambda r, t, p: gradient(r % 3, t, p), replicas=4, steps=8,
+        learning_rate=rate,
+    )  # fmt: skip
+    found = run_ranks(nested, 4, name)
+    for path, _ in found:
+        for one, other in zip(path, wanted, strict=True):
+            assert all(torch.equal(one[n], other[n]) for n in FEW)
+    inside, between = zip(*(sent for _, sent in found), strict=True)
+    assert all(up > 0 and down > 0 for up, down in inside)
+    assert [up > 0 for up, _ in between] == [True, False, True, False], "the first of each site"

@@ -155,8 +155,9 @@ def test_parameters_that_a_method_cannot_take(parameters, error, reason):
 
 
 def test_kernels_that_there_are_not_are_refused():
-    with pytest.raises(ValueError, match="a method without transform has no kernels yet"):
-        m.Replica(m.get("diloco"), one(), replica=0, replicas=1, backend="interpret")
+    method = m.get("diloco", chunk=128)
+    with pytest.raises(ValueError, match="chunks are 96 x 128, the kernels take up to 4096 elem"):
+        m.Replica(method, {"p": torch.zeros(96, 128)}, replica=0, replicas=1, backend="interpret")
 
 
 def test_more_fragments_than_layers_are_refused():

@@ -57,14 +57,17 @@ class World:
         ]
         self.exchange, self.pending = InProcess(self.ranks), deque()
 
+    def set_gradients(self, model, replica, step):
+        found = gradient(replica, step, {n: p.detach() for n, p in model.items()})
+        for n, p in model.items():
+            p.grad = found[n].to(p.dtype)
+
     def step(self, damage=None, leave_out=()):
         refused, sent = [], []
         for r, (rank, model) in enumerate(zip(self.ranks, self.models, strict=True)):
             step = rank.step
             rank.before_forward(step)
-            found = gradient(r, step, {n: p.detach() for n, p in model.items()})
-            for n, p in model.items():
-                p.grad = found[n].to(p.dtype)
+            self.set_gradients(model, r, step)
             rank.local(0.02 / (1 + step))
             sent.append(rank.send())
         if sent[0] is not None:

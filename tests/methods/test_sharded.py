@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 import psyche_fast
 from psyche_fast import methods as m
 from psyche_fast.methods.exchanges import InProcess
-from psyche_fast.sharding import part_of, placed_like
+from psyche_fast.sharding import local_tensor, part_of, placed_like
 from tests.groups import run_ranks
-from tests.methods.test_replica import METHODS, World, gradient, parameters
+from tests.methods.test_replica import GOALS, METHODS, World, parameters
 
-STEPS, BREAK = 7, 5
+STEPS, BREAK = 6, 5
 SOME = ("sparseloco", "distro", "muloco")
-"""Methods on two ranks too."""
+"""Methods on two ranks too, and gone on with from a state."""
 EXACT = {
     **{name: METHODS[name] for name in METHODS if name != "muloco"},
     "mean": replace(METHODS["sparseloco"], values="parameter", merge="mean", delay=0, mix=0.5),
@@ -68,6 +69,11 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def own(whole, like):
+    """This rank's part of a whole tensor."""
+    return whole[part_of(like)] if isinstance(like, DTensor) else whole
+
+
 class Shards(World):
     """The same replicas, of which this rank has shards."""
 
@@ -78,73 +84,66 @@ class Shards(World):
         ]
         self.exchange, self.pending = InProcess(self.ranks), deque()
 
-    def step(self):
-        sent = []
-        for r, (rank, model) in enumerate(zip(self.ranks, self.models, strict=True)):
-            step = rank.step
-            rank.before_forward(step)
-            _set_gradients(model, r, step)
-            rank.local(0.02 / (1 + step))
-            sent.append(rank.send())
-        if sent[0] is not None:
-            self.pending.append(self.exchange.deliver(sent))
-        while self.ranks[0].due():
-            came = self.pending.popleft()
-            for rank in self.ranks:
-                assert rank.receive(came.messages, came.leave_out) == {}
+    def set_gradients(self, model, replica, step):
+        set_gradients(model, replica, step)
 
-    def whole(self):
-        return [full(p) for p in self.everything()]
+    def parts(self):
+        return [local_tensor(p.detach()).clone() for p in self.everything()]
+
+    def parts_of(self, wholes):
+        return [own(w, p) for w, p in zip(wholes, self.everything(), strict=True)]
 
 
-def on_shards(rank):
-    """Paths by placement and method, and where one ends that went on from a state."""
+def dtype_of(name):
+    return torch.float32 if name in EXACT else torch.float64
+
+
+def on_shards(rank, file):
+    """Compares paths by placement and method, and goes on from a state."""
+    wanted = torch.load(file)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
     placed = {
         "2 x 1": (mesh["shard"], None),
         "1 x 2": (None, mesh["tensor"]),
         "2 x 2": (mesh["shard"], mesh["tensor"]),
     }
-    found = {}
-    for name, method in {**EXACT, **ROUNDED}.items():
-        dtype = torch.float32 if name in EXACT else torch.float64
-        for place, meshes in placed.items():
-            if place != "2 x 2" and name not in SOME:
-                continue
-            world, paths = Shards(method, meshes, dtype=dtype), []
-            for step in range(STEPS):
-                if step == BREAK:
-                    saved = world.saved()
-                world.step()
-                paths.append(world.whole())
-            resumed = Shards(method, meshes, seed=1, dtype=dtype)
-            resumed.load(saved)
-            for _ in range(BREAK, STEPS):
-                resumed.step()
-            found[place, name] = paths, resumed.whole()
-    return found
+    for (name, method), (place, meshes) in product({**EXACT, **ROUNDED}.items(), placed.items()):
+        if place != "2 x 2" and name not in SOME:
+            continue
+        world = Shards(method, meshes, dtype=dtype_of(name))
+        for step in range(STEPS):
+            if step == BREAK and name in SOME:
+                saved = world.saved()
+            world.step()
+            got, parts = world.parts(), world.parts_of(wanted[name][step])
+            if name in EXACT:
+                assert all(map(torch.equal, got, parts)), (place, name, step)
+            torch.testing.assert_close(got, parts, rtol=0, atol=1e-12)
+        if name not in SOME:
+            continue
+        resumed = Shards(method, meshes, seed=1, dtype=dtype_of(name))
+        resumed.load(saved)
+        for _ in range(BREAK, STEPS):
+            resumed.step()
+        assert all(map(torch.equal, resumed.parts(), got)), (place, name)
+    other = Shards(METHODS["sparseloco"], placed["2 x 1"])
+    with pytest.raises(ValueError, match="which is of as many ranks, sharded alike"):
+        Shards(METHODS["sparseloco"], placed["1 x 2"]).load(other.saved())
+    with pytest.raises(ValueError, match="sharded, and a codebook"):
+        Shards(replace(METHODS["sparseloco"], values="codebook4"), placed["2 x 1"])
 
 
 @pytest.mark.processes
-def test_shards_are_as_whole_tensors():
-    everywhere = run_ranks(on_shards, 4)
+def test_shards_are_as_whole_tensors(tmp_path):
+    wanted = {}
     for name, method in {**EXACT, **ROUNDED}.items():
-        world = World(method, dtype=torch.float32 if name in EXACT else torch.float64)
-        wanted = []
+        world, wanted[name] = World(method, dtype=dtype_of(name)), []
         for _ in range(STEPS):
             world.step()
-            wanted.append([p.clone() for p in world.everything()])
-        assert not all(map(torch.equal, wanted[0], wanted[-1]))
-        for found in everywhere:
-            for place in ("2 x 1", "1 x 2", "2 x 2"):
-                if place != "2 x 2" and name not in SOME:
-                    continue
-                got, resumed = found[place, name]
-                for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
-                    if name in EXACT:
-                        assert all(map(torch.equal, a, b)), (place, name, step)
-                    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-                assert all(map(torch.equal, resumed, got[-1])), (place, name)
+            wanted[name].append([p.clone() for p in world.everything()])
+        assert not any(map(torch.equal, wanted[name][0], wanted[name][-1])), name
+    torch.save(wanted, tmp_path / "wanted.pt")
+    run_ranks(on_shards, 4, tmp_path / "wanted.pt")
 
 
 def in_a_loop(rank):
@@ -156,7 +155,7 @@ def in_a_loop(rank):
     alone = m.MuonAdamW(whole.items(), lr=0.02)
     for step in range(3):
         for one in (model, whole):
-            _set_gradients(one, 0, step)
+            set_gradients(one, 0, step)
         alone.step()
         with CommDebugMode() as counted:
             optimizer.step()
@@ -180,28 +179,29 @@ def in_a_loop(rank):
         local(None)
     steps, found = local(peers), []
     replica = mesh.get_local_rank("replicate")
-    form = steps.replica.fragments[0].format
-    faults = form.faults
-    form.faults = lambda turn, messages: faults(turn, _damaged(messages, rank, turn))
+    (fragment,) = steps.replica.fragments
+    faults = fragment.format.faults
+
+    def damaged(turn, messages):
+        """In the second round, of replica 0, on one rank alone."""
+        if rank == 2 and turn == 1:
+            messages[0, -1] ^= 1
+        return faults(turn, messages)
+
+    fragment.format.faults = damaged
     for step in range(STEPS):
-        _set_gradients(model, replica, step)
+        set_gradients(model, replica, step)
         steps.step()
         found.append({n: full(p) for n, p in steps.shared.items()})
     return muon, found
 
 
-def _damaged(messages, rank, turn):
-    """In the second round, of replica 0 and on one rank alone."""
-    if rank == 2 and turn == 1:
-        messages[0, -1] ^= 1
-    return messages
-
-
-def _set_gradients(model, replica, step):
-    found = gradient(replica, step, {n: full(p) for n, p in model.items()})
+def set_gradients(model, replica, step):
+    """`test_replica.gradient` of this rank's parts, for it goes by elements."""
     for n, p in model.items():
-        own = found[n]
-        p.grad = placed_like(own[part_of(p)].contiguous(), p) if isinstance(p, DTensor) else own
+        goal = own(GOALS[replica][n].detach(), p)
+        found = (local_tensor(p.detach()) - goal) * (1 + 0.1 * step)
+        p.grad = placed_like(found, p) if isinstance(p, DTensor) else found
 
 
 @pytest.mark.processes
@@ -219,7 +219,7 @@ def test_sharded_replicas_in_a_loop():
         rank.receive = _without_first(rank.receive, rank)
     for step in range(STEPS):
         for r, (rank, model) in enumerate(zip(world.ranks, world.models, strict=True)):
-            _set_gradients(model, r, step)
+            set_gradients(model, r, step)
             rank.local(0.02)
         sent = [rank.send() for rank in world.ranks]
         for rank in world.ranks if sent[0] is not None else ():

@@ -299,7 +299,7 @@ def road() -> set[str]:
 
 def test_the_gradients_road_is_short() -> None:
     assert {part(module) for module in road()} == {"distro", "kernels", "sharding"}
-    assert len(road()) <= 19, sorted(road())
+    assert len(road()) <= 20, sorted(road())
     for package in ("kernels", "kernels.triton", "kernels.reference"):
         assert definitions(f"psyche_fast.{package}") == [], "a package that only hands on"
         assert imports(f"psyche_fast.{package}") == frozenset()
@@ -308,9 +308,9 @@ def test_the_gradients_road_is_short() -> None:
 def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
-    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 4_600
+    assert sum(n for module, n in lines.items() if part(module) == "kernels") < 6_000
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
-    assert methods < 3_000  # levels of methods are 350 of them
+    assert methods < 3_900  # levels of methods are 350 of them, exchanges and owners 900
     # What looks at machines grows with what can be wrong with them.
     doctor = sum(n for module, n in lines.items() if part(module) == "doctor")
     assert doctor < 2_200

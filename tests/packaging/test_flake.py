@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nix-instantiate") is None, reason="needs nix-instantiate (Debian: nix-bin)"
 )
 
-# As little of nixpkgs as the flake touches: a package is its name, mkShell returns its argument.
-# Anything else that the flake asks for is an evaluation error here.
+# As little of nixpkgs as the flake touches: a package is its name, mkShell returns its argument,
+# and so does what makes an application. Anything else that the flake asks for is an evaluation
+# error here.
 STUB = """
 let
   flake = import FLAKE;
@@ -30,13 +31,21 @@ let
     zlib = "/nix/store/zlib";
     stdenv.cc.cc.lib = "/nix/store/gcc-lib";
     lib.makeLibraryPath = list: builtins.concatStringsSep ":" (map (one: one + "/lib") list);
+    uv = "uv";
     mkShell = arguments: arguments;
+    writeShellApplication = arguments: arguments // { outPath = "/nix/store/${arguments.name}"; };
   };
   nixpkgs.legacyPackages = builtins.listToAttrs (
     map (name: { inherit name; value = packages name; }) [ "x86_64-linux" "aarch64-linux" ]
   );
+  self = flake.outputs { inherit nixpkgs self; } // { outPath = "/nix/store/0123-source"; };
 in
-(flake.outputs { self = { }; inherit nixpkgs; }).devShells
+{
+  inherit (self) apps devShells;
+  packages = builtins.mapAttrs (_: all: {
+    inherit (all.default) runtimeInputs text;
+  }) self.packages;
+}
 """
 
 
@@ -61,10 +70,15 @@ def nix(arguments, tmp_path):
 
 
 @pytest.fixture
-def shells(tmp_path):
+def outputs(tmp_path):
     expression = STUB.replace("FLAKE", str(ROOT / "flake.nix"))
     arguments = ["--eval", "--strict", "--json", "--store", "dummy://", "--expr", expression]
     return json.loads(nix(arguments, tmp_path))
+
+
+@pytest.fixture
+def shells(outputs):
+    return outputs["devShells"]
 
 
 def test_the_flake_parses_and_asks_for_nixpkgs_alone(tmp_path):
@@ -141,3 +155,34 @@ def test_a_set_up_that_fails_ends_the_shell(shells, project):
     done = enter(shells, project, "echo went on")
     assert done.returncode != 0
     assert "went on" not in done.stdout
+
+
+def test_each_system_has_a_package_and_the_app_that_runs_it(outputs):
+    assert set(outputs["packages"]) == set(outputs["apps"]) == SYSTEMS
+    for system in SYSTEMS:
+        app = outputs["apps"][system]["default"]
+        assert app == {"type": "app", "program": "/nix/store/psyche-fast/bin/psyche-fast"}
+        assert f"python311-{system}" in outputs["packages"][system]["runtimeInputs"]
+
+
+def test_the_package_runs_the_locked_versions_from_an_environment_of_the_user(outputs, tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\nprintf "%s|" "$UV_PROJECT_ENVIRONMENT" "${PYTHONPATH-none}" "$@"\n')
+    uv.chmod(0o755)
+    script = "set -euo pipefail\n" + outputs["packages"]["x86_64-linux"]["text"]
+    done = subprocess.run(
+        ["bash", "-c", script, "psyche-fast", "train", "--model", "my model"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": "/leak"}
+        | {"XDG_CACHE_HOME": "/cache"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )  # fmt: skip
+    environment, path, *words = done.stdout.rstrip("|").split("|")
+    assert (environment, path) == ("/cache/psyche_fast/nix-0123-source", "none")
+    assert words[: words.index("psyche-fast")] == [
+        "run", "--quiet", "--project", "/nix/store/0123-source", "--frozen", "--no-dev",
+        "--no-editable", "--python", "python3.11",
+    ]  # fmt: skip
+    assert words[words.index("psyche-fast") :] == ["psyche-fast", "train", "--model", "my model"]

@@ -12,7 +12,7 @@ from psyche_fast import methods as m
 from psyche_fast.config import RunConfig
 from psyche_fast.rank.method import method_of
 from tests.core.test_resume import parameters, same, states, without_later
-from tests.core.test_run import losses, train
+from tests.core.test_run import losses, start, train
 from tests.tiny import save_llama, save_tokens
 
 FP32 = {"param_dtype": "float32"}
@@ -55,6 +55,14 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
         distro=True, distro_quantization=True, compression_topk=2
     ).optimizer  # fmt: skip
     assert method_of(run) is None
+    with_share = RunConfig.of(
+        method="distro", subtract=0.2, topk=2, beta=0.995, values="parameter", replicas=2,
+        weight_decay=0.0,
+    )  # fmt: skip
+    assert not with_share.optimizer.distro
+    assert method_of(with_share) == m.get(
+        "distro", subtract=0.2, k=2, decay=0.995, values="parameter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,10 @@ def test_distro_is_a_method_with_options_of_its_own() -> None:
             "--values codebook4 codes all values of a parameter together, of which each rank has a",
         ),
         ({"method": "dense", "replicas": 2, "elastic": True}, "--elastic wants --method distro"),
+        (
+            {"method": "distro", "subtract": 0.2, "replicas": 2, "elastic": True},
+            "--elastic wants --method distro, got it with --subtract",
+        ),
         ({"replicas": 2}, "--replicas 2 needs --distro"),
         ({"method": "loco"}, "--method loco: method: wanted one of distro, demo"),
         ({"method": "sparseloco", "delay": 30}, "--method sparseloco: delay=30 must be less"),
@@ -120,6 +132,9 @@ def test_a_run_by_local_steps_goes_on_to_the_bit(place: Path, tmp_path: Path) ->
     assert same(parameters(whole, 2), first)
     assert not same(parameters(whole, 6), first)
     resumed = without_later(whole, tmp_path / "resumed", 2)
+    refused = start(place, resumed, *arguments[2:], "--resume", "auto", "--dry-run")
+    assert "--resume: --data-parallelism 2 -> 1 since" in refused.stderr
+    assert refused.returncode == 2
     train(place, resumed, *arguments, "--resume", "auto", ranks=4)
     assert same(parameters(whole, 6), parameters(resumed, 6))
     assert same(states(whole, 6), states(resumed, 6))

@@ -27,7 +27,7 @@ def waiter(argv: list[str]) -> None:
     if os.environ.get("FAILS"):
         print("no memory to import torch", file=sys.stderr, flush=True)
         sys.exit(1)
-    words = early.wait(int(argv[1]))
+    words = early.wait(int(argv[1]), lambda: None)
     print(*words, os.environ["TOLD"], os.environ.get("FROM_BEFORE"), flush=True)
     print("an error", file=sys.stderr, flush=True)
     assert sys.stdin is None or os.read(0, 1) == b""

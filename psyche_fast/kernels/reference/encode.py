@@ -47,7 +47,7 @@ def encode(
             coefficients = scratch(COEFFICIENTS, (last - first, plan.totalk), plan.basis_w)
             maxima = []
             for part in group:
-                chunks = update(plan, delta, part, decay, sources, sent)
+                chunks = take_up(plan, delta, part, decay, sources, sent)
                 own = coefficients[part.start - first : part.stop - first]
                 forward(plan, chunks, own)
                 if run > 1:
@@ -59,6 +59,26 @@ def encode(
 
 
 def update(
+    plan: ChunkPlan,
+    delta: Tensor,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    decay: float,
+    gradient_scale: float | Tensor | None,
+    previous: Entries | None,
+    share: float,
+    anchors: Sequence[Tensor] | None,
+) -> None:
+    """See `psyche_fast.kernels.encode.update`."""
+    sources = Sources(plan, gradients, learning_rates, gradient_scale, anchors)
+    if previous is not None:  # few of all elements: where they lie, without a dense decode
+        flat, sent = delta.view(plan.chunks, plan.totalk), previous.values * -share
+        flat.scatter_add_(1, previous.indices.to(torch.int64), sent.to(delta.dtype))
+    for part in plan.slices:
+        take_up(plan, delta, part, decay, sources, None)
+
+
+def take_up(
     plan: ChunkPlan,
     delta: Tensor,
     part: Slice,

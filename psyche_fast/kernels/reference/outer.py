@@ -34,20 +34,21 @@ def outer(
                 decoder = Decoder(plan, received, first, last, replicas)
             for part in group:
                 if decoder is not None:
-                    mean = decoder.chunks(part.start, part.stop)
+                    mean, is_own = decoder.chunks(part.start, part.stop), True
                 else:
                     assert isinstance(received, Tensor)
                     mean = _mean(plan, received[:, part.start : part.stop])
+                    is_own = len(received) > 1
                 means = chunk_views(plan, part, mean)
                 targets = parameter_views(plan, part, shared)
                 if momenta is not None:
                     u = parameter_views(plan, part, momenta)
                     torch._foreach_mul_(u, momentum)
                     torch._foreach_add_(u, means)
-                    if received is not mean and decoder is None and len(received) == 1:
-                        means = torch._foreach_add(means, u, alpha=momentum)
-                    else:
+                    if is_own:
                         torch._foreach_add_(means, u, alpha=momentum)
+                    else:
+                        means = list(torch._foreach_add(means, u, alpha=momentum))
                 torch._foreach_add_(targets, means, alpha=-length)
                 if local is not None:
                     own = parameter_views(plan, part, local.tensors)
@@ -58,7 +59,7 @@ def outer(
 
 
 def _mean(plan: ChunkPlan, values: Tensor) -> Tensor:
-    """The mean of values `[replicas, n, h * w]`, added up in their order; the one's own if alone."""
+    """The mean of values `[replicas, n, h * w]`, added up in their order; of one its own."""
     if len(values) == 1:
         return values[0].view(-1, plan.h, plan.w)
     total = scratch(RESULT, values.shape[1:], values)

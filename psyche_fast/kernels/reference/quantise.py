@@ -12,13 +12,13 @@ from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Rates, Slice
 from psyche_fast.kernels.quantise import MOST_ENTRIES, Bits, Codes, scales_like
-from psyche_fast.kernels.reference.encode import Sources, update
+from psyche_fast.kernels.reference.encode import Sources, take_up
 from psyche_fast.kernels.reference.workspace import RESULT, scratch
 
 LLOYD = 8
 _BLOCK = 1 << 18  # elements
-_LEAST = 2.0**-125  # of a scale
-_LEAST_EXPONENT = -100  # of a chunk's largest magnitude; below it all are as good as 0
+_LEAST = 2.0**-100  # of a chunk's largest magnitude; below it all are as good as 0
+_LEAST_EXPONENT = -100
 
 
 def quantise(plan: ChunkPlan, values: Tensor, bits: Bits) -> tuple[Codes, Tensor]:
@@ -84,7 +84,7 @@ def _taken_up(
 ) -> Tensor:
     """A slice's chunks, in the state where there is one."""
     if delta is not None:
-        return update(plan, delta, part, decay, sources, None)
+        return take_up(plan, delta, part, decay, sources, None)
     chunks = scratch(RESULT, (part.stop - part.start, plan.h, plan.w), plan.basis_w)
     sources.write_to(chunks, part)
     return chunks
@@ -120,9 +120,9 @@ def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
         codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
         return _levels(upper, negative, levels, magnitudes)
     limit = (1 << (bits - 1)) - 1
-    torch.mul(most.to(torch.float32), 1.0 / limit, out=scales)
+    scales.copy_(torch.where(most >= _LEAST, most / limit, 0.0))
     wide = scales.to(x.dtype)
-    inverse = torch.where(scales >= _LEAST, _newton(scales.clamp(min=_LEAST)), 0.0).to(x.dtype)
+    inverse = torch.where(scales > 0, _newton(scales.clamp(min=_LEAST / 256)), 0.0).to(x.dtype)
     multiples = torch.mul(x, inverse, out=magnitudes).round_().clamp_(-limit, limit)
     signed = multiples.to(torch.int8)
     negative = signed.view(torch.uint8) >> 7
@@ -149,21 +149,43 @@ def _newton(x: Tensor) -> Tensor:
 def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
     """Lower and upper level of each row `[n, 2]`, as `kernels.quantise` defines them."""
     k = magnitudes.shape[1]
+    if magnitudes.dtype == torch.float64:
+        return _plain_levels(magnitudes)
     exponent = torch.frexp(most).exponent.clamp_(min=_LEAST_EXPONENT)
-    scale = torch.ldexp(torch.ones_like(most), 12 - exponent)
-    q = (magnitudes * scale).round_().to(torch.float32)
-    wide = torch.float64 if k > MOST_ENTRIES else torch.float32  # sums are exact
-    total = q.sum(1, keepdim=True, dtype=wide).to(torch.float32)
+    scale = torch.ldexp(torch.ones_like(most), 24 - exponent)
+    q = (magnitudes * scale).floor_()
+    wide = torch.float64 if k > MOST_ENTRIES else torch.float32  # sums of both parts are exact
+    upper_bits = (q * 2.0**-12).floor_()
+    parts = upper_bits, q.sub(upper_bits, alpha=4096.0)
+
+    def exact(high: Tensor, low: Tensor) -> Tensor:
+        sums = [part.sum(1, keepdim=True, dtype=wide).to(torch.float64) for part in (high, low)]
+        return sums[0].mul_(4096.0).add_(sums[1])
 
     def mean(sums: Tensor, count: Tensor) -> Tensor:
         some = count > 0
-        return torch.where(some, sums, total) * _newton(torch.where(some, count, float(k)))
+        sums = torch.where(some, sums, total).to(torch.float32)
+        return sums * _newton(torch.where(some, count, float(k)))
 
-    low = high = mean(total, torch.full_like(total, k))
-    above = torch.empty_like(q)
+    total = exact(*parts)
+    low = high = mean(total, torch.full_like(total, k, dtype=torch.float32))
+    above, chosen = torch.empty_like(q), torch.empty_like(q)
     for _ in range(LLOYD):
         torch.gt(q, ((low + high) * 0.5).floor_(), out=above)
         count = above.sum(1, keepdim=True)
-        upper = above.mul_(q).sum(1, keepdim=True, dtype=wide).to(torch.float32)
+        upper = exact(torch.mul(parts[0], above, out=chosen), above.mul_(parts[1]))
         low, high = mean(total - upper, k - count), mean(upper, count)
-    return torch.cat([low, high], dim=1).to(most.dtype) / scale
+    return torch.cat([low, high], dim=1) / scale
+
+
+def _plain_levels(magnitudes: Tensor) -> Tensor:
+    """The same in float64, which no kernel has."""
+    k = magnitudes.shape[1]
+    total = magnitudes.sum(1, keepdim=True)
+    low = high = total / k
+    for _ in range(LLOYD):
+        above = (magnitudes > (low + high) / 2).to(magnitudes.dtype)
+        count, upper = above.sum(1, keepdim=True), above.mul_(magnitudes).sum(1, keepdim=True)
+        high = torch.where(count > 0, upper / count.clamp(min=1), low)
+        low = torch.where(count < k, (total - upper) / (k - count).clamp(min=1), high)
+    return torch.cat([low, high], dim=1)

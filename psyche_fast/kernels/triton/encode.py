@@ -315,13 +315,51 @@ def encode(
     anchors: Sequence[Tensor] | None,
 ) -> Entries:
     """See `psyche_fast.kernels.encode.encode`."""
-    device, k = plan.device, plan.k
+    return _encode(
+        plan, delta, gradients, learning_rates, decay, gradient_scale, previous, share, anchors,
+        plan.k,
+    )  # fmt: skip
+
+
+def update(
+    plan: ChunkPlan,
+    delta: Tensor,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    decay: float,
+    gradient_scale: float | Tensor | None,
+    previous: Entries | None,
+    share: float,
+    anchors: Sequence[Tensor] | None,
+) -> None:
+    """See `psyche_fast.kernels.encode.update`."""
+    _encode(
+        plan, delta, gradients, learning_rates, decay, gradient_scale, previous, share, anchors, 0
+    )
+
+
+def _encode(
+    plan: ChunkPlan,
+    delta: Tensor,
+    gradients: Sequence[Tensor | None],
+    learning_rates: Rates,
+    decay: float,
+    gradient_scale: float | Tensor | None,
+    previous: Entries | None,
+    share: float,
+    anchors: Sequence[Tensor] | None,
+    k: int,
+) -> Entries:
+    device = plan.device
     indices = torch.empty(plan.chunks, k, dtype=plan.index_dtype, device=device)
     values = torch.empty(plan.chunks, k, dtype=plan.dtype, device=device)
     entries = Entries(indices, values, unique=True)
     if plan.chunks == 0:
         return entries
-    if previous is not None and not _decodable(previous):
+    if previous is not None and not plan.is_transformed:
+        assert previous.unique
+        previous = Entries(previous.indices.contiguous(), previous.values.contiguous(), True)
+    elif previous is not None and not _decodable(previous):
         previous = Entries(previous.indices, previous.values * share, previous.unique)
         subtract(plan, delta, previous)
         previous = None
@@ -342,7 +380,7 @@ def encode(
         assert delta.dtype == torch.float32
         if h == 1 and w % SIDE == 0:
             h, w, is_flat = w // SIDE, SIDE, True
-        kernel = "encode" if k <= MOST_ROUNDS and min(h, w) >= LEAST_SIDE else "plain"
+        kernel = "encode" if 0 < k <= MOST_ROUNDS and min(h, w) >= LEAST_SIDE else "plain"
     options, own = launch_options(kernel, device)
     together = own["tiles"] if kernel == "encode" else ready.rows_per_tile
     grid = (programs(device, own["ctas_per_sm"], triton.cdiv(plan.chunks, together)),)

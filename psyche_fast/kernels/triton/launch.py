@@ -173,7 +173,7 @@ class Planned:
                     "look-ahead": [plan.dtype],
                     "parameter": [plan.dtype, torch.float32],
                     "anchor": [torch.float32],
-                    **dict.fromkeys(OUTER_KINDS, [torch.float32]),
+                    **{kind: [torch.float32] for kind in OUTER_KINDS},
                 }
                 if tensor.dtype not in wanted_dtypes.get(what, DTYPES):
                     raise ValueError(f"{where} is {tensor.dtype}, its class {plan.dtype}")

@@ -195,8 +195,8 @@ def outer(
     with on_device(plan.device):
         kernel[grid](
             *places, ready.inverse_basis if plan.is_transformed else values, indices, values,
-            scratch, length, momentum, mix, 1.0 / max(m, 1), plan.chunks, m, replicas or 1, NAMED=replicas is None,
-            SIGNS=signs, NESTEROV=momenta is not None, MIX=how,
+            scratch, length, momentum, mix, 1.0 / max(m, 1), plan.chunks, m, replicas or 1,
+            NAMED=replicas is None, SIGNS=signs, NESTEROV=momenta is not None, MIX=how,
             ALIGNED=all(one.aligned for one in found), **constants, **options,
         )  # fmt: skip
     written(*shared, *(momenta or ()), *(local.tensors if local else ()))

@@ -36,6 +36,21 @@ def newton(x):
 
 
 @triton.jit
+def quotient(x, N: tl.constexpr):
+    """`x / N` of normal float32 and a whole number up to 7 bits, as IEEE rounds it."""
+    q = x * (1.0 / N)
+    high = (q.to(tl.int32, bitcast=True) & (-4096)).to(tl.float32, bitcast=True)
+    rest = (x - high * N) - (q - high) * N  # exact
+    return q + rest * (1.0 / N)
+
+
+@triton.jit
+def exact_sum(q):
+    """Of rows of up to 4096 integers of 24 bits, int64."""
+    return tl.sum(q >> 12, 1).to(tl.int64) * 4096 + tl.sum(q & 4095, 1)
+
+
+@triton.jit
 def mean_of(sums, count, total, K: tl.constexpr):
     """`sums / count` of integers, or of all `K` where there are none."""
     some = count > 0
@@ -53,18 +68,18 @@ def two_levels(magnitude, most, K: tl.constexpr):
     """
     # Exponents from -100 on: the largest lies below 2 to the power.
     exponent = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 26) - 126
-    q = nearest(magnitude, power_of_two(12 - exponent)[:, None]).to(tl.int32)
-    total = tl.sum(q, 1)
-    low = mean_of(total, K + tl.zeros_like(total), total, K)
+    q = (magnitude * power_of_two(24 - exponent)[:, None]).to(tl.int32)
+    total = exact_sum(q)
+    low = mean_of(total, tl.full(most.shape, K, tl.int32), total, K)
     high = low
     for _ in range(8):
         threshold = ((low + high) * 0.5).to(tl.int32)  # rounds down
         above = q > threshold[:, None]
         count = tl.sum(above.to(tl.int32), 1)
-        upper = tl.sum(tl.where(above, q, 0), 1)
+        upper = exact_sum(tl.where(above, q, 0))
         low = mean_of(total - upper, K - count, total, K)
         high = mean_of(upper, count, total, K)
-    unit = power_of_two(exponent - 12)
+    unit = power_of_two(exponent - 24)
     return (low * unit).to(tl.bfloat16), (high * unit).to(tl.bfloat16)
 
 
@@ -86,10 +101,9 @@ def quantised(x, chunk, live, scales, K: tl.constexpr, BITS: tl.constexpr):
         code = is_high.to(tl.int32) * 2 + negative.to(tl.int32)
     else:
         LIMIT: tl.constexpr = (1 << (BITS - 1)) - 1
-        scale = most * (1.0 / LIMIT)
+        scale = tl.where(most >= 2.0**-100, quotient(most, LIMIT), 0.0)
         tl.store(scales + chunk.to(tl.int64), scale, mask=live)
-        # Where it has fewer bits than a normal number, all are as good as 0.
-        inverse = tl.where(scale >= 2.0**-125, newton(tl.maximum(scale, 2.0**-125)), 0.0)
+        inverse = tl.where(scale > 0, newton(tl.maximum(scale, 2.0**-108)), 0.0)
         n = nearest(x * inverse[:, None], 1.0)
         n = tl.minimum(tl.maximum(n, -LIMIT), LIMIT)
         y = n * scale[:, None]
