@@ -91,23 +91,6 @@ def broadcast_from(group: Any, content: torch.Tensor, root: int, timeout: timede
     return work
 
 
-<<<<<<< HEAD
-=======
-def record_memory_history(on: bool) -> None:
-    """Has CUDA's allocator keep who asked for what, or no longer (2.11 .. 2.13)."""
-    import torch
-
-    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
-
-
-def dump_memory_snapshot(path: Path) -> None:
-    """Writes what CUDA's allocator holds, for pytorch.org/memory_viz (2.11 .. 2.13)."""
-    import torch
-
-    torch.cuda.memory._dump_snapshot(str(path))
-
-
->>>>>>> k-w
 def all_to_all(
     group: Any,
     received: torch.Tensor,
@@ -126,7 +109,6 @@ def group_timeout() -> timedelta:
 
     timeout: timedelta = distributed_c10d.default_pg_timeout
     return timeout
-<<<<<<< HEAD
 
 
 def record_memory_history(on: bool) -> None:
@@ -141,8 +123,6 @@ def dump_memory_snapshot(path: Path) -> None:
     import torch
 
     torch.cuda.memory._dump_snapshot(str(path))
-=======
->>>>>>> k-w
 
 
 def set_default_timeout(timeout: timedelta) -> None:
