@@ -5,7 +5,7 @@
 #   make setup PYTHON=python3.12     choose the Python that .venv is made with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep lint format bench kernels on-cuda-tensors lab floor newest uv-lock
+.PHONY: help setup demo test docs sweep lint format bench kernels on-cuda-tensors lab floor newest uv-lock
 
 # Left empty, the first of these that is new enough is taken.
 PYTHON ?=
@@ -46,6 +46,10 @@ demo: setup ## train two DisTrO replicas on text of this machine, with a sample 
 
 test: setup ## run the tests, two at a time
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+docs: setup ## build the site of documentation into site/
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5,<10'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
 
 sweep: setup ## try every causal model of Transformers; writes docs/models.md
 	PSYCHE_FAST_SWEEP=1 $(BIN)/python -m pytest -q tests/models/test_sweep.py $(ARGS)

@@ -92,7 +92,7 @@ def train(place: Path, *arguments: str) -> list[str]:
         (["--local-ranks", "3"], "--local-ranks 3 is more than the run's 1 ranks"),
         (["--start-step", "9", "--total-steps", "8"], "--start-step 9 is after --total-steps 8"),
         (["--beta1", "1.5"], r"--beta1 must be in [0, 1)"),
-        (["--micro-batch", "many"], "'many' is not a valid integer"),
+        (["--micro-batch", "many"], "wanted a whole number or auto, got 'many'"),
         (["--config", "{place}/bad.toml"], "no key 'total_bach'; did you mean 'total_batch'?"),
         (["--config", "{place}/types.toml"], "total_batch: Expected `int`, got `str`"),
         (["--config", "{place}/section.toml"], "no table [modle]; did you mean 'model'?"),
