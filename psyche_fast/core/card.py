@@ -6,6 +6,7 @@ What it costs, by `estimate` and by counting operations, is found out while othe
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from psyche_fast.core.estimate import Estimate, estimate
 from psyche_fast.kernels.backends import explain
 from psyche_fast.metrics.formatting import format_bytes, format_count
 from psyche_fast.models import head_loss, huggingface
-from psyche_fast.models.source import FilesSource, read_config, vocabulary_size
+from psyche_fast.models.source import FilesSource, read_config, tensor_shapes, vocabulary_size
 
 log = logging.getLogger("psyche_fast.core")
 
@@ -33,6 +34,8 @@ _PEAKS = {
 """bf16 operations a second of dense products with fp32 sums, from NVIDIA's data sheets."""
 _MEASURED = 0.05
 """Seconds of products where no data sheet says what a device can do."""
+_SMALL = 5_000_000
+"""Parameters below which nobody asks what a run costs; the demo has a million."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Costs:
     need: Estimate | None
     why_not: str
     token_flops: float | None
+
+
+def costs_at_start(config: RunConfig, source: FilesSource, device: torch.device) -> Costs:
+    """`costs_of`, but of models so small that to count would take longer than their first step."""
+    if sum(math.prod(shape) for shape in tensor_shapes(source).values()) < _SMALL:
+        return Costs(None, "the model is small", None)
+    return costs_of(config, source, device)
 
 
 def costs_of(config: RunConfig, source: FilesSource, device: torch.device) -> Costs:

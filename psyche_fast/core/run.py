@@ -235,7 +235,7 @@ def _train(
     sender.publish_run(config.replace(output=str(output)), plan.source, Path.home())
     timeout = timedelta(seconds=config.machines.timeout)
     parallelism = config.parallelism
-    costs = card.costs_of(config, plan.source, device)  # while the other ranks start
+    costs = card.costs_at_start(config, plan.source, device)  # while the other ranks start
     console.card(card.card(config, plan.source, costs, device))
     # Before the ranks meet, which those of different backends never would.
     check_processors([processor(device), *processors(ranks.store, parallelism.world_size, timeout)])
