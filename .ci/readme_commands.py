@@ -1,13 +1,13 @@
-"""Runs the commands of README.md, so that what a newcomer types is known to work.
+"""Runs the commands of README.md and of pages of docs/: what people type is known to work.
 
-    .venv/bin/python .ci/readme_commands.py [--list] [--readme README.md] [--timeout 300]
+    .venv/bin/python .ci/readme_commands.py [--list] [--readme FILE ...] [--timeout 300]
 
 Every fenced ```bash block needs a marker on the last line before it that is not blank:
 
     <!-- ci: run -->            the block is run
     <!-- ci: skip REASON -->    it is not, and the reason is printed
 
-The blocks run in the order of the file, each in a bash of its own that stops at the first error,
+The blocks run in the order of the files, each in a bash of its own that stops at the first error,
 with the virtual environment's commands on PATH and no standard input. All of them run in one
 temporary copy of the repository: what a block writes the next ones find, and nothing is left
 behind.
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
+_PAGES = ("README.md", "docs/running.md", "docs/psyche.md", "docs/python.md", "docs/performance.md")
 _FENCE = re.compile(r"^(?P<indent>\s*)(?P<fence>`{3,}|~{3,})\s*(?P<language>[\w+-]*)")
 _MARKER = re.compile(r"^\s*<!--\s*ci:\s*(?P<text>.*?)\s*-->\s*$")
 _SHELLS = {"sh", "shell", "console", "shell-session", "zsh"}
@@ -129,30 +130,35 @@ def _copy_repository(target: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs or lists the blocks; returns the process's exit status."""
-    parser = argparse.ArgumentParser(description="Runs the commands of README.md.")
-    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md")
+    parser = argparse.ArgumentParser(description="Runs the commands of README.md and docs/.")
+    pages = [_ROOT / page for page in _PAGES]
+    parser.add_argument("--readme", type=Path, nargs="+", default=pages, help="files, in order")
     parser.add_argument("--list", action="store_true", help="print the blocks, run nothing")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one block")
     options = parser.parse_args(arguments)
-    try:
-        blocks = parse(options.readme.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"{options.readme.name}: {error}", file=sys.stderr)
-        return 2
-    if not any(block.skip_reason is None for block in blocks):
-        print(f"{options.readme.name}: no bash block to run", file=sys.stderr)
+    blocks: list[tuple[str, Block]] = []
+    for page in options.readme:
+        try:
+            found = parse(page.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            print(f"{page.name}: {error}", file=sys.stderr)
+            return 2
+        blocks += [(page.name, block) for block in found]
+    if not any(block.skip_reason is None for _, block in blocks):
+        print(f"{options.readme[0].name}: no bash block to run", file=sys.stderr)
         return 2
     if options.list:
-        for block in blocks:
+        for name, block in blocks:
             verdict = f"skip ({block.skip_reason})" if block.skip_reason else "run"
-            print(f"line {block.line}: {verdict}\n{textwrap.indent(block.script, '    ')}", end="")
+            print(f"{name}, line {block.line}: {verdict}")
+            print(textwrap.indent(block.script, "    "), end="")
         return 0
     failed = []
     with tempfile.TemporaryDirectory(prefix="psyche-fast-readme-") as temporary:
         folder = Path(temporary) / "psyche-fast"
         _copy_repository(folder)
-        for block in blocks:
-            where = f"{options.readme.name}, line {block.line}"
+        for name, block in blocks:
+            where = f"{name}, line {block.line}"
             if block.skip_reason:
                 print(f"-- {where}: skipped: {block.skip_reason}", flush=True)
                 continue
@@ -161,9 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
             status = run(block, folder, options.timeout)
             print(f"-- {where}: status {status}, {time.monotonic() - start:.1f} s", flush=True)
             if status != 0:
-                failed.append(block.line)
+                failed.append(where)
     if failed:
-        print(f"{options.readme.name}: failed blocks at lines {failed}", file=sys.stderr)
+        print(f"failed blocks: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -129,7 +129,7 @@ class Training(Section, frozen=True, kw_only=True):
     ] = 8  # fmt: skip
     grad_accum_in_fp32: Annotated[bool, _help("add up micro-batches' gradients in fp32")] = False
     defer_grad_sync: Annotated[
-        bool, _help("FSDP2: reduce gradients once per step; see README")
+        bool, _help("FSDP2: reduce gradients once per step; see docs/running.md")
     ] = False  # fmt: skip
     optim_stats: Annotated[bool, _help("log norms of gradient and momentum per parameter")] = False
     check_every: Annotated[

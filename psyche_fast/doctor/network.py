@@ -18,7 +18,7 @@ from psyche_fast.doctor.software import reaches
 from psyche_fast.start import network, probe
 
 _PORT = 34567
-"""That of README's commands for several machines."""
+"""That of docs/running.md's commands for several machines."""
 _MOST_SKEW = 1.0
 """Seconds between two clocks that nobody minds."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")

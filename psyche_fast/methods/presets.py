@@ -41,7 +41,7 @@ PRESETS = {
         merge="mean", outer=AdamW(),
     ),
 }  # fmt: skip
-"""Each as its paper has it, or the runs that are known of; README has the sources."""
+"""Each as its paper has it, or the runs that are known of; docs/methods.md has the sources."""
 
 
 def known() -> list[str]:

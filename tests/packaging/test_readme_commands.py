@@ -122,7 +122,7 @@ def test_a_failing_block_fails_the_run_and_the_others_still_run(readme_commands,
     captured = capfd.readouterr()
     assert "\nnot reached\n" not in captured.out
     assert "\nthird\n" in captured.out
-    assert "failed blocks at lines [3, 9]" in captured.err
+    assert "failed blocks: README.md, line 3; README.md, line 9" in captured.err
 
 
 def test_an_unset_variable_fails_a_block(readme_commands, tmp_path):
@@ -158,7 +158,8 @@ def test_listing_runs_nothing(readme_commands, tmp_path, capsys):
     text = block(f"touch {marker}") + "<!-- ci: skip slow -->\n```bash\nmake bench\n```\n"
     assert readme_commands.main(["--list", "--readme", str(readme(tmp_path, text))]) == 0
     assert capsys.readouterr().out == (
-        f"line 3: run\n    touch {marker}\nline 8: skip (slow)\n    make bench\n"
+        f"README.md, line 3: run\n    touch {marker}\n"
+        "README.md, line 8: skip (slow)\n    make bench\n"
     )
     assert not marker.exists()
 

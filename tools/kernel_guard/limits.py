@@ -105,6 +105,7 @@ class Ceiling:
 
 CEILINGS = (
     Ceiling("spills", 64, tag="64x64", largest_k=32),
+    Ceiling("spills", 128, tag="64x64 anchored", largest_k=32),
     Ceiling("round_barriers", 0, tag="rounds", target=None),
     Ceiling("instructions", 4800, r"encode 64x64 k=8 .* gradient$"),
     Ceiling("instructions", 7200, r"encode 64x64 k=32 .* gradient$"),

@@ -56,7 +56,8 @@ def _case(
     # Narrower tiles do not fill a warp each: their rounds have barriers.
     tags = {"rounds"} if constants["ROUNDS"] and min(padded(h), padded(w)) >= 32 else set()
     if (h, w) == (64, 64):
-        tags.add("64x64")
+        # No preset transforms what it takes from an anchor: the two have few registers together.
+        tags.add("64x64 anchored" if anchor and transform else "64x64")
     return Case(
         kernel="encode",
         variant=variant,
