@@ -34,6 +34,7 @@ import transformers
 
 from benchmarks.common import environment
 from psyche_fast.config import RunConfig
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.plan import make_plan
 from psyche_fast.core.run import Core, steps
 from psyche_fast.core.saving import Checkpoints
@@ -127,7 +128,10 @@ def measure(folder: Path, saves: int, **method: Any) -> dict[str, Any]:
         checkpoints = Checkpoints(plan, run, trainer, sender, store, console.message)
         timer, patience = PhaseTimer(), Patience(60.0)
         watch_ = Watch(store, 1, timer, patience, patience, run, lambda: None)
-        core = Core(plan, run, trainer, sender, checkpoints, StopRequest(), console, timer, watch_)
+        nothing = Evaluation(plan.held, plan.resolved, trainer, timer, run, None)
+        core = Core(
+            plan, run, trainer, sender, checkpoints, StopRequest(), console, timer, watch_, nothing
+        )
         with ExitStack() as stack:
             for owner, name in PARTS:
                 stack.enter_context(watch.around(owner, name))

@@ -31,6 +31,7 @@ import transformers
 
 from benchmarks.common import environment, percentiles
 from psyche_fast.config import RunConfig
+from psyche_fast.core.evaluation import Evaluation
 from psyche_fast.core.plan import Plan, make_plan
 from psyche_fast.core.run import Core, steps
 from psyche_fast.core.saving import Checkpoints
@@ -93,6 +94,7 @@ def _turns(plan: Plan, store: dist.Store, folder: Path, count: int) -> dict[str,
         Checkpoints(plan, folder, trainer, sender, store, console.message),
         StopRequest(), console, timer,
         Watch(store, 1, timer, patience, patience, folder, lambda: None),  # which looks on
+        Evaluation(plan.held, plan.resolved, trainer, timer, folder, None),  # of nothing
     )  # fmt: skip
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         plan.config.model.model, dtype=torch.float32, attn_implementation="sdpa"

@@ -53,7 +53,6 @@ def bench(
 ) -> None:
     """Time kernels, optimiser steps, the exchange and a step of training beside their floors."""
     quiet_terminal()
-    logging.getLogger("psyche_fast").setLevel(logging.ERROR)  # of shapes that are odd on purpose
     if fail_slower is not None and other is None:
         raise ValueError("--fail-slower wants --compare: slower than what?")
     from psyche_fast.bench import results, suite
@@ -66,7 +65,10 @@ def bench(
     layers = layers or ("1.2B" if place.type == "cuda" else "small")
     if layers not in SETS:
         raise ValueError(f"--layers must be one of {', '.join(SETS)}, got {layers!r}")
+    log = logging.getLogger("psyche_fast")
     with ExitStack() as stack:
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)  # shapes are odd on purpose
         then: Report | None = None
         commit: Commit | None = None
         if other is not None and Path(other).exists():

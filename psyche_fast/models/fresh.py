@@ -89,6 +89,7 @@ def _write(
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shows = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # "Writing model shards"
     fields: dict[str, Any] = {**shape, **ids}
     config = LlamaConfig(
@@ -110,4 +111,6 @@ def _write(
             if not folder.is_dir():  # another process may have been first
                 raise
     finally:
+        if shows:
+            transformers.utils.logging.enable_progress_bar()
         shutil.rmtree(made, ignore_errors=True)

@@ -161,8 +161,8 @@ def state_bytes(
         all_of_it = plan.chunks * plan.totalk * size
         if method.what == "momentum" or method.feedback != "none":
             found["kept"] += all_of_it
-        if method.feedback != "none":
-            places = {"all": 0, "random": 8, "topk": plan.index_dtype.itemsize}[method.select]
+        if method.feedback != "none" and method.select != "all":  # of all it is taken out at once
+            places = {"random": 8, "topk": plan.index_dtype.itemsize}[method.select]
             found["own"] += plan.chunks * plan.k * (size + places)
         if owned and method.feedback == "sent" and method.select != "random":
             found["owner"] += all_of_it // replicas

@@ -200,7 +200,7 @@ def test_a_table_has_all_methods_with_their_own_settings() -> None:
     ("values", "reason"),
     [
         ({"link": "auto", "replicas": 2, "method": None}, "--replicas 2 needs|--link needs"),
-        ({"link": "auto", "replicas": 1}, "--link needs --replicas of at least 2"),
+        ({"link": "auto", "replicas": 1}, "--link needs --replicas or --simulate of at least 2"),
         ({"link": "fast", "replicas": 2}, "link 'fast': wanted a rate and a latency"),
         ({"link": "auto", "replicas": 2, "method": "distro", "elastic": True}, "--link with --el"),
     ],
