@@ -82,7 +82,6 @@ def step(name: str, device: torch.device) -> Iterator[Step]:
 
 def _save_model(folder: Path, size: dict[str, Any]) -> None:
     width = size["width"]
-    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=size["vocabulary"],
