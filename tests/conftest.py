@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # No test may reach a model hub, and a test's forked children must not warn about tokenizers.
@@ -30,7 +31,7 @@ from tests import groups
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files whose tests start processes go to one worker with one fork server; others, each whole.
 
-    Those of models, which measure no time, may go to another one. So no two tests that do run at
+    Those of models and of the GPU's suite, which measure no time, may go to another one. So no two tests that do run at
     once, and a module's fixtures are set up once. xdist's own groups do that by the mark, but xdist
     3.8 writes them where pytest 9.2 does not look.
     """
@@ -49,7 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _group(file: str) -> str:
-    return "processes-of-models" if "tests/models/" in file else "processes"
+    apart = ("tests/models/", "tests/packaging/test_gpu_")
+    return "processes-of-models" if any(part in file for part in apart) else "processes"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -79,3 +81,14 @@ def _one_at_a_time(
 def pytest_runtest_teardown() -> None:
     """A test that fails leaves no process behind."""
     groups.end_all()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model and data, for modules whose tests train on them."""
+    from tests.tiny import save_llama, save_tokens
+
+    folder = tmp_path_factory.mktemp("place")
+    save_llama(folder / "model")
+    save_tokens(folder / "data")
+    return folder

@@ -23,7 +23,6 @@ from psyche_fast.metrics import Tracker
 from psyche_fast.rank import state
 from tests.core.test_run import COMMON, DISTRO, start, train
 from tests.groups import in_process, run_command
-from tests.tiny import save_llama, save_tokens
 
 pytestmark = pytest.mark.processes
 
@@ -39,14 +38,6 @@ WORLDS = {
         4,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def parameters(run: Path, step: int) -> dict[str, torch.Tensor]:

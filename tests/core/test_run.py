@@ -22,7 +22,7 @@ import transformers
 from psyche_fast.rank import state
 from tests.groups import Command, Finished, run_command
 from tests.processes import command, is_there, seconds_until_gone, wait_until
-from tests.tiny import VOCABULARY, save_llama, save_tokens
+from tests.tiny import VOCABULARY
 
 COMMON = [
     "--sequence-length", "32", "--micro-batch", "2", "--total-batch", "8", "--total-steps", "6",
@@ -33,14 +33,6 @@ DISTRO = ["--distro", "--compression-chunk", "16", "--compression-topk", "8"]
 
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def start(

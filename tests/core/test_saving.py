@@ -32,20 +32,11 @@ from tests.core.test_resume import go_on, parameters, same, without_later
 from tests.core.test_run import COMMON, DISTRO, start, train
 from tests.groups import Command, Finished, run_command
 from tests.processes import wait_until
-from tests.tiny import save_llama, save_tokens
 
 pytestmark = pytest.mark.processes
 
 KILLS = int(os.environ.get("SAVE_KILLS", "3"))
 """How often a run is killed in a save; 200 by hand."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def arguments(place: Path, output: Path, *more: str) -> list[str]:

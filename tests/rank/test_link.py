@@ -24,15 +24,6 @@ from tests.core.test_resume import parameters as saved
 from tests.core.test_resume import same, without_later
 from tests.core.test_run import start, train
 from tests.groups import Command
-from tests.tiny import save_llama, save_tokens
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def model(layers: int = 3, width: int = 128) -> dict[str, Tensor]:

@@ -13,17 +13,8 @@ from psyche_fast.config import RunConfig
 from psyche_fast.rank.method import method_of
 from tests.core.test_resume import parameters, same, states, without_later
 from tests.core.test_run import losses, start, train
-from tests.tiny import save_llama, save_tokens
 
 FP32 = {"param_dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def test_flags_are_fields_of_the_method() -> None:

@@ -12,7 +12,6 @@ from psyche_fast.links import Link
 from psyche_fast.rank.clock import Clock, Transfer
 from tests.core.test_resume import parameters, same, states, without_later
 from tests.core.test_run import DISTRO, losses, train
-from tests.tiny import save_llama, save_tokens
 
 METHODS = {
     "sparseloco": (
@@ -28,14 +27,6 @@ METHODS = {
 }  # fmt: skip
 SHORT = ("--total-steps", "4", "--total-batch", "7", "--checkpoint-every", "2", "--optim-stats")
 """Shares of another size each, and checkpoints in mid-round with a message in flight."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_llama(folder / "model")
-    save_tokens(folder / "data")
-    return folder
 
 
 def known(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
