@@ -31,9 +31,9 @@ from tests import groups
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files whose tests start processes go to one worker with one fork server; others, each whole.
 
-    Those of models and of the GPU's suite, which measure no time, may go to another one. So no two tests that do run at
-    once, and a module's fixtures are set up once. xdist's own groups do that by the mark, but xdist
-    3.8 writes them where pytest 9.2 does not look.
+    Those of models and of the GPU's suite, which measure no time, may go to another one. So no two
+    tests that do run at once, and a module's fixtures are set up once. xdist's own groups do that
+    by the mark, but xdist 3.8 writes them where pytest 9.2 does not look.
     """
     from xdist.scheduler import LoadScopeScheduling
 
