@@ -64,7 +64,11 @@ def supervised(config: RunConfig, restarts: int) -> int:
 
 
 def as_launched(config: RunConfig, launch: Launched) -> RunConfig:
-    """The run where each rank was started by torchrun or Slurm: the core starts none."""
+    """The run where each rank was started by torchrun or Slurm: the core starts none.
+
+    Raises:
+        ValueError: the run takes another number of ranks, or is elastic.
+    """
     parallelism, machines = config.parallelism, config.machines
     if launch.world_size != parallelism.world_size:
         raise ValueError(

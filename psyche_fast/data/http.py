@@ -68,6 +68,7 @@ class HttpFiles:
         """Size and version of the data files that a server's list of a folder links to.
 
         Raises:
+            ValueError: the list is too long, or what `info` raises.
             OSError: what `info` raises.
         """
         with _get(url, None) as response:

@@ -52,6 +52,9 @@ def token_files(path: str | Path) -> list[Path]:
 
     Of a directory without any, those of its sub-folders in the order of their paths: of the ones
     named `train` or `train-*` if there are such. Names that begin with a dot are left out.
+
+    Raises:
+        FileNotFoundError: there is no `path`.
     """
     path = Path(path)
     if not path.exists():

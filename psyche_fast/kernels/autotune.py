@@ -134,13 +134,17 @@ def tune(
     """`autotune` on any device, of any size, by any timer; for tests and dry runs.
 
     Args:
-        device: see `autotune`, as for `kernels`, `budget_s`, `record` and what is raised.
+        device: see `autotune`, as for `kernels`, `budget_s` and `record`.
         kernels: see `autotune`.
         budget_s: see `autotune`.
         backend: "triton" or "interpret".
         chunks: number of chunks of 64 x 64 that most kernels work on.
         timer: milliseconds of a call.
         record: see `autotune`.
+
+    Raises:
+        ValueError: as `autotune`.
+        RuntimeError: as `autotune`.
     """
     names = list(SEARCH) if kernels is None else list(kernels)
     for name in names:

@@ -41,7 +41,11 @@ def single(rate: float | Tensor) -> float | Tensor:
 
 
 def index_dtype(totalk: int) -> torch.dtype:
-    """Smallest unsigned integer dtype that holds the flat indices `0 .. totalk - 1` of a chunk."""
+    """Smallest unsigned integer dtype that holds the flat indices `0 .. totalk - 1` of a chunk.
+
+    Raises:
+        ValueError: 32 bits do not hold them.
+    """
     for limit, dtype in INDEX_DTYPES:
         if totalk <= limit:
             return dtype

@@ -211,7 +211,14 @@ class Owners:
         return part.down.seal(turn, self._replica, sealed)
 
     def split(self, merged: Tensor) -> tuple[Tensor, ...]:
-        """Each owner's part of what they have sent."""
+        """Each owner's part of what they have sent.
+
+        Args:
+            merged: all owners', uint8 `[sum(merged_sizes)]`.
+
+        Raises:
+            ValueError: `merged` of another shape or dtype.
+        """
         if merged.dtype != torch.uint8 or merged.shape != (sum(self.merged_sizes),):
             raise ValueError(
                 f"messages: wanted the owners', uint8 [{sum(self.merged_sizes)}], got "

@@ -261,7 +261,11 @@ class Reader:
         return {n for n in self._open(self._paths[0])[2] if not n.endswith(_ROWS)}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the first file, as it is."""
+        """A tensor of the first file, as it is.
+
+        Raises:
+            ValueError: it has none of that name.
+        """
         try:
             tensor: Tensor = self._open(self._paths[0])[0].get_tensor(name)
         except SafetensorError as error:
