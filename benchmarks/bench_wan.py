@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _step_ms(
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    return _times(output)
+    return _times(output)[0]
 
 
 def _prepared(folder: Path, model: Any, arguments: dict[str, Any]) -> list[str]:
@@ -122,10 +122,15 @@ def _prepared(folder: Path, model: Any, arguments: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _times(output: Path) -> list[float]:
-    """Milliseconds of a run's steps, without those in which it warms up."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [1e3 * json.loads(line)["step_seconds"] for line in lines[WARM:]]
+def _times(output: Path) -> tuple[list[float], list[float]]:
+    """Milliseconds of a run's steps without those in which it warms up, whole and but for training.
+
+    Forward and backward wait for no link. What is left of a step is its exchange, its update and
+    the wait for the others, which says what a link costs where the machine itself is not steady.
+    """
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines()[WARM:])
+    both = [(1e3 * m["step_seconds"], 1e3 * m["seconds"]["train"]) for m in lines]
+    return [step for step, _ in both], [step - train for step, train in both]
 
 
 def measure(
@@ -250,50 +255,76 @@ def measure_methods(
         folder = Path(name)
         model = make_model(arguments)
         flags = _prepared(folder, model, arguments)
-        times: dict[tuple[str, str], list[float]] = {}
+        times: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
         port = _PORT
-        for link, values in {"none": FREE, **LINKS}.items():
-            with wan.link(*values) as hosts, closing(Hosts(hosts)) as ranks:
-                for method in names:
-                    delay, exchange = _reckoned(model, METHODS[method], values)
-                    if exchange > LONGEST and not delay:
-                        continue
-                    output, port = folder / f"{method}-{link[:3]}", port + 1
-                    ranks.run(
-                        port, *flags, *METHODS[method], "--micro-batch", str(arguments["micro"]),
-                        "--output", str(output),
-                    )  # fmt: skip
-                    times[method, link] = _times(output)
+        with ExitStack() as stack:
+            # All links are up at once, and a method goes over one after another: how fast this
+            # machine is changes by more, in the minutes of a table, than what is looked for.
+            ranks = {}
+            for number, (link, values) in enumerate({"none": FREE, **LINKS}.items()):
+                hosts = stack.enter_context(wan.link(*values, name=f"wan{number}"))
+                ranks[link] = stack.enter_context(closing(Hosts(hosts)))
+            for method, link in ((m, li) for m in names for li in ranks):
+                delay, exchange = _reckoned(model, METHODS[method], LINKS.get(link, FREE))
+                if exchange > LONGEST and not delay:
+                    continue
+                output, port = folder / f"{method}-{link[:3]}", port + 1
+                ranks[link].run(
+                    port, *flags, *METHODS[method], "--micro-batch", str(arguments["micro"]),
+                    "--output", str(output),
+                )  # fmt: skip
+                times[method, link] = _times(output)
         rows = []
         for method, link in ((m, li) for m in names for li in LINKS):
             delay, exchange = _reckoned(model, METHODS[method], LINKS[link])
-            free = times[method, "none"]
-            step, slow = sum(free) / len(free), times.get((method, link))
+            free, slow = times[method, "none"], times.get((method, link))
             rows.append(
                 {
                     "method": method, "link": link, "exchange_seconds": exchange, "delay": delay,
-                    "fits": exchange <= 0.9e-3 * delay * step, "free_ms": percentiles(free),
-                    "free_mean_ms": step, "slow_ms": slow and percentiles(slow),
-                    "slow_mean_ms": slow and sum(slow) / len(slow),
+                    "fits": exchange <= 0.9e-3 * delay * _mean(free[0]),
+                    "free": _figures(*free), "slow": slow and _figures(*slow),
                 }
             )  # fmt: skip
         return sum(p.numel() for p in model.parameters()), rows
 
 
+def _mean(times: Sequence[float]) -> float:
+    return sum(times) / len(times)
+
+
+def _figures(steps: Sequence[float], rest: Sequence[float]) -> dict[str, Any]:
+    """Milliseconds of steps, and of what of them is not forward and backward."""
+    return {
+        "step_ms": {**percentiles(steps), "mean": _mean(steps)},
+        "rest_ms": {**percentiles(rest), "mean": _mean(rest)},
+    }
+
+
 def _print_methods(rows: Sequence[dict[str, Any]]) -> None:
     print(
-        f"{'method':<21} {'link':<18} {'exchange':>9} {'beside':>6} {'p50 ms':>15} {'p95 ms':>15} "
-        f"{'mean':>7}"
+        f"{'':<21} {'':<18} {'':>9} {'':>7} {'step without link, ms':>23} {'step, ms':>23} "
+        f"{'not training, of the step':>26}"
+    )
+    print(
+        f"{'method':<21} {'link':<18} {'exchange':>9} {'beside':>7}"
+        + f"{'p50':>8}{'p95':>8}{'mean':>8}" * 3
     )
     for row in rows:
-        free, slow = row["free_ms"], row["slow_ms"]
+        free, slow = row["free"], row["slow"]
         beside = "blocks" if not row["delay"] else "fits" if row["fits"] else "too big"
-        line = f"{row['method']:<21} {row['link']:<18} {row['exchange_seconds']:7.2f} s {beside:>6}"
+        print(
+            f"{row['method']:<21} {row['link']:<18} {row['exchange_seconds']:7.2f} s {beside:>7}",
+            end="",
+        )
+        for step in (free, slow):
+            if step:
+                print("".join(f"{ms:8.0f}" for ms in step["step_ms"].values()), end="")
         if slow is None:
-            print(f"{line} {free['p50']:7.0f}, not run: takes too long")
+            print(" not run: takes too long")
             continue
-        parts = [f"{free[p]:7.0f}{slow[p]:8.0f}" for p in ("p50", "p95")]
-        print(f"{line} {' '.join(parts)} {row['slow_mean_ms'] / row['free_mean_ms'] - 1:+7.1%}")
+        whole = free["step_ms"]["mean"]
+        more = {p: (slow["rest_ms"][p] - free["rest_ms"][p]) / whole for p in free["rest_ms"]}
+        print("".join(f"{share:+8.1%}" for share in more.values()))
 
 
 def main() -> None:

@@ -27,17 +27,20 @@ _QUEUE_SECONDS = 0.5
 
 
 @contextmanager
-def link(bits_per_second: float, latency: float) -> Iterator[tuple[str, str]]:
+def link(
+    bits_per_second: float, latency: float, *, name: str = "wan"
+) -> Iterator[tuple[str, str]]:
     """Names of two network namespaces, 10.98.7.1 and 10.98.7.2.
 
     Args:
         bits_per_second: in each direction.
         latency: seconds in each direction, so half a round trip.
+        name: what the namespaces' names begin with; links that are up at once have one each.
 
     Raises:
         subprocess.CalledProcessError: no network namespaces here.
     """
-    hosts = tuple(f"wan{os.getpid()}h{n}" for n in range(2))
+    hosts = tuple(f"{name}{os.getpid()}h{n}" for n in range(2))
     relay = None
     try:
         for host in hosts:

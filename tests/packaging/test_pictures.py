@@ -1,0 +1,28 @@
+"""The pictures of the documentation: drawn by our own code, named in the page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import pictures
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-it-works.md"
+
+
+def test_the_page_shows_the_pictures_that_are_drawn() -> None:
+    named = re.findall(r"!\[[^]]+\]\(pictures/(\w+)\.svg\)", PAGE.read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(pictures.NAMES)
+    assert all((pictures.FOLDER / f"{name}.svg").is_file() for name in named)
+
+
+def test_they_are_drawn_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = pictures.train(steps=3)
+    assert seen.momenta[0][pictures.WATCHED].abs().sum() > 0
+    assert not torch.equal(*(momenta[pictures.WATCHED] for momenta in seen.momenta))
+    pictures.draw(tmp_path, seen)
+    assert {file.stem for file in tmp_path.iterdir()} == set(pictures.NAMES)
+    assert all(file.read_text().startswith("<?xml") for file in tmp_path.iterdir())
