@@ -31,9 +31,9 @@ from tests import groups
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files whose tests start processes go to one worker with one fork server; others, each whole.
 
-    Those of models and of the GPU's suite, which measure no time, may go to another one. So no two
-    tests that do run at once, and a module's fixtures are set up once. xdist's own groups do that
-    by the mark, but xdist 3.8 writes them where pytest 9.2 does not look.
+    Those of models, methods, optimisers and the GPU's suite, which measure no time, may go to
+    another. So no two tests that do run at once, and a module's fixtures are set up once. xdist's
+    own groups do that by the mark, but xdist 3.8 writes them where pytest 9.2 does not look.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -50,8 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _group(file: str) -> str:
-    apart = ("tests/models/", "tests/packaging/test_gpu_")
-    return "processes-of-models" if any(part in file for part in apart) else "processes"
+    apart = ("tests/distro/", "tests/methods/", "tests/models/", "tests/packaging/test_gpu_")
+    return "processes-without-clocks" if any(part in file for part in apart) else "processes"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -32,8 +32,9 @@ METHODS = {
 }
 
 
-def path(method, backend, steps=3):
-    """The shared parameters after some steps of two replicas, by the backend."""
+def path(method, backend):
+    """The shared parameters after a round of two replicas, and one more step, by the backend."""
+    steps = max(method.every + method.delay, 2)
     generator = torch.Generator().manual_seed(0)
     start = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
     goals = [{n: torch.randn(s, generator=generator) for n, s in SHAPES.items()} for _ in range(2)]
