@@ -7,6 +7,7 @@ the numbers are the same however many replicas there are. Nothing of it is left 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,9 @@ class Evaluation:
         timer: its phases are `evaluate` and `sample`.
         output: the run directory, whose `samples.jsonl` takes samples.
         vocabulary: token ids that the model knows; None if that is not known.
+
+    Attributes:
+        longest: seconds that evaluations and samples after one step have taken at most.
     """
 
     def __init__(
@@ -161,9 +165,9 @@ class Evaluation:
         self._held, self._options, self._trainer = held, config.evaluation, trainer
         self._timer, self._vocabulary = timer, vocabulary
         # A run that goes on has done the first one.
-        first = 1 if config.run.resume is not None else config.schedule.start_step
-        self._always = {first, config.schedule.total_steps}
+        self._first = 1 if config.run.resume is not None else config.schedule.start_step
         self._rows = config.training.micro_batch * trainer.topology.dp
+        self.longest = 0.0
         self._file: MetricsWriter | None = None
         if held.prompts:
             first = config.schedule.start_step
@@ -176,21 +180,23 @@ class Evaluation:
         if self._file is not None:
             self._file.close()
 
-    def after(self, step: int) -> dict[str, Any]:
+    def after(self, step: int, *, last: bool) -> dict[str, Any]:
         """What is to be known after a step, of its line in `metrics.jsonl`: maybe nothing.
 
         `eval_loss` (nats per token), `eval_bits_per_byte`, `samples`.
+
+        Args:
+            step: the step.
+            last: the run ends with it as planned, by its steps or its time.
 
         Raises:
             ValueError: a sequence that the model cannot take.
             OSError: one that cannot be read.
         """
-        options = self._options
+        options, began = self._options, time.perf_counter()
         fields: dict[str, Any] = {}
-        every, last = options.eval_every, step == max(self._always)
-        if self._held.dataset is not None and (
-            step in self._always or (every and step % every == 0)
-        ):
+        every, always = options.eval_every, last or step == self._first
+        if self._held.dataset is not None and (always or (every and step % every == 0)):
             with self._timer.phase("evaluate"):
                 fields |= self._evaluate(step)
         if self._file is not None and (last or step % options.samples_every == 0):
@@ -198,6 +204,8 @@ class Evaluation:
                 fields["samples"] = samples = self._sample(step)
                 for one in samples:
                     self._file.write({"step": step, **one})
+        if fields:
+            self.longest = max(self.longest, time.perf_counter() - began)
         return fields
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -409,8 +409,10 @@ def steps(
     for step in range(schedule.start_step, schedule.total_steps + 1):
         began = time.perf_counter()
         core.watch.begins(step)
-        late = began + 2 * longest >= core.ends  # as the step after this would be
-        last = step == schedule.total_steps or core.stop.signal is not None or late
+        # As the step after this would be, with what is evaluated after the last.
+        late = began + 2 * longest + core.evaluation.longest >= core.ends
+        stopped = core.stop.signal is not None  # in which case nobody waits for an evaluation
+        last = step == schedule.total_steps or stopped or late
         try:
             sent = feed.take()
         except (ValueError, OSError):
@@ -476,7 +478,8 @@ def steps(
                 raise
         elif saves:
             core.checkpoints.begin(step)
-        if seen := core.evaluation.after(step):
+        ends = step == schedule.total_steps or (late and not stopped)
+        if seen := core.evaluation.after(step, last=ends):
             lines.add(seen)
         if last:
             lines.write(checkpoint=True)

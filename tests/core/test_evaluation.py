@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,8 +16,16 @@ import torch
 import transformers
 
 from psyche_fast.config import RunConfig
+from psyche_fast.core.evaluation import Evaluation, Held
 from psyche_fast.core.plan import make_plan
-from psyche_fast.data import bytes_of_tokens, load_tokenizer, tokenize_files, train_tokenizer
+from psyche_fast.data import (
+    DummyDataset,
+    bytes_of_tokens,
+    load_tokenizer,
+    tokenize_files,
+    train_tokenizer,
+)
+from psyche_fast.metrics import PhaseTimer
 from tests.core.test_resume import parameters, same, start, states, train, without_later
 from tests.core.test_run import DISTRO
 from tests.tiny import save_llama
@@ -176,3 +186,28 @@ def test_bytes_of_tokens_are_those_of_their_text(place: Path) -> None:
     words.decoder = tokenizers.decoders.WordPiece()
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[UNK]")
     assert bytes_of_tokens(wrapped) is None
+
+
+@pytest.mark.parametrize(
+    ("resumed", "evaluated"), [(False, [4, 6, 9]), (True, [6, 9])], ids=["new", "resumed"]
+)
+def test_the_first_and_the_last_step_are_evaluated_wherever_the_run_ends(
+    resumed: bool, evaluated: list[int], tmp_path: Path
+) -> None:
+    config = RunConfig.of(
+        model="m", data_path="d", eval_data="e", eval_every=3, total_steps=400, start_step=4,
+        resume="auto" if resumed else None, output=str(tmp_path), micro_batch=1,
+    )  # fmt: skip
+    trainer = cast("Any", SimpleNamespace(topology=SimpleNamespace(dp=1)))
+    held = Held(DummyDataset(8), sequences=1)
+    seen = []
+    with (
+        Evaluation(held, config, trainer, PhaseTimer(), tmp_path, None) as evaluation,
+        mock.patch.object(Evaluation, "_evaluate", return_value={"eval_loss": 1.0}),
+    ):
+        assert evaluation.longest == 0
+        for step in range(4, 10):  # as where its time is over with the ninth
+            if evaluation.after(step, last=step == 9):
+                seen.append(step)
+                assert evaluation.longest > 0, "the end would not leave the time for it"
+    assert seen == evaluated
