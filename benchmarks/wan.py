@@ -27,9 +27,7 @@ _QUEUE_SECONDS = 0.5
 
 
 @contextmanager
-def link(
-    bits_per_second: float, latency: float, *, name: str = "wan"
-) -> Iterator[tuple[str, str]]:
+def link(bits_per_second: float, latency: float, *, name: str = "wan") -> Iterator[tuple[str, str]]:
     """Names of two network namespaces, 10.98.7.1 and 10.98.7.2.
 
     Args:

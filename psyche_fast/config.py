@@ -20,7 +20,7 @@ from msgspec import Meta
 from psyche_fast import strict
 from psyche_fast.budgets import fill, parse_duration, parse_micro_batch
 from psyche_fast.exchanges import Exchange
-from psyche_fast.locations import seed_key
+from psyche_fast.locations import mixture_path, seed_key, written_out
 from psyche_fast.options import (
     Amount,
     Count,
@@ -88,7 +88,10 @@ class Data(Section, frozen=True, kw_only=True):
 
     data_path: Annotated[
         str,
-        _help("token files (.npy .bin .ds) or Parquet: folder, file, URL or mixture (.toml .json)"),
+        _help(
+            "token files (.npy .bin .ds) or Parquet: folder, file, URL or mixture (.toml .json); "
+            "in a file also a list of data sets, each with `path` and `weight`"
+        ),
     ] = "data"
     token_size: Annotated[Literal[2, 4], _help("bytes per token in token files: 2 or 4")] = 2
     seed: Annotated[Seed | None, _help("shuffle the data with this seed; no seed, no shuffle")] = (
@@ -367,6 +370,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 continue  # it follows
             if name == "micro_batch" and value == 0:
                 value = "auto"
+            if name in _DATA and (described := written_out(value)) and set(described) == {"data"}:
+                value = described["data"]
             tables.setdefault(FLAGS[name].section, {})[name] = value
         return msgspec.toml.encode(tables).decode()
 
@@ -417,6 +422,8 @@ def beneath(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in values.items() if name not in gone} | dict(over)
 
 
+_DATA = frozenset({"data_path", "eval_data"})
+"""Options that may be a list of data sets in a file, as `[[data]]` of a mixture's."""
 _GONE = frozenset({"mixed_gpus"})
 """Options of earlier versions, which files of their runs may have; they changed no numbers."""
 
@@ -455,6 +462,8 @@ def _add(values: dict[str, Any], key: str, value: Any, what: str) -> str:
         raise ValueError(f"{what}: key {name!r} appears twice, as {key!r} too")
     if name == "levels" and isinstance(value, list):
         value = ",".join(map(str, value))
+    if name in _DATA and isinstance(value, list):
+        value = mixture_path(value, f"{what}: {key}")
     parse = FLAGS[name].parse
     if parse is not None and isinstance(value, str):
         try:

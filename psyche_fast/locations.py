@@ -22,6 +22,7 @@ FRESH = "fresh:"
 """What the path of a model begins with that is made, not read: a preset's shape."""
 MIXTURE = "mixture:"
 """What a mixture's path may begin with where it does not end with `.json` or `.toml`."""
+_WRITTEN_OUT = MIXTURE + "{"
 
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -49,8 +50,50 @@ def scheme(path: str) -> str | None:
 
 def is_mixture(path: str) -> bool:
     """Whether a path is of a mixture's description."""
+    if path.startswith(MIXTURE):
+        return True
     end = urlsplit(path).path if "://" in path else path
-    return path.startswith(MIXTURE) or end.endswith((".json", ".toml"))
+    return end.endswith((".json", ".toml"))
+
+
+def mixture_path(parts: list[Any], what: str) -> str:
+    """The path of a mixture whose data sets stand in a configuration: `mixture:` and JSON.
+
+    Args:
+        parts: tables as of `[[data]]`.
+        what: how to call them in an error.
+
+    Raises:
+        ValueError: what `read_mixture` refuses.
+    """
+    read_mixture({"data": parts}, what)
+    return MIXTURE + msgspec.json.encode({"data": parts}).decode()
+
+
+def written_out(path: str) -> dict[str, Any] | None:
+    """The description that a path of `mixture_path` holds; None of any other.
+
+    Raises:
+        ValueError: not one.
+    """
+    if not path.startswith(_WRITTEN_OUT):
+        return None
+    what = f"--data-path {MIXTURE}"
+    described: dict[str, Any] = strict.loads(path.removeprefix(MIXTURE), what)
+    strict.convert(described, _Ours, what)
+    return described
+
+
+def shown(path: str) -> str:
+    """A path of data as a line for people has it."""
+    described = written_out(path)
+    if described is None:
+        return path
+    names = []
+    for part in described["data"]:
+        weight = part.get("weight")
+        names.append(part["path"] + ("" if weight is None else f" {weight:g}"))
+    return f"a mixture of {', '.join(names)}"
 
 
 def numbered(path: str) -> list[str]:

@@ -28,7 +28,7 @@ from psyche_fast.data import (
     load_tokenizer,
     open_dataset,
 )
-from psyche_fast.locations import scheme
+from psyche_fast.locations import is_mixture, scheme
 from psyche_fast.metrics import MetricsWriter, PhaseTimer
 from psyche_fast.models.source import FilesSource
 from psyche_fast.rank import evaluation as ranks
@@ -128,7 +128,7 @@ def _tokenizer(config: RunConfig, source: FilesSource) -> transformers.PreTraine
     """The model's own, or the one that `tokenize` has left beside its data."""
     folders = [source.files[0].parent] if source.files else []
     for path in (config.evaluation.eval_data, config.data.data_path):
-        if path is not None and scheme(path) is None:
+        if path is not None and scheme(path) is None and not is_mixture(path):
             folders.append(Path(path).expanduser() / "tokenizer")
     for folder in folders:
         if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():

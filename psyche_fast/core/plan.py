@@ -28,6 +28,7 @@ from psyche_fast.data import (
 )
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
+from psyche_fast.locations import shown
 from psyche_fast.metrics.formatting import format_bytes, format_count
 from psyche_fast.metrics.trackers import check_tracker
 from psyche_fast.models import choose_attention, registry
@@ -190,7 +191,7 @@ def _summary(
     return (
         f"model    {config.model.model}: {model.model_type or config.model.python_arch}, "
         f"{format_count(model.num_parameters)} parameters",
-        f"data     {config.data.data_path}: {there} sequences of "
+        f"data     {shown(config.data.data_path)}: {there} sequences of "
         f"{config.model.sequence_length} tokens, {format_count(needed)} needed{again}",
         (
             f"ranks    1 for {parallelism.simulate} replicas in turn"

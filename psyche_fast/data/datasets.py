@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from psyche_fast import strict
 from psyche_fast.data.dummy import DummyDataset
@@ -11,7 +12,15 @@ from psyche_fast.data.mixture import MixtureDataset, Part
 from psyche_fast.data.parquet import ParquetDataset, remote_train_files, train_files
 from psyche_fast.data.remote import FEW_BYTES, MANY_BYTES, BlockCache, find
 from psyche_fast.data.samples import Dataset
-from psyche_fast.locations import DUMMY, MIXTURE, Source, is_mixture, read_mixture, scheme
+from psyche_fast.locations import (
+    DUMMY,
+    MIXTURE,
+    Source,
+    is_mixture,
+    read_mixture,
+    scheme,
+    written_out,
+)
 
 
 def open_dataset(
@@ -26,7 +35,7 @@ def open_dataset(
 
     That is token files if a folder holds any, else the Parquet files of its train split; one file;
     any of these behind a URL; `dummy:`; or a mixture of data sets, described by a `.toml` or
-    `.json` file.
+    `.json` file or in the path itself (`locations.mixture_path`).
 
     Args:
         path: `--data-path`.
@@ -41,8 +50,8 @@ def open_dataset(
         OSError: if a server cannot be reached.
     """
     name, cache = str(path), cache or BlockCache()
-    if is_mixture(name) and not Path(name).is_dir():
-        return _open_mixture(name.removeprefix(MIXTURE), token_size, sequence_length, seed, cache)
+    if is_mixture(name) and (name.startswith(MIXTURE) or not Path(name).is_dir()):
+        return _open_mixture(name, token_size, sequence_length, seed, cache)
     return _open_part(Source(name, token_size), sequence_length, seed, cache, seed is not None)
 
 
@@ -87,28 +96,33 @@ def _open_part(
     )
 
 
-def _open_mixture(
-    path: str, token_size: int, sequence_length: int, seed: int | bytes | None, cache: BlockCache
-) -> MixtureDataset:
-    what = f"--data-path {path}"
-    remote = scheme(path) is not None
-    if remote:
+def _describe(path: str, cache: BlockCache, what: str) -> Any:
+    if scheme(path) is not None:
         [file] = find(path, cache, FEW_BYTES)
-        text = file.read(0, file.size)
-        described = strict.loads(text, what)
-    elif path.endswith(".toml"):
-        described = strict.load_toml(path, what)
+        return strict.loads(file.read(0, file.size), what)
+    if path.endswith(".toml"):
+        return strict.load_toml(path, what)
+    try:
+        return strict.loads(Path(path).read_bytes(), what)
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror}") from error
+
+
+def _open_mixture(
+    name: str, token_size: int, sequence_length: int, seed: int | bytes | None, cache: BlockCache
+) -> MixtureDataset:
+    described, path = written_out(name), name.removeprefix(MIXTURE)
+    if described is not None:  # paths are as others of a configuration, from where the run starts
+        what, remote, folder = f"--data-path {MIXTURE}", False, Path()
     else:
-        try:
-            described = strict.loads(Path(path).read_bytes(), what)
-        except OSError as error:
-            raise ValueError(f"{what}: {error.strerror}") from error
+        what, remote, folder = f"--data-path {path}", scheme(path) is not None, Path(path).parent
+        described = _describe(path, cache, what)
     mixture = read_mixture(described, what)
     if mixture.sequence_length not in (None, sequence_length):
         raise ValueError(
             f"{what}: seq_len is {mixture.sequence_length}, --sequence-length {sequence_length}"
         )
-    folder, parts = Path(path).parent, []
+    parts = []
     order = mixture.key if seed is None else seed
     for source in mixture.sources:
         # Beside the description, wherever the run is started.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -13,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from psyche_fast.config import RunConfig, read_toml
 from psyche_fast.data import MixtureDataset, Sample, collate, open_dataset
 from psyche_fast.data.order import reversed_order, shuffled_order
+from psyche_fast.locations import shown
 
 # Psyche's own tests shuffle with it.
 TEST_SEED = bytes(
@@ -232,6 +235,7 @@ def test_token_files_and_parquet_together(place):
         ({"data": [{"path": "a", "weight": 1.0}, {"path": "b"}]}, "weights of all data sets or no"),
         ({"data": [{"path": "a", "weight": -1.0}]}, "weights must be 0 or more"),
         ({"data": [{"path": "a", "weight": 0.0}]}, "and one over 0"),
+        ({"data": [{"path": "a", "weight": math.nan}]}, "nan is not a finite number"),
         ({"data": [{"path": "a", "wieght": 1.0}]}, "unknown field `wieght`"),
         ({"data": [{"path": "mix.json"}]}, "mix.json is a mixture itself"),
         ({"data": [{"path": "nowhere"}]}, "nowhere"),
@@ -266,3 +270,43 @@ def test_a_description_that_is_not_there(place):
     (place / "bad.json").write_text('{"data": 1, "data": 2}')
     with pytest.raises(ValueError, match="key 'data' appears twice"):
         open_dataset(place / "bad.json", sequence_length=4)
+
+
+def test_data_sets_of_a_configuration_are_those_of_a_description(place, monkeypatch):
+    monkeypatch.chdir(place)
+    save(place / "c", *range(20, 30), length=300)  # longer than a file's name may be
+    parts = [
+        {"path": str(place / "a"), "weight": 1.0, "seed": 3},
+        {"path": "b", "weight": 2, "token_size": 2},
+        *({"path": f"c/../{'./' * n}c", "weight": 0.5} for n in range(20)),
+    ]
+    (place / "run.toml").write_bytes(msgspec.toml.encode({"data": {"data_path": parts}}))
+    config = RunConfig.of(**read_toml("run.toml"))
+    path = config.data.data_path
+    dataset = open_dataset(path, sequence_length=4, seed=7)
+    found = [int(s.input_ids[0]) for s in dataset.get_samples(0, len(dataset) - 1)]
+    assert found == firsts(place, {"data": parts}, seed=7)
+    # The run's own file has them as they were written.
+    (place / "config.toml").write_text(config.to_toml())
+    assert "path = " in config.to_toml()
+    assert RunConfig.of(**read_toml("config.toml")) == config
+    assert shown(path).startswith(f"a mixture of {place / 'a'} 1, b 2, c/../c 0.5")
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([], "data_path: a mixture of no data sets"),
+        (["a", "b"], r"data_path: data\[0\]: Expected `object`|data_path.*got `str`"),
+        ([{"path": "a", "weight": 1.0}, {"path": "b"}], "data_path: wanted weights of all data"),
+        ([{"path": "a", "weight": math.inf}], "data_path.*inf is not a finite number"),
+        ([{"path": "a", "wieght": 1.0}], "data_path.*unknown field `wieght`"),
+        ([{"path": "mix.toml"}], "data_path: mix.toml is a mixture itself"),
+    ],
+)
+def test_what_a_configuration_cannot_mix_is_one_line(place, parts, said):
+    (place / "run.toml").write_bytes(msgspec.toml.encode({"data_path": parts}))
+    with pytest.raises(ValueError, match=said) as error:
+        read_toml(str(place / "run.toml"))
+    assert "\n" not in str(error.value)
+    assert "run.toml" in str(error.value)
