@@ -10,7 +10,7 @@ import msgspec
 
 from psyche_fast import strict
 from psyche_fast.config import FLAGS, Data, RunConfig, read_toml
-from psyche_fast.locations import DUMMY, MIXTURE, Source, is_mixture, scheme, write_http
+from psyche_fast.locations import DUMMY, MIXTURE, Source, is_mixture, scheme, shown, write_http
 from psyche_fast.runfile import AdamW, Coordination, Distro, read_run_file
 
 
@@ -146,7 +146,7 @@ def _write_data(data: Data) -> Any:
     if kind == "hf" and hub_id.count("/") == 1:
         return {"Preprocessed": hub_id}
     if kind is not None or is_mixture(path):
-        raise ValueError(f"--data-path {path}: Psyche has no location for it")
+        raise ValueError(f"--data-path {shown(path)}: Psyche has no location for it")
     return {"Preprocessed" if any(Path(path).glob("*.parquet")) else "Local": path}
 
 

@@ -454,6 +454,10 @@ def test_what_a_run_file_has_no_place_for(tmp_path: Path) -> None:
     for changes, said in (
         ({"data_path": "s3://b/f"}, "--data-path s3://b/f: Psyche has no location for it"),
         ({"data_path": "my/mix.toml"}, "Psyche has no location for it"),
+        (
+            {"data_path": 'mixture:{"data":[{"path":"a","weight":2}]}'},
+            "--data-path a mixture of a 2: Psyche has no location for it",
+        ),
         ({"python_arch": "a.b:c"}, "--python-arch a.b:c: Psyche has no such architecture"),
         ({"total_batch": 1 << 16}, "--total-batch 65536: Psyche's are at most 65535"),
     ):

@@ -28,7 +28,7 @@ from psyche_fast.data import (
     load_tokenizer,
     open_dataset,
 )
-from psyche_fast.locations import is_mixture, scheme
+from psyche_fast.locations import is_mixture, scheme, shown
 from psyche_fast.metrics import MetricsWriter, PhaseTimer
 from psyche_fast.models.source import FilesSource
 from psyche_fast.rank import evaluation as ranks
@@ -102,9 +102,8 @@ def look_at(config: RunConfig, source: FilesSource, vocabulary: int | None) -> H
             of = f"{sequences} sequences"
         unknown = "" if token_bytes is not None else ", no bits per byte with such a tokenizer"
         every = f"every {options.eval_every} steps and " if options.eval_every else ""
-        notes.append(
-            f"held out {options.eval_data}: {of}, {every}at the first and the last step{unknown}"
-        )
+        where = f"{every}at the first and the last step{unknown}"
+        notes.append(f"held out {shown(options.eval_data or '')}: {of}, {where}")
     return Held(dataset, sequences, token_bytes, prompts, tokenizer, tuple(notes))
 
 

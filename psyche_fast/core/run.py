@@ -411,7 +411,7 @@ def steps(
         core.watch.begins(step)
         # As the step after this would be, with what is evaluated after the last.
         late = began + 2 * longest + core.evaluation.longest >= core.ends
-        stopped = core.stop.signal is not None  # in which case nobody waits for an evaluation
+        stopped = core.stop.signal is not None  # what is evaluated then is only what is due
         last = step == schedule.total_steps or stopped or late
         try:
             sent = feed.take()

@@ -280,12 +280,15 @@ def test_data_sets_of_a_configuration_are_those_of_a_description(place, monkeypa
         {"path": "b", "weight": 2, "token_size": 2},
         *({"path": f"c/../{'./' * n}c", "weight": 0.5} for n in range(20)),
     ]
-    (place / "run.toml").write_bytes(msgspec.toml.encode({"data": {"data_path": parts}}))
+    tables = {"data": {"data_path": parts}, "evaluation": {"eval_data": [{"path": "b"}]}}
+    (place / "run.toml").write_bytes(msgspec.toml.encode(tables))
     config = RunConfig.of(**read_toml("run.toml"))
     path = config.data.data_path
     dataset = open_dataset(path, sequence_length=4, seed=7)
     found = [int(s.input_ids[0]) for s in dataset.get_samples(0, len(dataset) - 1)]
     assert found == firsts(place, {"data": parts}, seed=7)
+    held = open_dataset(config.evaluation.eval_data, sequence_length=4)
+    assert [int(s.input_ids[0]) for s in held.get_samples(0, 1)] == [11, 12]
     # The run's own file has them as they were written.
     (place / "config.toml").write_text(config.to_toml())
     assert "path = " in config.to_toml()
