@@ -1,7 +1,7 @@
 """Draws the pictures of docs/how-it-works.md: `python -m tools.pictures [FOLDER]`.
 
 What they show is measured: two replicas of a small Llama learn from Python's own standard library
-with the package's DisTrO, and momenta, messages and updates are those of this run.
+with the package's DisTrO, and momenta and messages are those of this run.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ class Seen:
     """What two replicas were like after their last step.
 
     Attributes:
-        momenta: of each replica, by parameter, `[chunks, h, w]` as kept.
+        momenta: of each replica, by parameter, `[chunks, h, w]` as kept, what is sent included.
+        sent: of each replica, the watched parameter's coefficients in its last message, dense.
         losses: of each replica, by step.
     """
 
     momenta: list[dict[str, Tensor]]
+    sent: list[Tensor]
     losses: list[list[float]]
 
 
@@ -100,8 +102,14 @@ def train(steps: int = STEPS, rate: float = 1e-3) -> Seen:
         replica.put_shared()
     first, second = (model.get_parameter(WATCHED).detach() for model in models)
     assert torch.equal(first, second), "the replicas have parted"
-    momenta = [replica.fragments[0].state()["kept"] for replica in replicas]
-    return Seen(momenta, losses)
+    states = [replica.fragments[0].state() for replica in replicas]
+    last = []
+    for state in states:
+        indices, values = (state[kind][WATCHED] for kind in ("indices", "values"))
+        dense = torch.zeros(len(indices), CHUNK * CHUNK, dtype=torch.float64)
+        dense.scatter_(1, indices.long(), values.double())
+        last.append(dense.view(-1, CHUNK, CHUNK))
+    return Seen([state["kept"] for state in states], last, losses)
 
 
 def _transformed(chunks: Tensor) -> Tensor:
@@ -109,33 +117,21 @@ def _transformed(chunks: Tensor) -> Tensor:
     return basis.T @ chunks.double() @ basis
 
 
-def _kept(coefficients: Tensor, k: int) -> Tensor:
-    flat = coefficients.flatten(-2)
-    places = flat.abs().topk(k).indices
-    return torch.zeros_like(flat).scatter(-1, places, flat.gather(-1, places)).view_as(coefficients)
-
-
 def chunk(seen: Seen, path: Path) -> None:
     """From a chunk of momentum to the message, and what becomes of it."""
     basis = dct_basis(CHUNK, torch.float64, torch.device("cpu"))
-    momenta = [m[WATCHED].view(-1, CHUNK, CHUNK) for m in seen.momenta]
+    momentum = seen.momenta[0][WATCHED].view(-1, CHUNK, CHUNK).double()
     # The chunk of which a message says most shows best what it says.
-    shares = _kept(_transformed(momenta[0]), K).square().sum((1, 2)) / momenta[
-        0
-    ].double().square().sum((1, 2))
-    at = int(shares.argmax())
-    coefficients = [_transformed(m[at]) for m in momenta]
-    kept = [_kept(c, K) for c in coefficients]
+    said = seen.sent[0].square().sum((1, 2)) / momentum.square().sum((1, 2))
+    at = int(said.argmax())
+    kept = [sent[at] for sent in seen.sent]
     heard = basis @ kept[0] @ basis.T
     mean = basis @ ((kept[0].sign() + kept[1].sign()) / 2) @ basis.T
+    magnitudes = _transformed(momentum[at]).abs().add(1e-9).log10()
     _, axes = plt.subplots(1, 5, figsize=(11, 2.7), layout="constrained")
     panels: list[tuple[str, Tensor, dict[str, Any]]] = [
-        ("momentum of a chunk,\n64 x 64", momenta[0][at], {"cmap": "RdBu"}),
-        (
-            "its DCT\n(magnitude, log scale)",
-            coefficients[0].abs().add(1e-9).log10(),
-            {"cmap": "Greys"},
-        ),
+        ("momentum of a chunk,\n64 x 64", momentum[at], {"cmap": "RdBu"}),
+        ("its DCT\n(magnitude, log scale)", magnitudes, {"cmap": "Greys"}),
         (f"what is sent: {K} places\nand a sign for each", kept[0].sign(), {"cmap": "RdBu"}),
         (f"what these {K} coefficients\nsay of the momentum", heard, {"cmap": "RdBu"}),
         ("the step: sign of what\nboth replicas' results say", mean.sign(), {"cmap": "RdBu"}),

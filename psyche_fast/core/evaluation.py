@@ -102,8 +102,9 @@ def look_at(config: RunConfig, source: FilesSource, vocabulary: int | None) -> H
             of = f"{sequences} sequences"
         unknown = "" if token_bytes is not None else ", no bits per byte with such a tokenizer"
         every = f"every {options.eval_every} steps and " if options.eval_every else ""
+        assert options.eval_data is not None
         where = f"{every}at the first and the last step{unknown}"
-        notes.append(f"held out {shown(options.eval_data or '')}: {of}, {where}")
+        notes.append(f"held out {shown(options.eval_data)}: {of}, {where}")
     return Held(dataset, sequences, token_bytes, prompts, tokenizer, tuple(notes))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.soak import WORLDS, soak
 
-SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "8"))
+SECONDS = float(os.environ.get("PSYCHE_FAST_CHAOS_SECONDS", "12"))
 """That each of the runs is disturbed."""
 SHORT = ["elastic"]
 """Of the worlds, the one in which most can go wrong; by hand all of them, for longer."""

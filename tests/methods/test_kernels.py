@@ -33,7 +33,7 @@ METHODS = {
 
 
 def path(method, backend):
-    """The shared parameters after a round of two replicas, and one more step, by the backend."""
+    """The shared parameters of two replicas when a round has been applied, by the backend."""
     steps = max(method.every + method.delay, 2)
     generator = torch.Generator().manual_seed(0)
     start = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}

@@ -27,6 +27,11 @@ def test_they_are_drawn_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pictures, "measure", lambda: stored["rows"])
     seen = pictures.train(steps=3)
     assert seen.momenta[0][pictures.WATCHED].abs().sum() > 0
+    # What a message says are the momentum's own coefficients, the largest ones.
+    coefficients = pictures._transformed(seen.momenta[0][pictures.WATCHED])
+    sent = seen.sent[0].view_as(coefficients)
+    assert sent.count_nonzero() == pictures.K * len(seen.sent[0])
+    assert (sent - coefficients)[sent != 0].abs().max() < 1e-6
     assert not torch.equal(*(momenta[pictures.WATCHED] for momenta in seen.momenta))
     pictures.draw(tmp_path, seen)
     assert {file.stem for file in tmp_path.iterdir()} == set(pictures.NAMES)
