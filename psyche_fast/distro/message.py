@@ -24,7 +24,6 @@ import math
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -47,8 +46,8 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = -7046029254386353131
 _NARROWEST = 0.05
 """The least that norms are taken to differ by, a factor's logarithm: equal ones are no reason."""
-# On a CPU the slice and its weights stay in the cache; on a GPU a launch should be worth it.
-_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
+_COLUMNS = 1 << 12
+"""Of the rectangle whose sums are the hash of what lies in it."""
 
 
 class MessageFormat:
@@ -348,15 +347,22 @@ def hash_bits(tensor: Tensor) -> Tensor:
 
 
 def hash_rows(words: Tensor) -> Tensor:
-    """`hash_bits` of each row: int64 `[n]` of integers `[n, words]`."""
-    weights = _odd_numbers(words.device)
-    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
-    for at, part in enumerate(words.split(weights.numel(), dim=1)):
-        total += (part * weights[: part.shape[1]]).sum(dim=1)
-        total += part.sum(dim=1) * (2 * at * weights.numel())
+    """`hash_bits` of each row: int64 `[n]` of integers `[n, words]`.
+
+    Word `i` has the weight `2 i + 1`. Sums of rows and columns of a rectangle say what a product of
+    each with its weight would, which took a pass to write.
+    """
+    rows = words.shape[1] // _COLUMNS
+    body, rest = words.tensor_split([rows * _COLUMNS], dim=1)
+    total = (rest * _odd_numbers(rest.shape[1], 2 * rows * _COLUMNS, words.device)).sum(1)
+    if rows:
+        body = body.unflatten(1, (rows, _COLUMNS))
+        total += (body.sum(2) * _odd_numbers(rows, 0, words.device, _COLUMNS)).sum(1)
+        total += (body.sum(1) * (_odd_numbers(_COLUMNS, 0, words.device) - 1)).sum(1)
     return total * _MULTIPLIER
 
 
-@cache
-def _odd_numbers(device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * _SLICE[device.type], 2, dtype=torch.int64, device=device)
+def _odd_numbers(count: int, first: int, device: torch.device, step: int = 1) -> Tensor:
+    """From `first + 1` on, each larger than the one before by `2 step`."""
+    numbers = torch.arange(count, dtype=torch.int64, device=device)
+    return numbers.mul_(2 * step).add_(first + 1)

@@ -13,9 +13,11 @@ Bytes hold one bit of eight chunks each, so that no chunk is padded. Layout, wit
 2. bit planes, uint8 `[ceil(chunks / 8), bits]`: bit `j` of byte `[g, b]` is bit `b` of chunk
    `8 g + j`. A chunk's bits are the low bits (entry by entry, least significant first), the bit
    vector, and a sign per entry (1 for negative) where only signs are sent; of codes of several bits
-   the lowest bit per entry, then the next one of all entries, and so on. Codes of all coefficients
-   are in rows of 64 (8, or of a chunk's where it is no multiple) in the place of chunks, so that
-   few chunks fill bytes too.
+   the lowest bit per entry, then the next one of all entries, and so on.
+
+Codes of all coefficients, of 2, 4 or 8 bits, are cut into 4, 2 or 1 runs of the same length, the
+last one filled up with zeros: byte `i` has the `i`-th code of every run, the first run's in its
+lowest bits.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,8 +38,8 @@ Values = Literal["sign"] | int | torch.dtype
 floating-point dtype."""
 
 __all__ = [
-    "IndexCode", "Values", "are_finite", "index_code", "numbers", "pack", "size", "squares",
-    "unpack", "unpack_checked", "well_formed",
+    "IndexCode", "Values", "all_codes", "are_finite", "index_code", "numbers", "pack", "size",
+    "squares", "unpack", "unpack_checked", "well_formed",
 ]  # fmt: skip
 
 
@@ -89,7 +91,9 @@ def size(plan: ChunkPlan, values: Values) -> int:
     Raises:
         TypeError: `values` is neither.
     """
-    return _value_bytes(plan, values) + _groups(plan, values) * _bits(plan, values)
+    if _is_of_all(plan, values):
+        return -(-plan.chunks * plan.k * values // 8)
+    return _value_bytes(plan, values) + _groups(plan) * _bits(plan, values)
 
 
 def pack(
@@ -123,6 +127,9 @@ def pack(
     total = size(plan, values)
     if out is None and isinstance(values, torch.dtype) and plan.k == plan.totalk:
         return _bytes(entries, values)
+    if _is_of_all(plan, values):
+        joined = _joined(entries.values, values)
+        return joined if out is None else out.copy_(joined)
     if out is None:
         out = torch.empty(total, dtype=torch.uint8, device=plan.device)
     elif out.shape != (total,) or out.dtype != torch.uint8 or not out.is_contiguous():
@@ -142,13 +149,11 @@ def pack(
         out[:value_bytes].copy_(raw)
     bits = _bits(plan, values)
     if bits:
-        planes = out[value_bytes:].view(_groups(plan, values), bits)
+        planes = out[value_bytes:].view(_groups(plan), bits)
         signs = None if isinstance(values, torch.dtype) else entries.values
-        code, indices = index_code(plan.totalk, plan.k), entries.indices
-        if signs is not None and (width := _row_width(plan, values)):
-            code, signs = index_code(width, width), signs.reshape(-1, width)
-            indices = signs
-        implementation(backend, "pack").pack(code, indices, signs, planes, _planes(values))
+        implementation(backend, "pack").pack(
+            index_code(plan.totalk, plan.k), entries.indices, signs, planes, _planes(values)
+        )
     return out
 
 
@@ -218,7 +223,7 @@ def well_formed(plan: ChunkPlan, data: Tensor, values: Values) -> Tensor:
         good &= numbers(plan, data, values).isfinite().all(dim=1)
     if code.bits == 0:
         return good
-    planes = data[:, at:].unflatten(1, (_groups(plan, values), _bits(plan, values)))
+    planes = data[:, at:].unflatten(1, (_groups(plan), _bits(plan, values)))
     for group, part in enumerate(planes.split(_CHUNKS_AT_ONCE // 8, dim=1)):
         chunks = min(plan.chunks - group * _CHUNKS_AT_ONCE, _CHUNKS_AT_ONCE)
         indices = torch.empty(chunks, len(data), plan.k, dtype=plan.index_dtype)
@@ -255,6 +260,10 @@ def are_finite(values: Tensor) -> Tensor:
     """Whether all numbers of the last dimension are; NaN is the largest and the smallest."""
     if values.numel() == 0:
         return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+    if values.device.type == "cpu":  # one pass: a finite sum has finite terms
+        is_finite = values.sum(-1).isfinite()
+        if bool(is_finite.all()):
+            return is_finite
     return (values.amax(-1) < math.inf) & (values.amin(-1) > -math.inf)
 
 
@@ -282,6 +291,8 @@ def _unpack(
         if valid is not None:
             valid &= are_finite(found)
         result, signs = found.transpose(0, 1), None
+    elif _is_of_all(plan, values):
+        result, signs = all_codes(plan, rows, values).transpose(0, 1), None
     else:
         dtype = torch.bool if values == "sign" else torch.uint8
         result = signs = torch.empty(shape, dtype=dtype, device=rows.device)
@@ -289,14 +300,9 @@ def _unpack(
         everything = torch.arange(k, device=rows.device)
         indices.copy_(everything.to(plan.index_dtype).expand(shape))
     bits = _bits(plan, values)
-    if bits and chunks and peers:
-        planes = rows[:, value_bytes:].unflatten(1, (_groups(plan, values), bits))
-        if width := _row_width(plan, values):
-            result = _unpacked_rows(plan, planes, width, _planes(values), backend)
-        else:
-            implementation(backend, "pack").unpack(
-                code, planes, indices, signs, valid, _planes(values)
-            )
+    if (code.bits or signs is not None) and chunks and peers:
+        planes = rows[:, value_bytes:].unflatten(1, (_groups(plan), bits))
+        implementation(backend, "pack").unpack(code, planes, indices, signs, valid, _planes(values))
     entries = Entries(
         indices.view(chunks, peers * k), result.reshape(chunks, peers * k), unique=peers == 1
     )
@@ -314,32 +320,51 @@ def _check_entries(plan: ChunkPlan, entries: Entries) -> None:
         raise ValueError(f"indices: wanted {plan.index_dtype}, got {entries.indices.dtype}")
 
 
-def _row_width(plan: ChunkPlan, values: Values) -> int:
-    """Of codes of all coefficients; 0 of all else."""
-    if not isinstance(values, int) or plan.k < plan.totalk:
-        return 0
-    return next((width for width in (64, 8) if plan.k % width == 0), plan.k)
+def all_codes(plan: ChunkPlan, data: Tensor, bits: int) -> Tensor:
+    """The codes of all coefficients, of several peers: uint8 `[peers, chunks, k]`.
+
+    Args:
+        plan: the chunk class.
+        data: uint8 `[peers, size]`; any bytes are codes.
+        bits: of a code: 2, 4 or 8.
+    """
+    peers, length = data.shape
+    count = plan.chunks * plan.k
+    if bits == 8:
+        return data.reshape(peers, plan.chunks, plan.k)
+    runs = 8 // bits
+    codes = torch.empty(peers, runs, length, dtype=torch.uint8, device=data.device)
+    for at, run in enumerate(codes.unbind(1)):
+        torch.bitwise_right_shift(data, bits * at, out=run)
+        if at + 1 < runs:
+            run.bitwise_and_((1 << bits) - 1)
+    return codes.view(peers, -1)[:, :count].reshape(peers, plan.chunks, plan.k)
 
 
-def _unpacked_rows(plan: ChunkPlan, planes: Tensor, width: int, count: int, backend: str) -> Tensor:
-    """Codes of all coefficients `[chunks, peers, k]`."""
-    peers, n = len(planes), plan.k // width
-    codes = torch.empty(plan.chunks * n, peers, width, dtype=torch.uint8, device=planes.device)
-    implementation(backend, "pack").unpack(
-        index_code(width, width), planes, codes, codes, None, count
-    )
-    return codes.view(plan.chunks, n, peers, width).transpose(1, 2)
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    """The bytes of codes of all coefficients."""
+    flat, runs = codes.reshape(-1), 8 // bits
+    if missing := -len(flat) % runs:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    first, *others = flat.view(runs, -1)
+    if not others:
+        return first
+    joined = first.clone()
+    for at, run in enumerate(others, 1):
+        joined |= run << (bits * at)
+    return joined
 
 
-def _groups(plan: ChunkPlan, values: Values) -> int:
-    width = _row_width(plan, values)
-    rows = plan.chunks * plan.k // width if width else plan.chunks
-    return -(-rows // 8)
+def _is_of_all(plan: ChunkPlan, values: Values) -> TypeGuard[int]:
+    """Whether it is codes of all coefficients that are sent."""
+    return isinstance(values, int) and plan.k == plan.totalk and 8 % values == 0
+
+
+def _groups(plan: ChunkPlan) -> int:
+    return -(-plan.chunks // 8)
 
 
 def _bits(plan: ChunkPlan, values: Values) -> int:
-    if width := _row_width(plan, values):
-        return width * _planes(values)
     return index_code(plan.totalk, plan.k).bits + plan.k * _planes(values)
 
 

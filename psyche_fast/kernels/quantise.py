@@ -28,8 +28,8 @@ from psyche_fast.kernels.plan import ChunkPlan, Rates
 
 Bits = Literal[2, 4, 8]
 
-MOST_ENTRIES = 4096
-"""Values of a chunk that the kernels quantise."""
+MOST_ENTRIES = (1 << 19) - 1
+"""Values of a chunk whose two levels are found exactly in 64 bits."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from psyche_fast.kernels.quantise import encode_all
 from psyche_fast.methods.message import Format, Picked
 from psyche_fast.methods.method import Method, Muon, Sign
 from psyche_fast.methods.owners import Owners
-from psyche_fast.methods.philox import positions
+from psyche_fast.methods.philox import keys, positions
 from psyche_fast.methods.values import BITS
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -156,6 +156,7 @@ class Fragment:
             anchors = None
         sources = self.parts.of_gradients(sources)
         pick = {"topk": self._largest, "all": self._all, "random": self._drawn}[self.method.select]
+        message, rooms = self.format.draft()
         picked = []
         for at, plan in enumerate(self.layout.plans):
             given: dict[str, Any] = {
@@ -167,12 +168,15 @@ class Fragment:
             }
             if anchors is not None:
                 given["anchors"] = [anchors[m.position] for m in plan.members]
-            picked.append(pick(at, plan, given, turn))
-        message, seen = self.format.pack(turn, sender, picked)
+            picked.append(pick(at, plan, given, turn, rooms[at]))
+        message, seen = self.format.pack(turn, sender, picked, message)
         self.own = None
         if self.method.feedback != "none" and not self._takes_out_at_once:
             values = [p.values for p in picked] if self.method.feedback == "exact" else seen
-            self.own = [Picked(p.indices, v) for p, v in zip(picked, values, strict=True)]
+            self.own = [
+                Picked(p.indices, v.to(plan.compute_dtype))
+                for plan, p, v in zip(self.layout.plans, picked, values, strict=True)
+            ]
         return message
 
     @property
@@ -199,17 +203,23 @@ class Fragment:
         plan = self.layout.plans[at]
         return plan.basis_w.new_zeros(plan.chunks, plan.h, plan.w)
 
-    def _largest(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+    def _largest(
+        self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int, room: Tensor | None
+    ) -> Picked:
         entries = encode(plan, self._state(at), **given, **self._previous(at))
         return Picked(entries.indices, entries.values)
 
-    def _drawn(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+    def _drawn(
+        self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int, room: Tensor | None
+    ) -> Picked:
         state = self._state(at)
         update(plan, state, **given, **self._previous(at))
         where = self.places(plan, turn)
         return Picked(where, state.view(plan.chunks, plan.totalk).gather(1, where))
 
-    def _all(self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int) -> Picked:
+    def _all(
+        self, at: int, plan: ChunkPlan, given: dict[str, Any], turn: int, room: Tensor | None
+    ) -> Picked:
         state = None if self.kept is None else self.kept[at]
         if self.own is not None and state is not None:
             state.view(plan.chunks, plan.totalk).sub_(
@@ -218,7 +228,9 @@ class Fragment:
         at_once, feedback = self._takes_out_at_once, self.method.feedback
         bits = BITS.get(self.method.values) if at_once else None
         out = None
-        if bits is None:
+        if bits is None and at_once and room is not None:
+            out = room
+        elif bits is None:
             is_narrow = at_once and self.method.values == "bf16"
             dtype = torch.bfloat16 if is_narrow else plan.compute_dtype
             out = plan.basis_w.new_empty(plan.chunks, plan.totalk, dtype=dtype)
@@ -230,14 +242,14 @@ class Fragment:
 
     def places(self, plan: ChunkPlan, turn: int) -> Tensor:
         """The positions that a round's random selection takes, int64 `[n, k]`."""
-        named = [self.names[m.position] for m in plan.members]
-        numbers = {name: self._numbers[name] for name in named}
-        drawn = self._places.get((plan, turn))  # when it was sent
-        if drawn is None:
-            drawn = positions(numbers, plan.totalk, plan.k, seed=self.method.seed, turn=turn)
+        if (plan, turn) not in self._places:  # when it was sent
+            plans = self.layout.plans
+            named = [self.names[m.position] for p in plans for m in p.members]
+            drawn = keys({n: self._numbers[n] for n in named}, seed=self.method.seed, turn=turn)
             self._places = {k: v for k, v in self._places.items() if k[1] > turn - _TURNS_KEPT}
-            self._places[plan, turn] = drawn
-        return drawn
+            for p, own in zip(plans, drawn.split([p.chunks for p in plans]), strict=True):
+                self._places[p, turn] = positions(own, p.totalk, p.k)
+        return self._places[plan, turn]
 
     def merge(self, received: Sequence[Picked], turn: int) -> list[Tensor]:
         """The mean of the replicas' results, transformed back: this rank's shards, in order."""
@@ -252,6 +264,10 @@ class Fragment:
         ]
         self.step_out(merged, received, turn, -1.0)
         return self.parts.shards(merged)
+
+    def signs(self, received: Sequence[Picked]) -> list[Picked]:
+        """Of the replicas' mean, as one replica's, where all send the same entries."""
+        return [Picked(None, _mean(p.values).sign_().unsqueeze(0)) for p in received]
 
     def step_out(
         self,

@@ -180,7 +180,7 @@ class Mean:
             return
         if indices is not None:
             where = indices.to(torch.int64)
-            seen = torch.zeros_like(self._kept).scatter_(1, where, seen)
+            seen = torch.zeros_like(self._kept).scatter_(1, where, seen.to(self._kept.dtype))
         if self._named is not None:
             seen = torch.where(self._named, seen, 0.0)
         self._kept.sub_(seen)

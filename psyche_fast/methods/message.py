@@ -6,7 +6,7 @@ A header of 40 bytes, little-endian, and then for every chunk class the scales, 
 | bytes | what |
 | --- | --- |
 | 0 to 3 | `PFLM` |
-| 4, 5 | version of this format, 2 |
+| 4, 5 | version of this format, 3 |
 | 6, 7 | number of the fragment |
 | 8 to 15 | bytes after the header |
 | 16 to 23 | hash of the method, the layout and the definition of directions |
@@ -35,7 +35,7 @@ from psyche_fast.kernels.quantise import Codes
 from psyche_fast.methods.method import Method, Values
 from psyche_fast.methods.values import BITS, coded, dequantise, scale_bytes, scales_of
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"PFLM"
 _FIELDS = struct.Struct("<4sHHQQII")  # all but the checksum
 HEADER = _FIELDS.size + 8
@@ -80,13 +80,25 @@ class Envelope:
         digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
         self._hash = int.from_bytes(digest, "little")
 
-    def seal(self, turn: int, sender: int, parts: Iterable[Tensor]) -> Tensor:
-        """A message, uint8 `[size]`, of parts of its payload in their order, each uint8 `[n]`."""
-        message = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+    def seal(
+        self, turn: int, sender: int, parts: Iterable[Tensor], message: Tensor | None = None
+    ) -> Tensor:
+        """A message, uint8 `[size]`, of parts of its payload in their order, each uint8 `[n]`.
+
+        Args:
+            turn: number of its round.
+            sender: whose.
+            parts: those that lie in `message` already are left there.
+            message: uint8 `[size]` to write to; a new one where None.
+        """
+        if message is None:
+            message = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         message[: _FIELDS.size] = self._fields(turn, sender)
         at = HEADER
         for part in parts:
-            message[at : at + part.numel()] = part
+            own = message[at : at + part.numel()]
+            if own.data_ptr() != part.data_ptr():
+                own.copy_(part)
             at += part.numel()
         message[at:] = 0
         words = message.view(torch.int64)
@@ -172,15 +184,41 @@ class Format(Envelope):
             payload, (*content, part) if part else content, fragment, layout.plans[0].device
         )
 
-    def pack(self, turn: int, sender: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
-        """A message, uint8 `[size]`, and what its receivers see of the values of every class."""
+    def draft(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """A message to be packed, and where in it values lie as they are: `[n, k]` of every class.
+
+        None where they do not, or not so that they can be written to.
+        """
+        message = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+        rooms: list[Tensor | None] = []
+        at = HEADER
+        for plan in self._sent:
+            form, size = _form(plan, self._kind), class_bytes(plan, self._kind)
+            room = None
+            if isinstance(form, torch.dtype) and plan.k == plan.totalk and at % form.itemsize == 0:
+                room = message[at : at + size].view(form).view(plan.chunks, plan.k)
+            rooms.append(room)
+            at += size
+        return message, rooms
+
+    def pack(
+        self, turn: int, sender: int, picked: Sequence[Picked], message: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A message, uint8 `[size]`, and what its receivers see of the values of every class.
+
+        Args:
+            turn: number of its round.
+            sender: whose.
+            picked: what is sent of every class.
+            message: of `draft`, where values may lie already.
+        """
         sealed: list[Tensor] = []
         seen = []
         for plan, p, backend in zip(self._sent, picked, self._backends, strict=True):
             parts, values = encode_class(plan, self._kind, p, backend)
             sealed += parts
             seen.append(values)
-        return self.seal(turn, sender, sealed), seen
+        return self.seal(turn, sender, sealed, message), seen
 
     def unpack(
         self, messages: Tensor, leave_out: Collection[int] = ()
@@ -252,15 +290,18 @@ def class_bytes(plan: ChunkPlan, kind: Values) -> int:
 def encode_class(
     plan: ChunkPlan, kind: Values, picked: Picked, backend: str
 ) -> tuple[list[Tensor], Tensor]:
-    """The bytes of a class, uint8 in their order, and its values as they arrive."""
+    """The bytes of a class, uint8 in their order, and its values as they arrive.
+
+    The latter in the dtype in which they travel, where that is one.
+    """
     form, indices, values = _form(plan, kind), picked.indices, picked.values
     if indices is None or plan.k == plan.totalk:  # not sent: all, or known to all
         indices = torch.arange(plan.k, device=plan.device).to(plan.index_dtype)
         indices = indices.expand(plan.chunks, plan.k)
     if isinstance(form, torch.dtype):
+        values = values.to(form)
         entries = Entries(indices, values, unique=True)
-        seen = values.to(form).to(plan.compute_dtype)
-        return [wire.pack(plan, entries, form, backend=backend)], seen
+        return [wire.pack(plan, entries, form, backend=backend)], values
     if kind == "sign":
         sent, scales, seen = values < 0, [], torch.where(values < 0, -1.0, 1.0)
         seen = seen.to(plan.compute_dtype)
@@ -307,6 +348,9 @@ def decode_class(
         good &= scales.isfinite().flatten(1).all(1)
         if kind != "codebook4":
             good &= (scales >= 0).flatten(1).all(1)
+    if scales is not None and plan.k == plan.totalk:
+        values = wire.all_codes(plan, take(wire.size(plan, form)), BITS[kind])
+        return Picked(None, dequantise(plan, kind, Codes(values, scales), backend)), good
     entries, valid = wire.unpack_checked(plan, take(wire.size(plan, form)), form, backend=backend)
     good &= valid.all(dim=1)
     shaped = (plan.chunks, peers, plan.k)

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
+from psyche_fast.kernels.quantise import MOST_ENTRIES
+
 When: TypeAlias = Literal["momentum", "pseudo_gradient", "gradient"]
 Gain: TypeAlias = Literal["rate", "one", "ema"]
 Transform: TypeAlias = Literal["dct", "none"]
@@ -366,6 +368,9 @@ class Method:
             _refuse("signs have no length, and an outer step of D wants one: values='2bit' has it")
         if self.values == "sign" and self.clip == "median":
             _refuse("all signs have one norm: clip='median' wants other values")
+        entries = self.k if self.select == "topk" else self.chunk**2
+        if self.values == "2bit" and entries > MOST_ENTRIES:
+            _refuse(f"values='2bit' takes up to {MOST_ENTRIES} values of a chunk, got {entries}")
         if self.reduce == "owners" and self.clip == "median":
             _refuse("clip='median' goes by whole parameters, of which reduce='owners' has parts")
         if self.reduce == "owners" and self.values == "codebook4":

@@ -158,8 +158,15 @@ class Owners:
         self._latest = self._kept  # after what has been merged, but perhaps not been received
         self._ahead: dict[int, list[Tensor]] = {}
 
-    def pack(self, turn: int, sender: int, picked: Sequence[Picked]) -> tuple[Tensor, list[Tensor]]:
+    def draft(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """As of `Format`; values lie nowhere until they are divided."""
+        return None, [None] * len(self._layout.plans)
+
+    def pack(
+        self, turn: int, sender: int, picked: Sequence[Picked], message: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """As of `Format`: a message, and what its receivers see of the values of every class."""
+        assert message is None
         messages = []
         seen = [torch.empty_like(p.values) for p in picked]
         for part in self._parts:

@@ -15,7 +15,8 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_ROUNDS, _MIX = 6, (0x9E3779B1, 0x85EBCA6B)
+_ROUNDS = 6
+_MIX = (0x9E3779B1 - (1 << 32), 0x85EBCA6B - (1 << 32))  # odd, as int32
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, Tensor]) -> Tensor:
@@ -47,8 +48,28 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def positions(numbers: Mapping[str, Tensor], size: int, k: int, *, seed: int, turn: int) -> Tensor:
-    """Which `k` of the `size` elements of some of parameters' chunks are sent in a round.
+def keys(numbers: Mapping[str, Tensor], *, seed: int, turn: int) -> Tensor:
+    """What `positions` goes by, of chunks of parameters.
+
+    Args:
+        numbers: by parameter the chunks' numbers in the whole parameter, int64 `[n]`.
+        seed: the method's.
+        turn: number of the round.
+
+    Returns:
+        int64 `[n, 6]` of numbers of 32 bits, of one parameter's chunks after the other's.
+    """
+    chunks = torch.cat(list(numbers.values())).unsqueeze(1)
+    counts = torch.tensor([len(own) for own in numbers.values()])
+    names = torch.tensor([name_key(name) for name in numbers]).repeat_interleave(counts)
+    rounds = torch.arange(_ROUNDS, device=chunks.device)
+    words = [torch.tensor(w & _MASK, device=chunks.device) for w in (turn, turn >> 32)]
+    key = seed & _MASK, names.to(chunks.device).unsqueeze(1)
+    return philox((rounds, chunks, *words), key)
+
+
+def positions(keys: Tensor, size: int, k: int) -> Tensor:
+    """Which `k` of the `size` elements of chunks are sent in a round.
 
     Where a permutation of `0 .. size - 1` takes the first `k`: six rounds of an unbalanced Feistel
     network over the bits of a position, the upper half changed by the lower one and the other way
@@ -57,43 +78,42 @@ def positions(numbers: Mapping[str, Tensor], size: int, k: int, *, seed: int, tu
     of `k` numbers, not of `size`.
 
     Args:
-        numbers: by parameter the chunks' numbers in the whole parameter, int64 `[n]`.
-        size: elements of a chunk.
+        keys: of the chunks.
+        size: elements of a chunk, up to 2^30.
         k: how many of them.
-        seed: the method's.
-        turn: number of the round.
 
     Returns:
-        int64 `[n, k]`, ascending, of one parameter's chunks after the other's, on their device.
+        int64 `[n, k]`, ascending, on the keys' device.
     """
-    chunks = torch.cat(list(numbers.values())).unsqueeze(1)
-    counts = [len(own) for own in numbers.values()]
-    names = torch.tensor([name_key(name) for name in numbers]).repeat_interleave(
-        torch.tensor(counts)
-    )
     bits = (size - 1).bit_length()
     low = (bits + 1) // 2
-    rounds = torch.arange(_ROUNDS, device=chunks.device)
-    words = [torch.tensor(w & _MASK, device=chunks.device) for w in (turn, turn >> 32)]
-    keys = philox((rounds, chunks, *words), (seed & _MASK, names.to(chunks.device).unsqueeze(1)))
-    places = torch.arange(k, device=chunks.device).expand(len(chunks), k)
-    places = _permuted(places, keys.unsqueeze(2), low, bits - low)
+    own = _signed(keys).unsqueeze(2)
+    places = torch.arange(k, dtype=torch.int32, device=keys.device).expand(len(keys), k)
+    places = _permuted(places, own, low, bits - low)
     while bool((beyond := places >= size).any()):
-        again = _permuted(places, keys.unsqueeze(2), low, bits - low)
+        again = _permuted(places, own, low, bits - low)
         places = torch.where(beyond, again, places)
-    return places.sort(dim=1).values
+    return places.sort(dim=1).values.to(torch.int64)
 
 
 def _permuted(places: Tensor, keys: Tensor, low: int, high: int) -> Tensor:
-    """Another place for each, `[n, k]`, of `2^(low + high)`; keys are `[n, rounds, 1]`."""
+    """Another place for each, int32 `[n, k]`, of `2^(low + high)`; keys are `[n, rounds, 1]`.
+
+    Arithmetic is modulo 2^32; int32 has half the bytes of int64.
+    """
     lower, upper = places & ((1 << low) - 1), places >> low
     for number, key in enumerate(keys.unbind(1)):
         source, bits = (lower, high) if number % 2 == 0 else (upper, low)
-        mixed = ((source + key) * _MIX[0]) & _MASK
-        mixed = ((mixed ^ (mixed >> 15)) * _MIX[1]) & _MASK
-        mixed >>= 32 - bits
+        mixed = (source + key).mul_(_MIX[0])
+        mixed ^= (mixed >> 15).bitwise_and_((1 << 17) - 1)  # a shift of unsigned numbers
+        mixed = mixed.mul_(_MIX[1]).bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
         if number % 2 == 0:
-            upper = upper ^ mixed
+            upper = mixed.bitwise_xor_(upper)
         else:
-            lower = lower ^ mixed
-    return (upper << low) | lower
+            lower = mixed.bitwise_xor_(lower)
+    return (upper << low).bitwise_or_(lower)
+
+
+def _signed(words: Tensor) -> Tensor:
+    """The int32 of the same 32 bits."""
+    return torch.where(words >> 31 != 0, words - (1 << 32), words).to(torch.int32)

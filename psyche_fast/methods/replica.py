@@ -442,6 +442,8 @@ class Replica:
             self._add_signs(fragment, picked, rate)
             return False
         length = self.outer.length(rate)
+        if isinstance(method.outer, Sign) and method.select != "topk":
+            picked, length = fragment.signs(picked), rate
         if length is None or not fragment.parts.are_shards:
             merged = fragment.merge(picked, sent.turn)
             self.outer.step(dict(zip(fragment.names, merged, strict=True)), rate)

@@ -6,12 +6,13 @@ Comparisons have results in floating point: those of bool are several times slow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from psyche_fast.kernels.plan import ChunkPlan, Rates, Slice
-from psyche_fast.kernels.quantise import MOST_ENTRIES, Bits, Codes, scales_like
+from psyche_fast.kernels.quantise import Bits, Codes, scales_like
 from psyche_fast.kernels.reference.encode import Sources, take_up
 from psyche_fast.kernels.reference.workspace import RESULT, scratch
 
@@ -153,29 +154,34 @@ def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
         return _plain_levels(magnitudes)
     exponent = torch.frexp(most).exponent.clamp_(min=_LEAST_EXPONENT)
     scale = torch.ldexp(torch.ones_like(most), 24 - exponent)
-    q = (magnitudes * scale).floor_()
-    wide = torch.float64 if k > MOST_ENTRIES else torch.float32  # sums of both parts are exact
-    upper_bits = (q * 2.0**-12).floor_()
-    parts = upper_bits, q.sub(upper_bits, alpha=4096.0)
-
-    def exact(high: Tensor, low: Tensor) -> Tensor:
-        sums = [part.sum(1, keepdim=True, dtype=wide).to(torch.float64) for part in (high, low)]
-        return sums[0].mul_(4096.0).add_(sums[1])
-
-    def mean(sums: Tensor, count: Tensor) -> Tensor:
-        some = count > 0
-        sums = torch.where(some, sums, total).to(torch.float32)
-        return sums * _newton(torch.where(some, count, float(k)))
-
-    total = exact(*parts)
-    low = high = mean(total, torch.full_like(total, k, dtype=torch.float32))
-    above, chosen = torch.empty_like(q), torch.empty_like(q)
+    # A sum of these tells, of as many as there are, the sum of `q` and below it their number.
+    bits = k.bit_length()
+    assert 24 + 2 * bits < 63, f"{k} values"
+    numbered = (magnitudes * scale).to(torch.int64).bitwise_left_shift_(bits).add_(1)
+    larger = torch.empty_like(numbered)
+    total = numbered.sum(1, keepdim=True) >> bits
+    reciprocals = _reciprocals(k, magnitudes.device)
+    levels = (total.to(torch.float32) * reciprocals[0]).expand(-1, 2)
     for _ in range(LLOYD):
-        torch.gt(q, ((low + high) * 0.5).floor_(), out=above)
-        count = above.sum(1, keepdim=True)
-        upper = exact(torch.mul(parts[0], above, out=chosen), above.mul_(parts[1]))
-        low, high = mean(total - upper, k - count), mean(upper, count)
-    return torch.cat([low, high], dim=1) / scale
+        # The least whole number above the middle; in place of what is below it, it adds up too.
+        least = levels.sum(1, keepdim=True).mul_(0.5).floor_().to(torch.int64).add_(1)
+        sums = torch.clamp(numbered, min=least << bits, out=larger).sum(1, keepdim=True)
+        count = sums & ((1 << bits) - 1)
+        below = k - count
+        upper = (sums >> bits).sub_(least.mul_(below))
+        sums = torch.cat([total - upper, upper], dim=1)
+        counts = torch.cat([below, count], dim=1)
+        sums = torch.where(counts > 0, sums, total).to(torch.float32)
+        levels = sums * reciprocals.take(counts)
+    return levels / scale
+
+
+@cache
+def _reciprocals(k: int, device: torch.device) -> Tensor:
+    """`_newton` of 1 to k, and in place of that of 0 that of k: float32 `[k + 1]`."""
+    counts = torch.arange(k + 1, dtype=torch.float32, device=device)
+    counts[0] = k
+    return _newton(counts)
 
 
 def _plain_levels(magnitudes: Tensor) -> Tensor:
