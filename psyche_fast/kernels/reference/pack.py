@@ -143,12 +143,14 @@ def unpack(
     shifts = torch.arange(8, dtype=torch.uint8, device=planes.device).view(1, 1, 8, 1)
     planes = planes[..., : code.bits]
     bits = ((planes.unsqueeze(2) >> shifts) & 1).view(peers, -1, planes.shape[2])[:, :chunks]
-    low = bits[..., :low_bits].reshape(peers, chunks, k, code.low).to(torch.int64)
-    low = (low << torch.arange(code.low, device=low.device)).sum(3)
+    low = bits[..., :low_bits].reshape(peers, chunks, k, code.low)
+    # Products are exact below 2^24, and faster than shifts of int64.
+    wide = torch.float32 if code.low <= 24 else torch.float64
+    powers = 2.0 ** torch.arange(code.low, dtype=wide, device=low.device)
+    low = (low.to(wide) @ powers).to(torch.int64)
     upper = bits[..., low_bits : code.bits].to(torch.int64)
     # The i-th set bit goes to position i; those beyond the k-th to a position that is cut off.
-    rank = (upper.cumsum(2) - 1).clamp_(max=k)
-    rank.masked_fill_(upper == 0, k)
+    rank = (upper.cumsum(2) - (k + 1)).clamp_(max=0).mul_(upper).add_(k)
     high = low.new_zeros(peers, chunks, k + 1)
     positions = torch.arange(code.upper, device=low.device).expand_as(upper)
     high.scatter_(2, rank, positions)

@@ -48,25 +48,39 @@ def largest(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple
 def _by_values(coefficients: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices `[n, k]` in no particular order, and whether they are clear: bool `[n]`.
 
-    They are where the last one of each ranking is larger than the next: no tie decided.
+    They are where the last one is larger than the next: no tie decided. Of `k + 1` runs at least as
+    many coefficients are no less than any of another run: one of the latter that belonged here, or
+    might by a tie, would leave it unclear.
     """
-    totalk = coefficients.shape[1]
-    run = run_length(totalk, k)
+    run = run_length(coefficients.shape[1], k)
+    magnitudes, members = coefficients, None
+    if run > 1:
+        maxima = run_maxima(coefficients, run) if maxima is None else maxima
+        members = _members(_top(maxima, k + 1), maxima.shape[1], run)
+        magnitudes = coefficients.gather(1, members)
+    values, index = magnitudes.abs().topk(k + 1, dim=1)
+    index = index[:, :k]
+    is_clear = values[:, k - 1] > values[:, k]
+    return index if members is None else members.gather(1, index), is_clear
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest of each row, ties in any way and all where there are no more."""
+    n, count = values.shape
+    if k >= count:
+        return torch.arange(count).expand(n, count)
+    run = run_length(count, k)
     if run == 1:
-        values, index = coefficients.abs().topk(k + 1, dim=1)
-        return index[:, :k], values[:, k - 1] > values[:, k]
-    count = totalk // run
-    maxima = run_maxima(coefficients, run) if maxima is None else maxima
-    if k == count:
-        runs = torch.arange(k).expand(len(maxima), k)
-        is_clear = torch.ones(len(maxima), dtype=torch.bool)
-    else:
-        runs, is_clear = _by_values(maxima, k)
-    first = torch.arange(0, totalk, count).unsqueeze(1)
-    members = runs.unsqueeze(1).add(first).view(-1, run * k)
-    values, index = coefficients.gather(1, members).abs_().topk(k + 1, dim=1)
-    is_clear.logical_and_(values[:, k - 1] > values[:, k])
-    return members.gather(1, index[:, :k]), is_clear
+        return values.topk(k, dim=1, sorted=False).indices
+    maxima = values.view(n, run, -1).amax(1)
+    members = _members(_top(maxima, k), maxima.shape[1], run)
+    return members.gather(1, values.gather(1, members).topk(k, dim=1, sorted=False).indices)
+
+
+def _members(runs: Tensor, count: int, run: int) -> Tensor:
+    """Indices of all coefficients of runs, of which there are `count`."""
+    first = torch.arange(0, count * run, count).unsqueeze(1)
+    return runs.unsqueeze(1).add(first).view(len(runs), -1)
 
 
 def _by_keys(coefficients: Tensor, k: int) -> Tensor:
