@@ -35,14 +35,11 @@ def dequantise(plan: ChunkPlan, codes: Codes, bits: Bits) -> Tensor:
     values = torch.empty(codes.codes.shape, dtype=plan.compute_dtype, device=codes.codes.device)
     for code, scales, out in zip(codes.codes, codes.scales, values, strict=True):
         for rows in _blocks(out):
-            upper = code[rows] >> 1
-            negative = code[rows] & 1
             wide = scales[rows].to(out.dtype)
             if bits == 2:
-                _levels(upper.to(out.dtype), negative.to(out.dtype), wide, out[rows])
+                _levels(code[rows], wide, out[rows])
             else:
-                signed = upper.view(torch.int8) * negative.mul_(2).neg_().add_(1).view(torch.int8)
-                torch.mul(signed.to(out.dtype), wide, out=out[rows])
+                torch.mul(_signed(code[rows])[0].to(out.dtype), wide, out=out[rows])
     return values
 
 
@@ -63,6 +60,9 @@ def encode_all(
     sources = Sources(plan, gradients, learning_rates, gradient_scale, anchors)
     codes = None if bits is None else _empty(plan.chunks, plan.totalk, plan.basis_w, bits)
     for part in plan.slices:
+        if delta is None and out is not None and out.dtype == plan.compute_dtype:
+            sources.write_to(out[part.start : part.stop].view(-1, plan.h, plan.w), part)
+            continue
         chunks = _taken_up(plan, delta, part, decay, sources)
         flat = chunks.view(len(chunks), plan.totalk)
         for block in _blocks(flat):
@@ -119,7 +119,7 @@ def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
         torch.lt(x, 0.0, out=negative)
         code = torch.add(negative, upper, alpha=2, out=magnitudes)
         codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
-        return _levels(upper, negative, levels, magnitudes)
+        return _levels(codes, levels, magnitudes)
     limit = (1 << (bits - 1)) - 1
     scales.copy_(torch.where(most >= _LEAST, most / limit, 0.0))
     wide = scales.to(x.dtype)
@@ -131,12 +131,19 @@ def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
     return multiples.mul_(wide)
 
 
-def _levels(upper: Tensor, negative: Tensor, levels: Tensor, out: Tensor) -> Tensor:
-    """One of two levels each, with its sign; the first two are 1.0 or 0.0, and overwritten."""
+def _signed(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """What is above the sign, with it, and the signs alone: int8."""
+    whole = codes.view(torch.int8) if codes.is_contiguous() else codes.contiguous().view(torch.int8)
+    sign = (whole & 1).mul_(-2).add_(1)
+    return (codes >> 1).view(torch.int8).mul_(sign), sign
+
+
+def _levels(codes: Tensor, levels: Tensor, out: Tensor) -> Tensor:
+    """The level that each code names, with its sign."""
     low, high = levels.split(1, dim=1)
-    torch.mul(upper, high, out=out)
-    out.add_(upper.neg_().add_(1.0).mul_(low))  # one of both is 0
-    return out.mul_(negative.mul_(-2.0).add_(1.0))
+    upper, sign = _signed(codes)
+    torch.mul(upper.to(out.dtype), high, out=out)
+    return out.addcmul_(sign.sub_(upper).to(out.dtype), low)  # one of both is 0
 
 
 def _newton(x: Tensor) -> Tensor:
