@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Self
 
+GATHERED_WAYS, OWNED_WAYS = 4, 8
+"""How often something goes from one end to the other in an exchange of messages.
+
+A collective of gloo is a way for a receiver to say that it is ready, and one for what it gets. Of
+messages that all gather there are two, the second one to agree on what is refused; of those that
+owners merge twice as many.
+"""
+
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _RATE = rf"\s*{_NUMBER}\s*([kMG]?)bit(?:/s)?\s*"
 _RATES = re.compile(rf"{_RATE}(?:/{_RATE})?", re.IGNORECASE | re.ASCII)
@@ -64,14 +72,15 @@ class Link:
         except ValueError as error:
             raise ValueError(f"link {text!r}: {error}") from None
 
-    def seconds(self, sent: float, received: float) -> float:
+    def seconds(self, sent: float, received: float, ways: int = 1) -> float:
         """From the first byte that is sent until the last one is there.
 
         Args:
             sent: bytes that go up.
             received: bytes that come down meanwhile.
+            ways: how often something has to go from one end to the other.
         """
-        return self.latency + max(8 * sent / self.up, 8 * received / self.down)
+        return ways * self.latency + max(8 * sent / self.up, 8 * received / self.down)
 
     def __str__(self) -> str:
         """As `parse` takes it."""

@@ -48,3 +48,4 @@ def test_up_and_down_go_on_at_once() -> None:
     assert link.seconds(125_000, 125_000) == pytest.approx(1.25)
     assert link.seconds(0, 1_000_000) == pytest.approx(2.25)
     assert link.seconds(0, 0) == 0.25
+    assert link.seconds(125_000, 0, ways=4) == pytest.approx(2.0)

@@ -128,24 +128,27 @@ def choose(place: Place) -> Over:
     run = place.run
     name = "distro" if run.optimizer.distro else run.exchange.method
     assert name is not None
-    best: Over | None = None
+    tried: list[Over] = []
     for changes in _settings(place):
         changed = run.replace(**changes)
         found = place.over(name, changed, method_of(changed), **changes)
-        assert found.loss is not None
-        if best is None or found.loss < best.loss:  # type: ignore[operator]
-            best = found
         if _hides(found, place.step):
             return found
-    assert best is not None
-    return best
+        tried.append(found)
+    # Fewer entries cost too, and a link that is far away stays so.
+    least = min(1.0 + _loss(found) for found in tried)
+    return next(found for found in tried if 1.0 + _loss(found) <= (1.0 + _LOSS) * least)
+
+
+def _loss(found: Over) -> float:
+    assert found.loss is not None, "the time of a step is known"
+    return found.loss
 
 
 def _hides(found: Over, step: float) -> bool:
     if found.delay:
         return found.exchange <= _MARGIN * found.delay * step
-    assert found.loss is not None
-    return found.loss <= _LOSS
+    return _loss(found) <= _LOSS
 
 
 def _settings(place: Place) -> Iterator[dict[str, Any]]:

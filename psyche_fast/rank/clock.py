@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psyche_fast.links import Link
+from psyche_fast.links import GATHERED_WAYS, Link
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,14 @@ class Transfer:
         up: bytes.
         down: bytes.
         delay: steps from sending to the step whose end waits for the result.
-        ways: how often something goes from one end to the other until the result is there: once,
-            and once more for the ranks to agree on what they take.
+        ways: how often something goes from one end to the other until the result is there.
         counts: whether it goes over the link that the clock is for.
     """
 
     up: int
     down: int
     delay: int
-    ways: int = 2
+    ways: int = GATHERED_WAYS
     counts: bool = True
 
 
@@ -65,7 +64,7 @@ class Clock:
         """
         link, began, now = self.link, self.seconds, self.seconds + train
         for transfer in (t for t in sent if t.counts):
-            moved = link.seconds(transfer.up, transfer.down) - link.latency
+            moved = link.seconds(transfer.up, transfer.down, ways=0)
             self._free = max(self._free, now) + moved
             arrives = self._free + transfer.ways * link.latency
             self._flying.append((self._step + transfer.delay, arrives))

@@ -15,7 +15,7 @@ from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
-from psyche_fast.links import Link
+from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS, Link
 from psyche_fast.methods import AdamW, Method, Muon, Nesterov
 from psyche_fast.methods.chunked import cut, fragment_names
 from psyche_fast.methods.message import Format
@@ -35,6 +35,7 @@ class Costs:
         messages: bytes that this rank hands over in each round of a turn, as metrics count them.
         up: bytes that go from this rank to other replicas in each.
         down: bytes that it receives in each.
+        ways: how often something goes from one end of the link to the other in each.
     """
 
     every: int
@@ -42,6 +43,7 @@ class Costs:
     messages: tuple[int, ...]
     up: tuple[int, ...]
     down: tuple[int, ...]
+    ways: int
 
     @property
     def window(self) -> int:
@@ -56,7 +58,9 @@ class Costs:
             ranks: of the host, which share it.
         """
         pairs = zip(self.up, self.down, strict=True)
-        return max(link.seconds(ranks * up, ranks * down) if up else 0.0 for up, down in pairs)
+        return max(
+            link.seconds(ranks * up, ranks * down, self.ways) if up else 0.0 for up, down in pairs
+        )
 
     def exposed_seconds(self, exchange: float, step: float) -> float:
         """What a round has to wait for an exchange, at so many seconds of a step without it."""
@@ -84,17 +88,19 @@ def costs_of(run: RunConfig, parameters: Mapping[str, Tensor], method: Method | 
         signs = run.optimizer.distro_quantization
         size = MessageFormat(own, ["torch"] * len(own.plans), signs=signs).size
         around = (replicas - 1) * size
-        return Costs(1, 1, (size,), (around,), (around,))
+        return Costs(1, 1, (size,), (around,), (around,), GATHERED_WAYS)
+    owned = are_owned(method, replicas)
     sent, up, down = [], [], []
     for number, layout in enumerate(layouts(method, parameters)):
         found = traffic(method, layout, replicas)
         up.append(found.up)
         down.append(found.down)
-        if are_owned(method, replicas):
+        if owned:
             sent.append(found.up)
         else:
             sent.append(Format(method, layout, ["torch"] * len(layout.plans), number).size)
-    return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down))
+    ways = OWNED_WAYS if owned else GATHERED_WAYS
+    return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down), ways)
 
 
 def distro_layout(run: RunConfig, parameters: Mapping[str, Tensor]) -> tuple[Layout, list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from psyche_fast import config
 from psyche_fast.exchanges import Exchange
+from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS
 from psyche_fast.methods import SGD, Hierarchy, Method, Rounds, rounds_of
 from psyche_fast.methods.exchanges import traffic
 from psyche_fast.methods.hierarchy import Level, checked_levels
@@ -183,7 +184,8 @@ class LevelsOptimizer(Optimizer):
             if form is None or self._rank % self._size(at):
                 continue
             up, down = traffic(form, replica.replica, replica.replicas)
-            ways = 4 if are_owned(replica.method, replica.replicas) else 2
+            owned = are_owned(replica.method, replica.replicas)
+            ways = OWNED_WAYS if owned else GATHERED_WAYS
             outermost = at == len(hierarchy.levels) - 1
             if up:
                 transfers.append(Transfer(up, down, replica.method.delay, ways, counts=outermost))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast import config
+from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS
 from psyche_fast.methods import (
     SGD,
     AdamW,
@@ -141,8 +142,8 @@ class MethodOptimizer(Optimizer):
         if not self._sent:
             return ()
         owned = are_owned(self._method, self._replica()[0].replicas)
-        # What owners merge goes two ways, and each time all agree on it.
-        return [Transfer(self._sent, self._received, self._method.delay, ways=4 if owned else 2)]
+        ways = OWNED_WAYS if owned else GATHERED_WAYS
+        return [Transfer(self._sent, self._received, self._method.delay, ways)]
 
     @property
     def refused_results(self) -> dict[int, int]:

@@ -139,7 +139,7 @@ def test_a_large_model_from_its_config_alone(tmp_path: Path) -> None:
     # 12 bytes for each of a rank's chunks of 64 x 64
     assert found["sent"] == pytest.approx(PARAMETERS / 128 / 4096 * 12, rel=0.03)
     link = 8 * 3 * found["sent"] * 8 / 100e6
-    assert found["exchange_seconds"] == pytest.approx(0.02 + link)
+    assert found["exchange_seconds"] == pytest.approx(4 * 0.02 + link)
     table = command(*words).output
     assert "model       10.6G parameters" in table
     assert "times less than a dense exchange" in table
@@ -166,8 +166,11 @@ def test_a_method_over_a_link(tmp_path: Path) -> None:
     assert len(stream["rounds"]["up"]) == 3
     assert sum(stream["state"].values()) == 16 * elements
     up = 8 * sparse["rounds"]["up"][0] / 10e6
-    assert sparse["exchange_seconds"] == pytest.approx(0.02 + up)
-    assert sparse["over"]["loss"] == pytest.approx((0.02 + up) / (12 * 0.5))
+    assert sparse["exchange_seconds"] == pytest.approx(4 * 0.02 + up)
+    assert sparse["over"]["loss"] == pytest.approx((4 * 0.02 + up) / (12 * 0.5))
+    down = 8 * dense["rounds"]["down"][0] / 100e6
+    up = 8 * dense["rounds"]["up"][0] / 10e6
+    assert dense["exchange_seconds"] == pytest.approx(8 * 0.02 + max(up, down)), "two ways each"
     assert sparse["chosen"]["loss"] == 0
     assert sparse["chosen"]["every"] == 12
     table = command(*words, "--method", "sparseloco", "--step-seconds", "0.5").output

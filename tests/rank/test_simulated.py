@@ -100,15 +100,17 @@ def test_what_does_not_go_together(values: dict[str, Any], reason: str) -> None:
 def test_a_clock_counts_what_overlap_does_not_hide() -> None:
     link = Link(up=8e6, down=8e6, latency=0.5)
     clock = Clock(link)
-    late = Transfer(up=1_000_000, down=1_000_000, delay=1)  # a second on the link, and two ways
+    late = Transfer(
+        up=1_000_000, down=1_000_000, delay=1, ways=2
+    )  # a second on the link, and two ways
     steps = [clock.step(1.5, [late], 0.5) for _ in range(3)]
     # Sent at 1.5 and there at 3.5; wanted at 3.5. Then sent at 3.5, there at 5.5, wanted at 5.5.
     assert [s["virtual_wait_seconds"] for s in steps] == [0.0, 0.0, 0.0]
     assert clock.step(0.5, [], 0.0)["virtual_wait_seconds"] == pytest.approx(1.0)
     assert clock.seconds == pytest.approx(3 * 2.0 + 0.5 + 1.0)
-    at_once = Clock(link).step(1.0, [Transfer(0, 2_000_000, delay=0)], 0.25)
+    at_once = Clock(link).step(1.0, [Transfer(0, 2_000_000, delay=0, ways=2)], 0.25)
     assert at_once["virtual_wait_seconds"] == pytest.approx(3.0)
     assert at_once["virtual_step_seconds"] == pytest.approx(4.25)
     # What is sent after another waits for the link, not for the other's way.
-    queue = Clock(link).step(0.0, [Transfer(1_000_000, 0, 0), Transfer(1_000_000, 0, 0)], 0.0)
+    queue = Clock(link).step(0.0, [Transfer(1_000_000, 0, 0, 2), Transfer(1_000_000, 0, 0, 2)], 0.0)
     assert queue["virtual_wait_seconds"] == pytest.approx(3.0)
