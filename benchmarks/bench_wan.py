@@ -11,7 +11,9 @@ the replica. Operations, batches, results, losses: all go over it. Needs root, i
 
 With `--methods` a whole run of each, one rank per host, in settings of few local steps, so that
 several rounds go by; exchanges that would take longer than `LONGEST` are reckoned alone. The hosts
-have the ranks forked, which spares each run its imports.
+have the ranks forked, which spares each run its imports. Forward and backward take `PACE` seconds,
+most of which a rank sleeps, as a host that waits for its GPU: two cores for two ranks and a relay
+would show how busy they are, and not what the link costs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -46,21 +50,27 @@ FREE = (1e10, 0.0)
 RANKS_PER_HOST = (1, 2)
 
 LINKS = {"100 Mbit/s, 50 ms": (1e8, 0.05), "10 Mbit/s, 100 ms": (1e7, 0.1)}
-_BESIDE = ("--every", "6", "--delay", "3", "--mix", "rebase")
+_BESIDE = ("--every", "8", "--delay", "5", "--mix", "rebase")
 METHODS = {
     "distro": ("--distro", "--distro-quantization"),
-    "sparseloco": ("--method", "sparseloco", *_BESIDE),
+    "sparseloco": ("--method", "sparseloco", "--topk", "64", *_BESIDE),
     "diloco": ("--method", "diloco", *_BESIDE),
     "streaming-diloco": (
         "--method", "streaming-diloco", "--every", "8", "--fragments", "2", "--delay", "3",
     ),
     "muloco": ("--method", "muloco", *_BESIDE),
-    "sparseloco, no delay": ("--method", "sparseloco", "--every", "6"),
-    "demo": ("--method", "demo"),
-    "random-k": ("--method", "random-k"),
+    "sparseloco, no delay": (
+        "--method", "sparseloco", "--topk", "64", "--every", "6", "--delay", "0",
+    ),
+    "demo": ("--method", "demo", "--topk", "32"),
+    "random-k": ("--method", "random-k", "--topk", "27"),
     "dense": ("--method", "dense"),
 }  # fmt: skip
 """A run of each by its flags; those up to MuLoCo have steps beside their exchanges."""
+PACE = 1.2
+"""Seconds of a step's forward and backward."""
+_LEARNT = 16
+"""Steps of at least two rounds, in which connections come to know what a link takes."""
 LONGEST = 6.0
 """Seconds of an exchange that is waited for, from which on a run is not worth its time."""
 _PORT = 34567
@@ -103,10 +113,10 @@ def _step_ms(
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    return _times(output)[0]
+    return _times(output, WARM)[0]
 
 
-def _prepared(folder: Path, model: Any, arguments: dict[str, Any]) -> list[str]:
+def _prepared(folder: Path, model: Any, arguments: dict[str, Any], warm: int = WARM) -> list[str]:
     """`train` and its flags for a model and data that are written to a folder, and for a secret."""
     model.save_pretrained(folder / "model")
     (folder / "data").mkdir()
@@ -119,17 +129,17 @@ def _prepared(folder: Path, model: Any, arguments: dict[str, Any]) -> list[str]:
         "--device", "cpu", "--param-dtype", "float32", "--threads", "1",
         "--replicas", "2", "--sequence-length", str(arguments["length"]),
         "--total-batch", str(4 * arguments["micro"]), "--secret-file", str(folder / "secret"),
-        "--total-steps", str(arguments["steps"] + WARM),
+        "--total-steps", str(arguments["steps"] + warm),
     ]  # fmt: skip
 
 
-def _times(output: Path) -> tuple[list[float], list[float]]:
-    """Milliseconds of a run's steps without those in which it warms up, whole and but for training.
+def _times(output: Path, warm: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of a run's steps but for the first ones, whole and without training.
 
     Forward and backward wait for no link. What is left of a step is its exchange, its update and
     the wait for the others, which says what a link costs where the machine itself is not steady.
     """
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines()[WARM:])
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines()[warm:])
     both = [(1e3 * m["step_seconds"], 1e3 * m["seconds"]["train"]) for m in lines]
     return [step for step, _ in both], [step - train for step, train in both]
 
@@ -202,7 +212,19 @@ def _host_of_ranks() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from psyche_fast import cli
+    from psyche_fast.rank import link as rank_link
+    from psyche_fast.rank.trainer import Trainer
 
+    compute = Trainer._forward_backward
+
+    def paced(trainer: Trainer, batch: Any) -> Any:
+        until = time.monotonic() + PACE
+        found = compute(trainer, batch)
+        time.sleep(max(0.0, until - time.monotonic()))
+        return found
+
+    Trainer._forward_backward = paced  # type: ignore[method-assign]
+    rank_link.step_seconds = lambda *_: PACE  # what `--link` goes by
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -229,7 +251,7 @@ def _reckoned(model: Any, flags: Sequence[str], link: tuple[float, float]) -> tu
     """Steps that go on beside an exchange of a method, and how long it takes over a link."""
     pairs = dict(zip(flags[::2], flags[1::2], strict=False))
     values: dict[str, Any] = {k[2:].replace("-", "_"): v for k, v in pairs.items()}
-    for name in ("every", "delay", "fragments"):
+    for name in ("every", "delay", "fragments", "topk"):
         if name in values:
             values[name] = int(values[name])
     if flags[0] == "--distro":
@@ -255,26 +277,35 @@ def measure_methods(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(arguments)
-        flags = _prepared(folder, model, arguments)
+        flags = _prepared(folder, model, arguments, _LEARNT)
         times: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
-        port = _PORT
         with ExitStack() as stack:
-            # All links are up at once, and a method goes over one after another: how fast this
-            # machine is changes by more, in the minutes of a table, than what is looked for.
+            # All links are up at once, and a method goes over all of them at the same time: how
+            # fast this machine is changes in the minutes of a table.
             ranks = {}
             for number, (link, values) in enumerate({"none": FREE, **LINKS}.items()):
                 hosts = stack.enter_context(wan.link(*values, name=f"wan{number}"))
                 ranks[link] = stack.enter_context(closing(Hosts(hosts)))
-            for method, link in ((m, li) for m in names for li in ranks):
+            pool = stack.enter_context(ThreadPoolExecutor(len(ranks)))
+
+            def run(method: str, link: str, port: int) -> None:
                 delay, exchange = _reckoned(model, METHODS[method], LINKS.get(link, FREE))
                 if exchange > LONGEST and not delay:
-                    continue
-                output, port = folder / f"{method}-{link[:3]}", port + 1
+                    return
+                known = ()
+                if link in LINKS:  # as somebody gives it who knows it
+                    rate, latency = LINKS[link]
+                    known = ("--link", f"{1e-6 * rate:g}Mbit,{1e3 * latency:g}ms")
+                output = folder / f"{method}-{link[:3]}"
                 ranks[link].run(
-                    port, *flags, *METHODS[method], "--micro-batch", str(arguments["micro"]),
-                    "--output", str(output),
+                    port, *flags, *METHODS[method], *known, "--output", str(output),
+                    "--micro-batch", str(arguments["micro"]),
                 )  # fmt: skip
-                times[method, link] = _times(output)
+                times[method, link] = _times(output, _LEARNT)
+
+            for port, method in enumerate(names, _PORT):
+                for finished in [pool.submit(run, method, link, port) for link in ranks]:
+                    finished.result()
         rows = []
         for method, link in ((m, li) for m in names for li in LINKS):
             delay, exchange = _reckoned(model, METHODS[method], LINKS[link])

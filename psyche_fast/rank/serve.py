@@ -29,6 +29,7 @@ from psyche_fast.rank.link import settle
 from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
+from psyche_fast.rank.pace import pace
 from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.simulated import Simulated
 from psyche_fast.rank.topology import GRACE, Topology
@@ -76,6 +77,8 @@ def build_trainer(
         config = config.replace(**settled.changes)
     trainer = _trainer_of(config, model, topology)
     trainer.settled = settled
+    if config.exchange.link is not None and peers is None:
+        pace(Link.parse(config.exchange.link), config, topology)
     return trainer
 
 

@@ -21,8 +21,7 @@ from tools.kernel_guard.case import Case, Loop
 def compile_cases() -> list[Case]:
     """What the compile guard compiles: chunks of 64 x 64 with 1-bit results."""
     signs = [case for k in (4, 8, 32, 64) for case in _cases(k, index_code(4096, k))]
-    codes = [(4096, 2), (64, 2), (64, 4), (64, 8)]  # of 64 of these
-    return signs + [case for n, p in codes for case in _cases(64, index_code(n, 64), p)]
+    return [*signs, *_cases(64, index_code(4096, 64), planes=2)]
 
 
 def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
@@ -35,7 +34,6 @@ def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
         "PLANES": planes,
     }
     what = "signs of fp32" if planes == 1 else f"codes of {planes} bits"
-    what += "" if code.bits else ", rows"
     options, own = cpu_launch_options("codec")
     groups, tile, entries = tile_sizes(code, PACK_BITS, own["elements"])
     pack_case = Case(
@@ -58,14 +56,12 @@ def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
         options=options,
         aligned=("indices", "signs"),  # bytes lie wherever a buffer has room
         loops=(
-            *(
-                Loop("low bits", triton.cdiv(k * code.low, tile)),
-                Loop(
-                    "bit vector",
-                    triton.cdiv(code.upper, tile),
-                    (Loop("entries", triton.cdiv(k, entries)),),
-                ),
-            )[: 2 * bool(code.bits)],
+            Loop("low bits", triton.cdiv(k * code.low, tile)),
+            Loop(
+                "bit vector",
+                triton.cdiv(code.upper, tile),
+                (Loop("entries", triton.cdiv(k, entries)),),
+            ),
             Loop("signs", triton.cdiv(k, tile)),
         ),
         tiles=8 * groups,
@@ -90,11 +86,9 @@ def _cases(k: int, code: IndexCode, planes: int = 1) -> tuple[Case, Case]:
         options=options,
         aligned=("indices", "signs", "valid"),
         loops=(
-            *(
-                Loop("bit vector", triton.cdiv(code.upper, tile)),
-                Loop("low bits", triton.cdiv(k, entries)),
-                Loop("order", triton.cdiv(k - 1, entries)),
-            )[: 3 * bool(code.bits)],
+            Loop("bit vector", triton.cdiv(code.upper, tile)),
+            Loop("low bits", triton.cdiv(k, entries)),
+            Loop("order", triton.cdiv(k - 1, entries)),
             Loop("signs", triton.cdiv(k, entries)),
         ),
         tiles=8 * groups,
