@@ -10,7 +10,7 @@ where it is needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -88,18 +88,6 @@ def broadcast_from(group: Any, content: torch.Tensor, root: int, timeout: timede
     options = distributed_c10d.BroadcastOptions()
     options.rootRank, options.timeout = root, timeout
     work: dist.Work = group.broadcast([content], options)
-    return work
-
-
-def all_to_all(
-    group: Any,
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    received_sizes: Sequence[int],
-    sizes: Sequence[int],
-) -> dist.Work:
-    """As `all_gather_into`."""
-    work: dist.Work = group.alltoall_base(received, sent, list(received_sizes), list(sizes))
     return work
 
 

@@ -56,7 +56,7 @@ class Pending:
     _device: torch.device
     _sent: Sequence[Tensor]  # kept alive until the collectives have read them
     _received: Sequence[Tensor]
-    _works: Sequence[dist.Work | None]
+    _works: Sequence[dist.Work | _Once]
 
     def wait(self) -> Tensor:
         """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer.
@@ -87,8 +87,7 @@ class Pending:
 
     def _synchronize(self) -> None:
         for work in self._works:
-            if work is not None:
-                work.wait()
+            work.wait()
 
 
 def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
@@ -109,15 +108,44 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
     pinned = message.is_cuda and not staged.is_cuda
     received = [part.new_empty((ranks, part.numel()), pin_memory=pinned) for part in sent]
     works = [
-        _all_gather(into.view(-1), part, peers) for into, part in zip(received, sent, strict=True)
+        work
+        for into, part in zip(received, sent, strict=True)
+        for work in _all_gather(into, part, peers)
     ]
     return Pending(message.nbytes, message.device, sent, received, works)
 
 
-def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
-    """Fill `received [ranks * n]` from every rank's `sent [n]`, in rank order."""
-    work: dist.Work | None = all_gather_single()(received, sent, group=group, async_op=True)
-    return work
+def _all_gather(
+    received: Tensor, sent: Tensor, group: dist.ProcessGroup
+) -> Sequence[dist.Work | _Once]:
+    """Fill `received [ranks, n]` from every rank's `sent [n]`, in rank order."""
+    if len(received) == 2 and not sent.is_cuda:
+        # Over one connection, on which gloo's all-gather sends first: what asks for the other's
+        # message waits behind the own one, and a link goes one way at a time.
+        own = dist.get_rank(group)
+        works = [
+            dist.irecv(received[1 - own], group=group, group_src=1 - own),
+            dist.isend(sent, group=group, group_dst=1 - own),
+        ]
+        received[own].copy_(sent)
+        return [_Once(work) for work in works if work is not None]
+    work = all_gather_single()(received.view(-1), sent, group=group, async_op=True)
+    return [] if work is None else [work]
+
+
+class _Once:
+    """What goes between two ranks, which must not be waited for again, as collectives may be."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work: dist.Work | None = work
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Waits, whichever thread comes first; the others for that one."""
+        with self._lock:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
 
 
 class Exchange:

@@ -91,7 +91,7 @@ def size(plan: ChunkPlan, values: Values) -> int:
     Raises:
         TypeError: `values` is neither.
     """
-    if _is_of_all(plan, values):
+    if _is_of_all(values, plan):
         return -(-plan.chunks * plan.k * values // 8)
     return _value_bytes(plan, values) + _groups(plan) * _bits(plan, values)
 
@@ -127,7 +127,7 @@ def pack(
     total = size(plan, values)
     if out is None and isinstance(values, torch.dtype) and plan.k == plan.totalk:
         return _bytes(entries, values)
-    if _is_of_all(plan, values):
+    if _is_of_all(values, plan):
         joined = _joined(entries.values, values)
         return joined if out is None else out.copy_(joined)
     if out is None:
@@ -291,7 +291,7 @@ def _unpack(
         if valid is not None:
             valid &= are_finite(found)
         result, signs = found.transpose(0, 1), None
-    elif _is_of_all(plan, values):
+    elif _is_of_all(values, plan):
         result, signs = all_codes(plan, rows, values).transpose(0, 1), None
     else:
         dtype = torch.bool if values == "sign" else torch.uint8
@@ -355,7 +355,7 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
     return joined
 
 
-def _is_of_all(plan: ChunkPlan, values: Values) -> TypeGuard[int]:
+def _is_of_all(values: Values, plan: ChunkPlan) -> TypeGuard[int]:
     """Whether it is codes of all coefficients that are sent."""
     return isinstance(values, int) and plan.k == plan.totalk and 8 % values == 0
 

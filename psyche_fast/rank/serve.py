@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -75,14 +76,25 @@ def build_trainer(
     if config.exchange.link is not None and config.run.resume is None:
         settled = settle(config, model, trainable(model), topology)
         config = config.replace(**settled.changes)
-    trainer = _trainer_of(config, model, topology)
-    trainer.settled = settled
+    hold: Callable[[], object] = _nothing
     if config.exchange.link is not None and peers is None:
-        pace(Link.parse(config.exchange.link), config, topology)
+        hold = partial(pace, Link.parse(config.exchange.link), config, topology)
+    trainer = _trainer_of(config, model, topology, hold)
+    trainer.settled = settled
     return trainer
 
 
-def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Trainer:
+def _nothing() -> None:
+    """There are no connections to hold."""
+
+
+def _trainer_of(
+    config: RunConfig,
+    model: CausalLM,
+    topology: Topology,
+    connected: Callable[[], object] = _nothing,
+) -> Trainer:
+    """The trainer; `connected` is called once its connections to other replicas are there."""
     parameters, method = trainable(model), method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
@@ -93,11 +105,14 @@ def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Train
             optimizer = LevelsOptimizer(parameters, levels, peers, undecayed)
         else:
             assert method is not None
-            optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
+            optimizer = MethodOptimizer(
+                parameters, method, peers, model.masters, undecayed, connected
+            )
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
         )
+        connected()
     return Trainer(
         model,
         topology,

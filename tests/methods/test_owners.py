@@ -318,7 +318,7 @@ def waits(rank):
 
         nothing = mock.Mock(side_effect=AssertionError)
         with (
-            mock.patch.object(exchanges, "all_to_all", nothing),
+            mock.patch.object(exchanges._Gloo, "all_to_all", nothing),
             mock.patch.object(exchange, "start", nothing),
             mock.patch.object(exchanges.Parts, "wait", nothing),
         ):
