@@ -212,7 +212,6 @@ def _host_of_ranks() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from psyche_fast import cli
-    from psyche_fast.rank import link as rank_link
     from psyche_fast.rank.trainer import Trainer
 
     compute = Trainer._forward_backward
@@ -224,7 +223,6 @@ def _host_of_ranks() -> None:
         return found
 
     Trainer._forward_backward = paced  # type: ignore[method-assign]
-    rank_link.step_seconds = lambda *_: PACE  # what `--link` goes by
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -292,13 +290,9 @@ def measure_methods(
                 delay, exchange = _reckoned(model, METHODS[method], LINKS.get(link, FREE))
                 if exchange > LONGEST and not delay:
                     return
-                known = ()
-                if link in LINKS:  # as somebody gives it who knows it
-                    rate, latency = LINKS[link]
-                    known = ("--link", f"{1e-6 * rate:g}Mbit,{1e3 * latency:g}ms")
                 output = folder / f"{method}-{link[:3]}"
                 ranks[link].run(
-                    port, *flags, *METHODS[method], *known, "--output", str(output),
+                    port, *flags, *METHODS[method], "--output", str(output),
                     "--micro-batch", str(arguments["micro"]),
                 )  # fmt: skip
                 times[method, link] = _times(output, _LEARNT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +110,6 @@ class MethodOptimizer(Optimizer):
         peers: this rank's counterparts in the other replicas; None for one replica.
         masters: fp32 copies of parameters of narrower types by name, to which steps are added.
         undecayed: names of the parameters without weight decay.
-        connected: called once the connections to other replicas are there.
     """
 
     def __init__(
@@ -120,9 +119,7 @@ class MethodOptimizer(Optimizer):
         peers: dist.ProcessGroup | Peers | None,
         masters: Mapping[str, Tensor] | None = None,
         undecayed: Container[str] = (),
-        connected: Callable[[], object] = lambda: None,
     ) -> None:
-        self._connected = connected
         self._parameters, self._method = parameters, method
         self._peers, self._masters, self._undecayed = peers, masters, undecayed
         self._made: tuple[Replica, Rounds | Here] | None = None
@@ -170,7 +167,6 @@ class MethodOptimizer(Optimizer):
                 undecayed=self._undecayed,
             )
             rounds = peers.rounds(replica) if isinstance(peers, Peers) else Rounds(replica, peers)
-            self._connected()
             self._made = replica, rounds
         return self._made
 

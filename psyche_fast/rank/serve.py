@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from psyche_fast.rank.link import settle
 from psyche_fast.rank.memory import snapshot_if_full
 from psyche_fast.rank.method import MethodOptimizer, method_of
 from psyche_fast.rank.optimizers import Optimizer, make_optimizer
-from psyche_fast.rank.pace import pace
 from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.simulated import Simulated
 from psyche_fast.rank.topology import GRACE, Topology
@@ -76,25 +74,12 @@ def build_trainer(
     if config.exchange.link is not None and config.run.resume is None:
         settled = settle(config, model, trainable(model), topology)
         config = config.replace(**settled.changes)
-    hold: Callable[[], object] = _nothing
-    if config.exchange.link is not None and peers is None:
-        hold = partial(pace, Link.parse(config.exchange.link), config, topology)
-    trainer = _trainer_of(config, model, topology, hold)
+    trainer = _trainer_of(config, model, topology)
     trainer.settled = settled
     return trainer
 
 
-def _nothing() -> None:
-    """There are no connections to hold."""
-
-
-def _trainer_of(
-    config: RunConfig,
-    model: CausalLM,
-    topology: Topology,
-    connected: Callable[[], object] = _nothing,
-) -> Trainer:
-    """The trainer; `connected` is called once its connections to other replicas are there."""
+def _trainer_of(config: RunConfig, model: CausalLM, topology: Topology) -> Trainer:
     parameters, method = trainable(model), method_of(config)
     undecayed = model.all_but_matrices() if config.optimizer.decay == "matrices" else ()
     optimizer: Optimizer
@@ -105,14 +90,11 @@ def _trainer_of(
             optimizer = LevelsOptimizer(parameters, levels, peers, undecayed)
         else:
             assert method is not None
-            optimizer = MethodOptimizer(
-                parameters, method, peers, model.masters, undecayed, connected
-            )
+            optimizer = MethodOptimizer(parameters, method, peers, model.masters, undecayed)
     else:
         optimizer = make_optimizer(
             config.optimizer, parameters, topology.peers, model.masters, undecayed
         )
-        connected()
     return Trainer(
         model,
         topology,
