@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from unittest import mock
 
@@ -192,3 +193,30 @@ def test_in_an_elastic_run_those_that_differ_from_most_end(
             found[at] = str(error)
     assert found.keys() == ends
     assert all(said.endswith("in 1 of 2 parameters: a") for said in found.values())
+
+
+def asked_and_sent(rank: int) -> list[str]:
+    """What a rank of two does for an exchange, in turn."""
+    done: list[str] = []
+    real = {"irecv": dist.irecv, "isend": dist.isend}
+
+    def noted(name: str) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            done.append(name)
+            return real[name](*arguments, **options)
+
+        return call
+
+    own = torch.full((5,), rank)
+    with mock.patch.multiple(dist, **{name: noted(name) for name in real}):
+        pending = exchange.start(own, dist.group.WORLD)
+    for _ in range(2):  # by whoever looks at it first, and by whoever applies it
+        assert pending.wait().tolist() == [[0] * 5, [1] * 5]
+        assert pending.host().tolist() == [[0] * 5, [1] * 5]
+    return done
+
+
+@pytest.mark.processes
+def test_two_ranks_ask_before_they_send() -> None:
+    """Else what asks for the other's message waits behind the own one: a link goes one way only."""
+    assert run_ranks(asked_and_sent, 2) == [["irecv", "isend"]] * 2

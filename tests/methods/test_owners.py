@@ -334,3 +334,23 @@ def test_what_has_come_is_received_without_anybody_else():
     for name, shared in one.items():
         assert same(shared, other[name])
         assert not same(shared, detached())
+
+
+def test_parts_are_asked_for_before_any_is_sent():
+    """Else what asks for another's part waits behind the own one: a link goes one way only."""
+    done = []
+
+    class Group:
+        def recv(self, tensors, rank, tag):
+            done.append(("recv", rank, tensors[0].numel()))
+            tensors[0].fill_(rank)
+
+        def send(self, tensors, rank, tag):
+            done.append(("send", rank, tensors[0].tolist()))
+
+    one = object.__new__(exchanges._Gloo)
+    one.size, one._own, one._group = 3, 1, Group()
+    sent = torch.tensor([7, 8, 8, 9], dtype=torch.uint8)
+    parts = one.all_to_all(sent, [1, 2, 1], [3, 2, 0])  # nothing comes from the last
+    assert done == [("recv", 0, 3), ("send", 2, [9]), ("send", 0, [7])]
+    assert parts._received.tolist() == [0, 0, 0, 8, 8]
