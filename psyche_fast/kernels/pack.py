@@ -127,9 +127,8 @@ def pack(
     total = size(plan, values)
     if out is None and isinstance(values, torch.dtype) and plan.k == plan.totalk:
         return _bytes(entries, values)
-    if _is_of_all(values, plan):
-        joined = _joined(entries.values, values)
-        return joined if out is None else out.copy_(joined)
+    if out is None and _is_of_all(values, plan):
+        return _joined(entries.values, values)
     if out is None:
         out = torch.empty(total, dtype=torch.uint8, device=plan.device)
     elif out.shape != (total,) or out.dtype != torch.uint8 or not out.is_contiguous():
@@ -140,6 +139,8 @@ def pack(
         raise ValueError(f"out: wanted a tensor on {plan.device}, got {out.device}")
     if total == 0:
         return out
+    if _is_of_all(values, plan):
+        return out.copy_(_joined(entries.values, values))
     value_bytes = _value_bytes(plan, values)
     if isinstance(values, torch.dtype):
         if entries.values.dtype == torch.bool:

@@ -215,6 +215,19 @@ def test_all_that_is_sent_is_taken_out_where_it_is_made(name, device, backend):
     assert (error <= np.abs(difference).max(1) / 127 * 0.51).all()
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_levels_of_what_is_not_finite_are_not(wrong):
+    """So that receivers refuse them; of other chunks they are as ever."""
+    plan, _, _ = cut(([(64, 64 * 3)], 64), 9)
+    values = torch.randn(3, 9, generator=torch.Generator().manual_seed(3))
+    good, _ = quantise(plan, values, 2)
+    values[1, 4] = wrong
+    codes, _ = quantise(plan, values, 2)
+    assert not codes.scales[1].isfinite().any()
+    assert torch.equal(codes.scales[::2], good.scales[::2])
+    assert torch.equal(codes.codes[::2], good.codes[::2])
+
+
 @pytest.mark.parametrize(("shape", "k"), [((64, 64 * 11), 5), ((16, 16 * 9), 256), ((63, 5), 315)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_travel_with_the_index_code(shape, k, bits, device, backend):

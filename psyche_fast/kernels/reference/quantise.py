@@ -173,14 +173,14 @@ def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
         # The least whole number above the middle; in place of what is below it, it adds up too.
         least = levels.sum(1, keepdim=True).mul_(0.5).floor_().to(torch.int64).add_(1)
         sums = torch.clamp(numbered, min=least << bits, out=larger).sum(1, keepdim=True)
-        count = sums & ((1 << bits) - 1)
+        count = (sums & ((1 << bits) - 1)).clamp_(max=k)  # where there are NaN it is anything
         below = k - count
         upper = (sums >> bits).sub_(least.mul_(below))
         sums = torch.cat([total - upper, upper], dim=1)
         counts = torch.cat([below, count], dim=1)
         sums = torch.where(counts > 0, sums, total).to(torch.float32)
         levels = sums * reciprocals.take(counts)
-    return levels / scale
+    return torch.where(most.isfinite(), levels / scale, torch.nan)  # receivers refuse it
 
 
 @cache
