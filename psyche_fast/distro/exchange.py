@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Pending:
     _device: torch.device
     _sent: Sequence[Tensor]  # kept alive until the collectives have read them
     _received: Sequence[Tensor]
-    _works: Sequence[dist.Work | _Once]
+    _works: Sequence[dist.Work | PointToPoint]
 
     def wait(self) -> Tensor:
         """All peers' messages, `[ranks, n]`, in the order of ranks: the same on every peer.
@@ -117,35 +118,58 @@ def start(message: Tensor, peers: dist.ProcessGroup | None) -> Pending:
 
 def _all_gather(
     received: Tensor, sent: Tensor, group: dist.ProcessGroup
-) -> Sequence[dist.Work | _Once]:
+) -> Sequence[dist.Work | PointToPoint]:
     """Fill `received [ranks, n]` from every rank's `sent [n]`, in rank order."""
     if len(received) == 2 and not sent.is_cuda:
         # Over one connection, on which gloo's all-gather sends first: what asks for the other's
         # message waits behind the own one, and a link goes one way at a time.
         own = dist.get_rank(group)
-        works = [
-            dist.irecv(received[1 - own], group=group, group_src=1 - own),
-            dist.isend(sent, group=group, group_dst=1 - own),
-        ]
+        other = 1 - own
         received[own].copy_(sent)
-        return [_Once(work) for work in works if work is not None]
+        return [
+            PointToPoint(
+                partial(dist.irecv, received[other], group=group, group_src=other),
+                partial(dist.isend, sent, group=group, group_dst=other),
+            )
+        ]
     work = all_gather_single()(received.view(-1), sent, group=group, async_op=True)
     return [] if work is None else [work]
 
 
-class _Once:
-    """What goes between two ranks, which must not be waited for again, as collectives may be."""
+class PointToPoint:
+    """What goes between two ranks, to be waited for as a collective is.
 
-    def __init__(self, work: dist.Work) -> None:
-        self._work: dist.Work | None = work
+    That is again and again, by any thread, and where what fails says so: it begins whether or not
+    the other rank is still there.
+
+    Args:
+        begin: each begins one, in their order.
+    """
+
+    def __init__(self, *begin: Callable[[], dist.Work | None]) -> None:
+        self._works: list[dist.Work] = []
+        self._error: RuntimeError | None = None
         self._lock = threading.Lock()
+        try:
+            for one in begin:
+                work = one()
+                if work is not None:
+                    self._works.append(work)
+        except RuntimeError as error:
+            self._error = error
 
     def wait(self) -> None:
-        """Waits, whichever thread comes first; the others for that one."""
+        """Waits, whichever thread comes first; the others for that one.
+
+        Raises:
+            RuntimeError: a connection is lost, or nothing has come in time.
+        """
         with self._lock:
-            if self._work is not None:
-                self._work.wait()
-                self._work = None
+            if self._error is not None:
+                raise self._error
+            while self._works:  # none may be waited for twice
+                self._works[0].wait()
+                del self._works[0]
 
 
 class Exchange:

@@ -270,10 +270,10 @@ class _Gloo:
         into = staged.new_empty(sum(received))
         come, go = into.split(list(received)), staged.split(list(sizes))
         others = [(self._own + n) % self.size for n in range(1, self.size)]
-        works = [self._group.recv([come[r]], r, 0) for r in others if received[r]]
-        works += [self._group.send([go[r]], r, 0) for r in others if sizes[r]]
+        begin = [partial(self._group.recv, [come[r]], r, 0) for r in others if received[r]]
+        begin += [partial(self._group.send, [go[r]], r, 0) for r in others if sizes[r]]
         come[self._own].copy_(go[self._own])
-        return Parts(into, staged, works)
+        return Parts(into, staged, exchange.PointToPoint(*begin))
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,11 @@ class Parts:
 
     _received: Tensor
     _sent: Tensor  # kept alive until it has been read
-    _works: Sequence[dist.Work]
+    _work: exchange.PointToPoint
 
     def wait(self) -> Tensor:
         """What has come, uint8 in host memory, in the order of ranks."""
-        for work in self._works:
-            work.wait()
+        self._work.wait()
         return self._received
 
 

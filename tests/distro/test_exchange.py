@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from unittest import mock
@@ -220,3 +221,19 @@ def asked_and_sent(rank: int) -> list[str]:
 def test_two_ranks_ask_before_they_send() -> None:
     """Else what asks for the other's message waits behind the own one: a link goes one way only."""
     assert run_ranks(asked_and_sent, 2) == [["irecv", "isend"]] * 2
+
+
+def without_the_other(rank: int) -> str:
+    if rank == 1:
+        return ""  # has gone by the time that the other sends
+    time.sleep(2.0)
+    pending = exchange.start(torch.arange(5), dist.group.WORLD)
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as said:
+            pending.wait()
+    return str(said.value)
+
+
+@pytest.mark.processes
+def test_who_has_gone_is_missed_where_it_is_waited_for() -> None:
+    assert "closed" in run_ranks(without_the_other, 2)[0]
