@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from psyche_fast.distro.chunks import Layout
+from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.method import Method
 from psyche_fast.methods.owners import are_owned, sizes_of
@@ -20,6 +21,11 @@ class Traffic(NamedTuple):
 
     up: int
     down: int
+
+
+def ways(method: Method, replicas: int) -> int:
+    """How often something goes from one end of a link to the other in a round."""
+    return OWNED_WAYS if are_owned(method, replicas) else GATHERED_WAYS
 
 
 def traffic(method: Method, layout: Layout, replicas: int) -> Traffic:

@@ -15,13 +15,13 @@ from psyche_fast.config import RunConfig
 from psyche_fast.distro.chunks import Layout, ParameterLayout
 from psyche_fast.distro.message import MessageFormat
 from psyche_fast.distro.shards import own_layouts
-from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS, Link
+from psyche_fast.links import GATHERED_WAYS, Link
 from psyche_fast.methods import AdamW, Method, Muon, Nesterov
 from psyche_fast.methods.chunked import cut, fragment_names
 from psyche_fast.methods.message import Format
 from psyche_fast.methods.muon import is_hidden_matrix
 from psyche_fast.methods.owners import are_owned
-from psyche_fast.methods.traffic import traffic
+from psyche_fast.methods.traffic import traffic, ways
 from psyche_fast.sharding import local_tensor
 
 
@@ -89,18 +89,17 @@ def costs_of(run: RunConfig, parameters: Mapping[str, Tensor], method: Method | 
         size = MessageFormat(own, ["torch"] * len(own.plans), signs=signs).size
         around = (replicas - 1) * size
         return Costs(1, 1, (size,), (around,), (around,), GATHERED_WAYS)
-    owned = are_owned(method, replicas)
     sent, up, down = [], [], []
     for number, layout in enumerate(layouts(method, parameters)):
         found = traffic(method, layout, replicas)
         up.append(found.up)
         down.append(found.down)
-        if owned:
+        if are_owned(method, replicas):
             sent.append(found.up)
         else:
             sent.append(Format(method, layout, ["torch"] * len(layout.plans), number).size)
-    ways = OWNED_WAYS if owned else GATHERED_WAYS
-    return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down), ways)
+    around = ways(method, replicas)
+    return Costs(method.every, method.delay, tuple(sent), tuple(up), tuple(down), around)
 
 
 def distro_layout(run: RunConfig, parameters: Mapping[str, Tensor]) -> tuple[Layout, list[int]]:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from psyche_fast import config
 from psyche_fast.exchanges import Exchange
-from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS
 from psyche_fast.methods import SGD, Hierarchy, Method, Rounds, rounds_of
 from psyche_fast.methods.exchanges import traffic
 from psyche_fast.methods.hierarchy import Level, checked_levels
-from psyche_fast.methods.owners import are_owned
+from psyche_fast.methods.traffic import ways
 from psyche_fast.rank.clock import Transfer
 from psyche_fast.rank.hub import Here, Peers
 from psyche_fast.rank.method import filled, method_by, skeleton
@@ -184,11 +183,10 @@ class LevelsOptimizer(Optimizer):
             if form is None or self._rank % self._size(at):
                 continue
             up, down = traffic(form, replica.replica, replica.replicas)
-            owned = are_owned(replica.method, replica.replicas)
-            ways = OWNED_WAYS if owned else GATHERED_WAYS
             outermost = at == len(hierarchy.levels) - 1
             if up:
-                transfers.append(Transfer(up, down, replica.method.delay, ways, counts=outermost))
+                around = ways(replica.method, replica.replicas)
+                transfers.append(Transfer(up, down, replica.method.delay, around, outermost))
         return transfers
 
     def stages(self, lr: float) -> Iterator[None]:

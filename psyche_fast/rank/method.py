@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psyche_fast import config
-from psyche_fast.links import GATHERED_WAYS, OWNED_WAYS
 from psyche_fast.methods import (
     SGD,
     AdamW,
@@ -24,7 +23,7 @@ from psyche_fast.methods import (
     Sign,
     get,
 )
-from psyche_fast.methods.owners import are_owned
+from psyche_fast.methods.traffic import ways
 from psyche_fast.options import flag
 from psyche_fast.rank.clock import Transfer
 from psyche_fast.rank.hub import Here, Peers
@@ -141,9 +140,8 @@ class MethodOptimizer(Optimizer):
         """See `Optimizer`."""
         if not self._sent:
             return ()
-        owned = are_owned(self._method, self._replica()[0].replicas)
-        ways = OWNED_WAYS if owned else GATHERED_WAYS
-        return [Transfer(self._sent, self._received, self._method.delay, ways)]
+        around = ways(self._method, self._replica()[0].replicas)
+        return [Transfer(self._sent, self._received, self._method.delay, around)]
 
     @property
     def refused_results(self) -> dict[int, int]:

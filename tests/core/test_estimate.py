@@ -64,11 +64,17 @@ def hold(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[int, int]:
     give_back_at_once()
     before = anonymous()
     trainer = build_trainer(run, resolve_model(str(folder)), torch.device("cpu"))
-    forget_peak()
+    most = 0
     for step in (1, 2, 3):
-        trainer.train(step, Batch(torch.randint(2048, (rows, length))))
-        trainer.optimize(step)
-    return anonymous_peak() - before, trainer.bytes_sent
+        for call in (
+            lambda step: trainer.train(step, Batch(torch.randint(2048, (rows, length)))),
+            trainer.optimize,
+        ):
+            # Of each part alone: pages of code that come in after a peak would be taken from it.
+            forget_peak()
+            call(step)
+            most = max(most, anonymous_peak())
+    return most - before, trainer.bytes_sent
 
 
 @pytest.mark.processes
@@ -81,8 +87,7 @@ def test_memory_and_bytes_are_those_of_a_run(tmp_path: Path, name: str) -> None:
     found = estimate(read_config(resolve_model(str(folder))), run)
     grown, sent = run_ranks(hold, run.parallelism.world_size, folder, RUNS[name])[0]
     assert sent == found.sent
-    # A process may have had room before: alone this grows by 15 MB more than beside other tests.
-    assert 0.88 * found.memory < grown < 1.1 * found.memory + SLACK
+    assert 0.9 * found.memory < grown < 1.1 * found.memory + SLACK
     assert not dist.is_initialized()
 
 
