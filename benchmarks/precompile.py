@@ -24,7 +24,7 @@ from psyche_fast.kernels import autotune, tuning
 from psyche_fast.kernels.workloads import workload
 
 Job = tuple[str, int, int, int]
-MOST_PROCESSES = 12
+MOST_PROCESSES = 14
 
 
 def jobs(tiny: bool) -> list[Job]:

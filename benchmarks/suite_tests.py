@@ -19,7 +19,7 @@ from benchmarks.suite_process import ROOT, UNUSABLE
 WITHOUT_GPU = ("test_aot.py", "test_compile_guard.py", "test_interpreter.py", "test_sass.py")
 QUICK = ("test_versions.py",)
 OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-MOST_PROCESSES = 10
+MOST_PROCESSES = 14
 TEST_S = 90.0
 """After so long a test counts as hanging; some compile 34 kernels."""
 LIMIT = "PSYCHE_FAST_TEST_SECONDS"

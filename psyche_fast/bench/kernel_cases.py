@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from psyche_fast.bench.kernel_checks import (
@@ -33,6 +34,7 @@ from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import apply as application
 from psyche_fast.kernels import encode as encoding
 from psyche_fast.kernels import pack as wire
+from psyche_fast.kernels.cross_entropy import cross_entropy as loss_and_gradient
 from psyche_fast.kernels.plan import Entries
 
 PEERS = 16
@@ -326,3 +328,35 @@ def codec(data: Data, backend: str, *, direction: str, signs: bool, k: int = 8) 
     times = 1 if direction == "pack" else PEERS
     calls: dict[str, Callable[[], Any]] = {n: partial(call, n) for n in (backend, "torch")}
     return Work(calls, check, times * (entries_bytes + bytes_packed))
+
+
+def cross_entropy(data: Data, backend: str) -> Work:
+    """Sum of losses of a chunk of rows, and the gradient by their logits."""
+    vocabulary = data.shapes[0][0]
+    rows = max(8, min(2048, data.elements // vocabulary))
+    logits = data.fill(torch.empty(rows, vocabulary, dtype=data.dtype, device=data.device), 1.0)
+    targets = torch.arange(rows, device=data.device) % vocabulary
+
+    def plain() -> tuple[Tensor, Tensor]:
+        given = logits.detach().requires_grad_()
+        loss = F.cross_entropy(given.float(), targets, reduction="sum")
+        return loss.detach(), torch.autograd.grad(loss, given)[0]
+
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        return plain() if name == "plain" else loss_and_gradient(logits, targets, backend=name)
+
+    def check(name: str) -> dict[str, Any]:
+        data.fill(logits, 1.0)
+        given = logits.double().requires_grad_()
+        wanted = F.cross_entropy(given, targets, reduction="sum")
+        (slope,) = torch.autograd.grad(wanted, given)
+        loss, gradient = run(name)
+        assert gradient is not None
+        error = distance(gradient.double(), slope)
+        off = abs(float(loss) / float(wanted.detach()) - 1)
+        good = off < 1e-5 and error < 2 * torch.finfo(data.dtype).eps
+        return {"ok": good, "against": "float64", "gradient": error, "loss": off}
+
+    names = (backend, "torch", "plain")
+    least = 2 * logits.numel() * data.dtype.itemsize
+    return Work({n: partial(run, n) for n in names}, check, least, logits.numel())

@@ -115,11 +115,13 @@ class Work:
         calls: by implementation, what is timed.
         check: given an implementation's name, runs it once; figures, and whether they are right.
         bytes: the least that has to be read and written.
+        elements: what times are told by; the layers' parameters where None.
     """
 
     calls: dict[str, Callable[[], Any]]
     check: Callable[[str], dict[str, Any]]
     bytes: int
+    elements: int | None = None
 
 
 def entry_bytes(plan: ChunkPlan, per_chunk: int, signs: bool) -> int:

@@ -75,6 +75,7 @@ def _cases() -> Iterator[Case]:
             senders = f", n={make.PEERS}" if direction == "unpack" else ""
             what = f"{direction} k=8, {'signs' if signs else 'values'}{senders}"
             yield Case("codec", what, build, quick=signs)
+    yield Case("cross entropy", "and its gradient", make.cross_entropy, quick=True)
     yield Case("take up", "k=64 of anchor - own", partial(methods.take_up, k=64), quick=True)
     for bits in (2, 4, 8):
         build = partial(methods.take_up, bits=bits)
@@ -103,14 +104,15 @@ def measure(
         What was found, for JSON; without times where the check failed. The speed goes by the time
         of the kernels on the GPU where the profiler has seen them ("device_ms"), else by "ms".
     """
+    elements = work.elements or data.elements
     record: dict[str, Any] = {
         "dtype": str(data.dtype),
         "kernel": case.kernel,
         "variant": case.variant,
         "implementation": implementation,
-        "elements": data.elements,
+        "elements": elements,
         "bytes": work.bytes,
-        "bytes_per_element": work.bytes / data.elements,
+        "bytes_per_element": work.bytes / elements,
         "floor_ms": work.bytes / copy_gb_per_s / 1e6,
         "target_us_per_million": case.target,
         "check": work.check(implementation),
@@ -122,7 +124,7 @@ def measure(
     record |= device_times(call, data.device)
     taken = record["device_ms"] or record["ms"]["p50"]
     return record | {
-        "us_per_million": 1e9 * taken / data.elements,
+        "us_per_million": 1e9 * taken / elements,
         "gb_per_s": work.bytes / taken / 1e6,
         "copy_fraction": record["floor_ms"] / taken,
     }

@@ -7,6 +7,7 @@ what these hold at most is added up. Any architecture of Transformers' can be es
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.links import Link
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
+from psyche_fast.models.head_loss import chunk_bytes
 from psyche_fast.models.source import read_model as read_model
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.models.tensor_parallel import tensor_parallel
@@ -202,7 +204,7 @@ def estimate(
                 tensor_parallel(module, topology.tensor_mesh, module.config, aliases)
             return module, aliases
 
-        activations = _activations(*build(), run, attention)
+        activations = _activations(*build(), run, attention, device_type)
         module, _ = build()
         largest = [sum(_bytes(p) for p in b.parameters()) for b in parallel.blocks(module).values()]
         rest = sum(map(_bytes, module.parameters())) - sum(largest)
@@ -306,7 +308,9 @@ def _workspace(plan: ChunkPlan, replicas: int) -> int:
     return numbers * plan.compute_dtype.itemsize
 
 
-def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, attention: str) -> int:
+def _activations(
+    module: nn.Module, aliases: dict[str, str], run: RunConfig, attention: str, device_type: str
+) -> int:
     """Bytes that forward and backward of a micro-batch hold at most, whole gradients apart."""
     device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -324,10 +328,12 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         model.train()
-        tokens = torch.zeros(run.training.micro_batch, run.model.sequence_length, dtype=torch.int64)
+        rows = run.training.micro_batch, run.model.sequence_length
+        batch = Batch(torch.zeros(rows, dtype=torch.int64))
         try:
             with LiveBytes() as bytes_:
-                model.loss(Batch(tokens)).backward()
+                model.loss(batch).backward()
+            without_logits = model.goes_without_logits(batch)
         # An architecture that reads values fails in any way; what it would hold is not known.
         except Exception as error:
             why = " ".join(str(error).split())[:200]
@@ -335,4 +341,9 @@ def _activations(module: nn.Module, aliases: dict[str, str], run: RunConfig, att
                 f"estimate: {type(module).__name__} cannot be gone through without values, so "
                 f"there is no estimate: {type(error).__name__}: {why}"
             ) from error
-    return bytes_.peak
+    if not without_logits:
+        return bytes_.peak
+    # Chunks of the loss are of the size that the device has them in, not this machine.
+    head = module.get_output_embeddings().weight  # type: ignore[operator]
+    here, there = (chunk_bytes(kind, math.prod(rows), head) for kind in ("cpu", device_type))
+    return bytes_.peak + there - here

@@ -56,8 +56,11 @@ class GradientGuard:
         finite = _all_finite([g for g in local if g.numel()], self.refused.device)
         for group in self.groups:
             dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
-        factor = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32)
-        factor = factor.to(finite.device, non_blocking=True).where(finite > 0, torch.nan)
+        if isinstance(scale, Tensor):
+            factor = scale.to(finite.device, torch.float32, non_blocking=True)
+        else:  # made where it is used: a copy from the host would wait for the device
+            factor = torch.full_like(finite, 1.0 if scale is None else scale)
+        factor = factor.where(finite > 0, torch.nan)
         self.count(factor)
         self._warn()
         return factor

@@ -35,14 +35,18 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
     "encode": (
         tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items()),
         ({"select_rows": True}, {"select_rows": False}),
+        ({"prefetch": True}, {"prefetch": False}),
         tuple({"stream": s, "keep": k} for s in ("", "evict_first") for k in ("", "evict_last")),
         ({"tiles": 4, "num_warps": 4}, {"tiles": 8, "num_warps": 8}, {"tiles": 8, "num_warps": 4}),
         tuple({"maxnreg": n} for n in (112, 120, 128, 144, 160)),
         tuple({"ctas_per_sm": n} for n in (3, 4, 5)),
     ),
     "apply": (
-        tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items()),
-        tuple({"entries": n} for n in (256, 512, 1024, 2048)),
+        # With 64 ptxas gives up: they do not suffice for a product of whole tiles.
+        tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items() if r > 64),
+        tuple({"scattered": n} for n in (0, 64, 128, 256, 1024)),
+        tuple({"entries": n} for n in (256, 512, 1024)),
+        ({"prefetch": True}, {"prefetch": False}),
         ({"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 8, "maxnreg": 255}),
     ),
     "rows": (
@@ -65,6 +69,10 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
         tuple({"num_warps": n} for n in (4, 8)),
         tuple({"ctas_per_sm": n} for n in (2, 3, 4, 6)),
         tuple({"entries": n} for n in (256, 512, 1024)),
+    ),
+    "cross_entropy": (
+        tuple({"num_warps": n} for n in (4, 8, 16)),
+        tuple({"block": n} for n in (1024, 2048, 4096, 8192)),
     ),
     "codec": (
         tuple({"num_warps": n} for n in (4, 8)),

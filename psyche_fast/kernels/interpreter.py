@@ -5,8 +5,11 @@ In Triton 3.6 to 3.9 the interpreter keeps bfloat16 as raw 16-bit integers, and
 - `tl.dot` multiplies those integers instead of the numbers that they stand for;
 - a conversion from float32 to bfloat16 truncates instead of rounding to nearest, ties to even.
 
-`tests/kernels/test_interpreter.py` shows both, and fails once Triton has mended them: this file can
-go then.
+In Triton 3.6 a scalar is no index either under NumPy 2.5, which no longer converts arrays of one
+element.
+
+`tests/kernels/test_interpreter.py` shows the first two, and fails once Triton has mended them: this
+file can go then.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ def repair() -> None:
     _builder.cast_impl = _cast_bfloat16
     interpreter.GridExecutor.__call__ = _run_grid
     interpreter.InterpretedFunction.__call__ = _call_function
+    interpreter._patch_lang_tensor = _patch_tensor
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         # The class's own aliases are lambdas that look `cast_impl` up on the instance already, but
         # that is not promised.
@@ -35,6 +39,7 @@ def repair() -> None:
 
 _patched: set[int] = set()
 _grid = interpreter.GridExecutor.__call__
+_patch = interpreter._patch_lang_tensor
 
 
 def _run_grid(self: Any, *arguments: Any, **options: Any) -> None:
@@ -55,6 +60,11 @@ def _call_function(self: Any, *arguments: Any, **options: Any) -> Any:
         return self.rewrite()(*arguments, **options)
     except Exception as error:
         raise interpreter.InterpreterError(repr(error)) from error
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:

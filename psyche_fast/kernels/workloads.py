@@ -12,6 +12,7 @@ from psyche_fast.devices import indexed
 from psyche_fast.kernels import accumulate as accumulation
 from psyche_fast.kernels import pack as wire
 from psyche_fast.kernels.apply import apply, lookahead
+from psyche_fast.kernels.cross_entropy import cross_entropy
 from psyche_fast.kernels.encode import encode
 from psyche_fast.kernels.outer import Local, outer
 from psyche_fast.kernels.plan import ChunkPlan, Entries, Member, cut_slices
@@ -228,10 +229,18 @@ def _outer(random: _Random, backend: str, chunks: int) -> Workload:
     return Workload(run, [shared, momentum, own])
 
 
+def _cross_entropy(random: _Random, backend: str, chunks: int) -> Workload:
+    rows, size = max(1, chunks // 16), 500 * SIDE
+    logits = random.normal(rows, size, dtype=torch.bfloat16)
+    targets = torch.arange(rows, device=random.device) % size
+    return Workload(lambda: [cross_entropy(logits, targets, backend=backend)[0]], [logits])
+
+
 _WORKLOADS: dict[str, Callable[[_Random, str, int], Workload]] = {
     "accumulate": _accumulate,
     "apply": _apply,
     "codec": _codec,
+    "cross_entropy": _cross_entropy,
     "encode": _encode,
     "lookahead": _lookahead,
     "outer": _outer,

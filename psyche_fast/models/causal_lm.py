@@ -161,7 +161,7 @@ class CausalLM:
             output = self._call(batch, labels=labels, num_items_in_batch=count)
             return output.loss.float()
         counts = sum(batch.real_tokens()) > 0
-        if self._goes_without_logits(batch):
+        if self.goes_without_logits(batch):
             targets = targets_of(labels)
             with head_loss.instead_of_logits(self._head(), targets):
                 output = self._call(batch, logits=False)
@@ -238,7 +238,7 @@ class CausalLM:
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
 
-    def _goes_without_logits(self, batch: Batch) -> bool:
+    def goes_without_logits(self, batch: Batch) -> bool:
         """Whether the loss is computed in the head, chunk by chunk; all ranks decide alike."""
         return self.module.training and self._prefers_no_logits(batch)
 

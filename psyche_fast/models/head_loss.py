@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psyche_fast.batch import IGNORE
+from psyche_fast.kernels.backends import resolve_backend
+from psyche_fast.kernels.cross_entropy import cross_entropy
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """fp32 logits of a chunk: large enough for the matrix units (on a GPU 1,024 rows of 128k)."""
@@ -34,7 +36,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants = ctx.needs_input_grad[:3]
         rows, device = hidden.shape[0], hidden.device
-        size = max(_CHUNK_BYTES.get(device.type, 64 << 20) // (4 * weight.shape[0]), 64)
+        size = _rows_at_once(device.type, weight.shape[0])
         total = torch.zeros((), device=device)
         # fp32: the incoming gradient scales them before they are rounded, once.
         grads = [
@@ -42,19 +44,18 @@ class _HeadLoss(torch.autograd.Function):
             for t, want in zip((hidden, weight, bias), wants, strict=True)
         ]
         wide = weight.float() if wants[0] and device.type != "cuda" else weight
+        backend = resolve_backend("auto", device) if device.type == "cuda" else "torch"
         for start in range(0, rows, size):
             h, target = hidden[start : start + size], targets[start : start + size]
-            logits = F.linear(h, weight, bias).float()
-            counts = (target != IGNORE).unsqueeze(1)
-            index = target.clamp(min=0).unsqueeze(1)
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += ((normaliser - logits.gather(1, index)) * counts).sum()
-            if not any(wants):
+            logits = F.linear(h, weight, bias)
+            loss, gradient = cross_entropy(
+                logits, target, ignore_index=IGNORE, gradient=any(wants), backend=backend
+            )
+            total += loss
+            if gradient is None:
                 continue
-            gradient = logits.sub_(normaliser).exp_()
-            gradient.scatter_add_(1, index, torch.full_like(normaliser, -1.0)).mul_(counts)
             if grads[2] is not None:
-                grads[2] += gradient.sum(0)
+                grads[2] += gradient.sum(0, dtype=torch.float32)
             if device.type == "cuda":
                 gradient = gradient.to(h.dtype)  # as autograd hands it to the product
                 if grads[0] is not None:
@@ -75,6 +76,22 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(None if g is None else (g * incoming).to(dtype) for g, dtype in grads), None)
+
+
+def _rows_at_once(device_type: str, vocabulary: int) -> int:
+    return max(_CHUNK_BYTES.get(device_type, 64 << 20) // (4 * vocabulary), 64)
+
+
+def chunk_bytes(device_type: str, rows: int, weight: Tensor) -> int:
+    """What the loss of so many rows holds at most for one chunk, the gradients apart.
+
+    On a GPU the logits, in whose place their gradient is, and a product for the head's gradient.
+    """
+    vocabulary, hidden = weight.shape
+    logits = min(rows, _rows_at_once(device_type, vocabulary)) * vocabulary
+    if device_type == "cuda":
+        return logits * weight.dtype.itemsize + 4 * vocabulary * hidden
+    return logits * (weight.dtype.itemsize + 8)
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

@@ -140,12 +140,12 @@ def test_auto_goes_by_size(save_model: SaveModel, monkeypatch: pytest.MonkeyPatc
     model = load(save_model("llama"), loss="auto")
     batch = Batch(torch.randint(3, 64, (2, 16)))
     model.train()
-    assert model._goes_without_logits(batch)
+    assert model.goes_without_logits(batch)
     monkeypatch.setattr(head_loss, "PLAIN_BYTES", 4 * 2 * 16 * 64)
-    assert not model._goes_without_logits(batch)
+    assert not model.goes_without_logits(batch)
     model.eval()
     monkeypatch.setattr(head_loss, "PLAIN_BYTES", 0)
-    assert not model._goes_without_logits(batch)
+    assert not model.goes_without_logits(batch)
 
 
 def _sharded(rank: int, folder: Path) -> list[dict[str, Tensor]]:

@@ -50,7 +50,7 @@ ALLOWED = {
     "kernels": BOTTOM,
     "distro": BOTTOM | {"kernels"},
     "methods": BOTTOM | {"distro", "kernels"},
-    "models": BOTTOM | {"distro"},
+    "models": BOTTOM | {"distro", "kernels"},
     "data": BOTTOM,
     "metrics": BOTTOM,
     "start": BOTTOM,
@@ -202,7 +202,11 @@ def test_private_names_of_torch_and_transformers_are_in_one_file() -> None:
     allowed = {
         "psyche_fast.models.building": {"module._parameters"},
         "psyche_fast.models.tensor_parallel": {"module._parameters"},
-        "psyche_fast.kernels.interpreter": {"interpreter._patch_lang"},  # Triton's
+        # Triton's
+        "psyche_fast.kernels.interpreter": {
+            "interpreter._patch_lang",
+            "interpreter._patch_lang_tensor",
+        },
         "psyche_fast.models.huggingface": {"compat._apply_liger_kernel_to_instance"},
     }
     left = {m: set(names) - allowed.get(m, set()) for m, names in used.items()}
@@ -309,8 +313,8 @@ def test_the_package_stays_small() -> None:
     """Lines that are not blank."""
     lines = {m: sum(1 for line in source(m).splitlines() if line.strip()) for m in modules()}
     assert (
-        sum(n for module, n in lines.items() if part(module) == "kernels") < 6_000
-    )  # those of methods are 1,300
+        sum(n for module, n in lines.items() if part(module) == "kernels") < 6_200
+    )  # those of methods are 1,300, of the loss 150
     methods = sum(n for module, n in lines.items() if part(module) == "methods")
     assert methods < 3_900  # levels of methods are 350 of them, exchanges and owners 900
     # What looks at machines grows with what can be wrong with them.

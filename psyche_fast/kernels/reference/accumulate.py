@@ -9,6 +9,8 @@ from torch import Tensor
 
 from psyche_fast.kernels.accumulate import AccumulationPlan
 
+_LINE = 4096
+
 
 def accumulate(
     plan: AccumulationPlan,
@@ -43,6 +45,19 @@ def squared_norms(plan: AccumulationPlan, tensors: Sequence[Tensor | None]) -> T
             if number == group and t is not None and t.numel()
         ]
         if members:
-            norms = torch._foreach_norm(members, 2.0, dtype=torch.float32)
-            result[group] = torch.stack(norms).square().sum()
+            result[group] = torch.cat(_norms(members)).square().sum()
     return result
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Norms of lines that make up the tensors, 1-d.
+
+    Of a whole tensor torch adds one square after the other on a CPU: 6 % are lost of 200 million.
+    """
+    flat = [t.view(-1) for t in tensors]
+    rest = [t[t.numel() // _LINE * _LINE :] for t in flat]
+    whole = [t[: t.numel() // _LINE * _LINE].view(-1, _LINE) for t in flat]
+    options = {"dtype": torch.float32}
+    ends = torch._foreach_norm([t for t in rest if t.numel()] or rest[:1], 2.0, **options)
+    lines = [torch.linalg.vector_norm(t, dim=1, **options) for t in whole if t.numel()]
+    return [*lines, torch.stack(ends)]

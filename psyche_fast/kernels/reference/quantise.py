@@ -121,7 +121,8 @@ def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
         codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
         return _levels(codes, levels, magnitudes)
     limit = (1 << (bits - 1)) - 1
-    scales.copy_(torch.where(most >= _LEAST, most / limit, 0.0))
+    # By a tensor: on a GPU torch multiplies by the reciprocal of a number instead of dividing.
+    scales.copy_(torch.where(most >= _LEAST, most / most.new_full((), limit), 0.0))
     wide = scales.to(x.dtype)
     inverse = torch.where(scales > 0, _newton(scales.clamp(min=_LEAST / 256)), 0.0).to(x.dtype)
     multiples = torch.mul(x, inverse, out=magnitudes).round_().clamp_(-limit, limit)

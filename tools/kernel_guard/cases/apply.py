@@ -53,11 +53,15 @@ def _case(
 ) -> Case:
     options, own = cpu_launch_options("apply")
     at_once, one_pass = entries_at_once(m, own["entries"])
+    one_pass &= at_once <= own["scattered"]
     variant = f"{h}x{w} {m} {'signs' if signs else 'values'}, {parameter} parameter"
     variant += f", {delta} delta, {copy} look-ahead" if ahead else ", no look-ahead"
     loops: tuple[Loop, ...] = ()
     if not one_pass:
-        loops = (Loop("count", -(-m // at_once)), Loop("convert", padded(h) * padded(w) // at_once))
+        loops = (
+            Loop("count", -(-m // at_once)),
+            Loop("convert", max(1, padded(h) * padded(w) // 1024)),
+        )
     if not signs:
         loops = (Loop("largest", -(-m // at_once)), *loops)
     return Case(
