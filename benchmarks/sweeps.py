@@ -55,15 +55,6 @@ _REGISTERS = {2: 255, 3: 168, 4: 128, 6: 80}
 
 SWEEPS = (
     Sweep(
-        "fetching ahead", "encode", _encode(8, 32),
-        tuple({"prefetch": ahead} for ahead in (False, True)),
-    ),
-    Sweep(
-        "fetching ahead", "apply",
-        (_apply(peers=16, signs=True, k=8), _apply(peers=4, signs=False, k=8)),
-        tuple({"prefetch": ahead} for ahead in (False, True)),
-    ),
-    Sweep(
         "entries whose places alone are converted", "apply",
         (
             _apply(peers=4, signs=True, k=8), _apply(peers=16, signs=True, k=8),

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +51,8 @@ _TRAIN = "psyche_fast.cli:main"
 RANKS = {"psyche_fast": _TRAIN, "psyche_fast.sidecar": "psyche_fast.sidecar:main"}
 TIMEOUT = 220.0
 """Seconds that processes may take."""
+INTERPRETER = "TRITON_INTERPRET"
+"""The environment variable that has kernels interpreted."""
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000
 allowed = True
@@ -58,7 +60,11 @@ allowed = True
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, check_collectives: bool = False
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    check_collectives: bool = False,
+    interpreted: Collection[int] = (),
 ) -> list[Any]:
     """Runs `function(rank, *args)` in each of `world` processes that form a gloo group.
 
@@ -69,6 +75,7 @@ def run_ranks(
         check_collectives: whether ranks that call different collectives, or the same one with
             other shapes, are told so at once (`TORCH_DISTRIBUTED_DEBUG=DETAIL`). It wraps every
             collective, so that what is tested is not what users run: for a few tests alone.
+        interpreted: ranks that have Triton's interpreter, also where there is a GPU.
 
     Returns:
         What they returned, in the order of ranks.
@@ -76,7 +83,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         group = store, world, check_collectives
-        return _values([(_in_group, rank, group, function, args) for rank in range(world)])
+        calls = [(_in_group, rank, group, function, args) for rank in range(world)]
+        return _values(calls, interpreted)
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -239,9 +247,19 @@ def context() -> Any:
     return server
 
 
-def _start(function: Callable[..., None], *args: Any) -> Any:
-    process = context().Process(target=function, args=args)
-    process.start()
+def _start(function: Callable[..., None], *args: Any, interpreted: bool = False) -> Any:
+    server = context()
+    if not interpreted or INTERPRETER in os.environ:
+        process = server.Process(target=function, args=args)
+        process.start()
+        return process
+    # The server has imported triton, which cannot be told any more.
+    os.environ[INTERPRETER] = "1"
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+        process.start()
+    finally:
+        del os.environ[INTERPRETER]
     return process
 
 
@@ -252,12 +270,13 @@ def _end(processes: list[Any]) -> None:
         process.join()
 
 
-def _values(calls: list[tuple[Any, ...]]) -> list[Any]:
+def _values(calls: list[tuple[Any, ...]], interpreted: Collection[int] = ()) -> list[Any]:
     """The values of functions with arguments, each in a process of its own; all end with one."""
     processes, waiting = [], {}
     for number, call in enumerate(calls):
         reader, writer = multiprocessing.Pipe(duplex=False)
-        processes.append(_start(_send_value, writer, *call))
+        process = _start(_send_value, writer, *call, interpreted=number in interpreted)
+        processes.append(process)
         writer.close()
         waiting[reader] = number
     values: dict[int, Any] = {}

@@ -35,7 +35,6 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
     "encode": (
         tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items()),
         ({"select_rows": True}, {"select_rows": False}),
-        ({"prefetch": True}, {"prefetch": False}),
         tuple({"stream": s, "keep": k} for s in ("", "evict_first") for k in ("", "evict_last")),
         ({"tiles": 4, "num_warps": 4}, {"tiles": 8, "num_warps": 8}, {"tiles": 8, "num_warps": 4}),
         tuple({"maxnreg": n} for n in (112, 120, 128, 144, 160)),
@@ -46,7 +45,6 @@ SEARCH: dict[str, tuple[tuple[Options, ...], ...]] = {
         tuple({"ctas_per_sm": n, "maxnreg": r} for n, r in _REGISTERS.items() if r > 64),
         tuple({"scattered": n} for n in (0, 64, 128, 256, 1024)),
         tuple({"entries": n} for n in (256, 512, 1024)),
-        ({"prefetch": True}, {"prefetch": False}),
         ({"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 8, "maxnreg": 255}),
     ),
     "rows": (

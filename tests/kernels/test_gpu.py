@@ -63,6 +63,8 @@ def test_two_streams_at_once_are_refused(device, backend):
     torch.cuda.synchronize()
     first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
     with torch.cuda.stream(first):
+        demo.step()  # what a stream's first step makes may wait
+        torch.cuda.synchronize()
         torch.cuda._sleep(1 << 30)  # cycles: half a second
         demo.step()
     with torch.cuda.stream(second):

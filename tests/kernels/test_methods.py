@@ -207,7 +207,9 @@ def test_all_that_is_sent_is_taken_out_where_it_is_made(name, device, backend):
             wanted = exact - share * (exact if is_exact else f64(seen))
             assert np.abs(f64(state).reshape(wanted.shape) - wanted).max() < 3e-6
         (mine, _, seen), (theirs, _, also) = found
-        assert float((f64(seen) != f64(also)).mean()) < 0.01  # `x` may differ in its last bit
+        # `x` may differ in its last bit, and with the largest of a chunk the unit of all of it.
+        off = np.abs(f64(seen) - f64(also)) > 2.0**-22 * np.abs(exact).max(1, keepdims=True)
+        assert float(off.mean()) < 0.01
         assert (mine is None) == (theirs is None)
     codes = encode_all(plan, None, own, [1.0] * len(own), bits=8, anchors=anchors, backend=backend)
     seen = dequantise(plan, Codes(codes.codes[None], codes.scales[None]), 8, backend=backend)[0]

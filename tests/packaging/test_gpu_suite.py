@@ -89,7 +89,17 @@ def test_dry_run_from_a_bare_checkout(tmp_path):
     assert sections["correctness"]["outcomes"] == {"passed": sections["correctness"]["tests"]}
     kernels = sections["kernels"]["records"]
     assert len(sections["smoke"]["records"]) == len(smoke.CASES)
-    kinds = {"encode", "apply", "subtract", "lookahead", "accumulate", "codec", "outer", "cross entropy", "take up"}
+    kinds = {
+        "encode",
+        "apply",
+        "subtract",
+        "lookahead",
+        "accumulate",
+        "codec",
+        "outer",
+        "cross entropy",
+        "take up",
+    }
     assert {r["kernel"] for r in kernels if r["implementation"] == "interpret"} == kinds
     assert {r["implementation"] for r in kernels} == {"interpret", "torch", "plain"}
     for section in ("kernels", "steps", "sweeps"):

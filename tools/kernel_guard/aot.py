@@ -113,10 +113,7 @@ def compile_case(case: Case, target: Target) -> Any:
     from triton.compiler import ASTSource
 
     names = case.fn.arg_names
-    constexprs = dict(case.constexprs)
-    if "PREFETCH" in names:
-        constexprs["PREFETCH"] = target.nvidia
-    given = [*case.signature, *constexprs]
+    given = [*case.signature, *case.constexprs]
     if sorted(given) != sorted(names):
         wrong = ", ".join(sorted(set(given) ^ set(names))) or "one given twice"
         raise ValueError(f"{case.name}: arguments differ from the kernel's: {wrong}")
@@ -129,7 +126,7 @@ def compile_case(case: Case, target: Target) -> Any:
     source = ASTSource(
         case.fn,
         {name: case.signature.get(name, "constexpr") for name in names},
-        constexprs=constexprs,
+        constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     if target.nvidia:

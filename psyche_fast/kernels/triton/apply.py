@@ -18,14 +18,12 @@ from psyche_fast.kernels.triton.arithmetic import (
     load_limbs,
     mean_coefficients,
     power_of_two,
-    prefetch_rows,
     sandwich,
     sign_times,
 )
 from psyche_fast.kernels.triton.launch import (
     ROW_ENTRIES,
     Planned,
-    can_prefetch,
     entries_at_once,
     launch_options,
     on_device,
@@ -81,7 +79,6 @@ def apply_tiles(
     PARAMETER: tl.constexpr,
     COPY: tl.constexpr,
     ALIGNED: tl.constexpr,
-    PREFETCH: tl.constexpr = False,
 ):
     """`p = shrink * p - rate * direction`, and the look-ahead `p - rate * sign(delta)`.
 
@@ -105,7 +102,6 @@ def apply_tiles(
         AHEAD: whether there is a look-ahead to write.
         PARAMETER: dtype of the parameters.
         COPY: dtype of the look-ahead.
-        PREFETCH: have what is read once come while entries are counted.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
@@ -116,13 +112,6 @@ def apply_tiles(
     for tile in range(pid, tiles, tl.num_programs(0)):
         p_at, member = locate(members, table, tile, i, j, PARAMETER, ALIGNED)
         d_at = delta + tl.cast(tile, tl.int64) * (h * w) + i * w + j
-        if PREFETCH and h == H and w == W:
-            zero = tl.zeros([1], tl.int32)
-            first, _ = locate(members, table, tile, zero, zero, PARAMETER, ALIGNED)
-            first = tl.max(first.to(tl.int64), 0).to(tl.pointer_type(PARAMETER))
-            prefetch_rows(first, tl.load(members + 2 * member + 1).to(tl.int32), h, w)
-            if AHEAD:
-                prefetch_rows(delta + tl.cast(tile, tl.int64) * (h * w), w, h, w)
         # Early, to be on its way while entries are counted, where there are the registers for it.
         EARLY: tl.constexpr = tl.float32 != PARAMETER
         if EARLY:
@@ -303,7 +292,6 @@ def apply(
         constants["SHRINK"] = shrinks is not None
         chosen = launch_options("apply", plan.device)[1]
         constants["ONE_PASS"] &= constants["E"] <= chosen["scattered"]
-        constants["PREFETCH"] = chosen["prefetch"] and can_prefetch(plan.device)
         # One pass wants zeros, the other way leaves whatever it was.
         planes = 2 * elements + 8 * (not constants["ONE_PASS"])
         scratch = (words, ready.scratch(torch.float16, planes, plan.device))

@@ -18,24 +18,6 @@ infinity."""
 
 
 @triton.jit
-def prefetch(at):
-    """Have the lines at some addresses on their way to the L2 cache, NVIDIA's instruction."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def prefetch_rows(at, stride, h: tl.constexpr, w: tl.constexpr):
-    """As `prefetch`, of a tile whose rows lie `stride` elements apart."""
-    LINE: tl.constexpr = 1024 // at.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (w + LINE - 1) // LINE
-    n = tl.arange(0, h * LINES)
-    prefetch(at + (n // LINES) * stride + (n % LINES) * LINE)
-
-
-@triton.jit
 def sign_times(x, a):
     """`a * sign(x)` for float32, with sign(0) = 0. Three bit operations instead of two compares."""
     signed = a.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & (-2147483648))

@@ -15,13 +15,11 @@ from psyche_fast.kernels.triton.apply import subtract
 from psyche_fast.kernels.triton.arithmetic import (
     MAGNITUDE,
     add_product,
-    prefetch_rows,
     sandwich,
     split,
 )
 from psyche_fast.kernels.triton.launch import (
     MOST_ROUNDS,
-    can_prefetch,
     encode_constants,
     launch_options,
     on_device,
@@ -158,7 +156,7 @@ def encode_tiles(
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
     SELECT_ROWS: tl.constexpr, STREAM: tl.constexpr, KEEP: tl.constexpr,
     ANCHOR: tl.constexpr = False, SHARE: tl.constexpr = False, TRANSFORM: tl.constexpr = True,
-    FLAT: tl.constexpr = False, PREFETCH: tl.constexpr = False,
+    FLAT: tl.constexpr = False,
 ):  # fmt: skip
     """One program handles groups of `T` tiles; a tile is one chunk `h x w` padded to `H x W`.
 
@@ -194,7 +192,6 @@ def encode_tiles(
         KEEP: eviction policy of the coefficients.
         TRANSFORM: else elements are selected from as they are, and bases are not read.
         FLAT: tiles are runs of vectors, their rows side by side.
-        PREFETCH: have the next tile's state and gradient come while this one is worked on.
     """
     pid = tl.program_id(0)
     i = tl.arange(0, H)[:, None]
@@ -237,20 +234,6 @@ def encode_tiles(
                 d = tl.load(state, eviction_policy=STREAM).to(tl.float32)
             else:
                 d = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-            if PREFETCH and WHOLE:
-                # Here, where there is nothing to do but to wait for the state.
-                following = tl.where(t + 1 < T, tile + 1, group + tl.num_programs(0) * T)
-                following = tl.minimum(following, tiles - 1)
-                prefetch_rows(delta + tl.cast(following, tl.int64) * (h * w), w, h, w)
-                f_member = tl.load(table + 2 * following).to(tl.int32)
-                f_address = tl.load(members + 2 * f_member)
-                f_stride = tl.load(members + 2 * f_member + 1).to(tl.int32)
-                if FLAT:
-                    f_stride = w
-                f_at = f_address.to(tl.pointer_type(GRADIENT))
-                f_at += tl.load(table + 2 * following + 1)
-                if f_address != 0:
-                    prefetch_rows(f_at, f_stride, h, w)
             if M > 0 and TRANSFORM:
                 d -= decode_own(
                     previous_indices, previous_values, rows_h, rows_w, tl.cast(tile, tl.int64) * M,
@@ -427,7 +410,6 @@ def _encode(
             **encode_constants(k, m), "T": together, "h": h, "w": w, "H": H, "W": W,
             "SELECT_ROWS": own["select_rows"], "STREAM": own["stream"], "KEEP": own["keep"],
             "SHARE": share != 1.0, "TRANSFORM": plan.is_transformed, "FLAT": is_flat,
-            "PREFETCH": own["prefetch"] and can_prefetch(device),
         }  # fmt: skip
     scratch = [ready.scratch(torch.float32, grid[0] * together * size, device)] if size else []
     with on_device(device):

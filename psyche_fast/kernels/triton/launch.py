@@ -278,12 +278,6 @@ def launch_options(kernel: str, device: torch.device) -> tuple[dict[str, Any], d
     return ours, own
 
 
-def can_prefetch(device: torch.device) -> bool:
-    """Whether kernels may use NVIDIA's instruction that has memory come ahead of time."""
-    compiled = device.type == "cuda" and not triton.knobs.runtime.interpret
-    return compiled and torch.version.hip is None
-
-
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Within, launches go to the device, whichever is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
