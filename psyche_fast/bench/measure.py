@@ -166,7 +166,8 @@ def device_times(call: Callable[[], object], device: torch.device) -> dict[str, 
         return {"launches": None, "device_ms": None, "kernels": None}
     call()
     torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(PROFILED):
             call()
         torch.cuda.synchronize(device)

@@ -97,6 +97,7 @@ class Profile:
                         ),
                         on_trace_ready=self._ready,
                         record_shapes=True,
+                        acc_events=True,  # there is one cycle; torch 2.11 warns otherwise
                     )
                 )
             yield

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tools.kernel_guard import sass
+from tools.kernel_guard.races import races
 
 if TYPE_CHECKING:  # the package with the kernels needs triton, which need not be installed
     from tools.kernel_guard.case import Case
@@ -77,6 +78,7 @@ class Measurement:
         instructions: instructions executed per tile, counted by warp. NVIDIA only.
         round_barriers: barriers of the block within the loop "rounds", None without that loop.
         uncounted: why the instructions could not be counted.
+        races: accesses that no barrier keeps apart.
         tags: the case's tags.
     """
 
@@ -92,6 +94,7 @@ class Measurement:
     instructions: float | None = None
     round_barriers: int | None = None
     uncounted: str | None = None
+    races: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
     @property
@@ -155,7 +158,8 @@ def measure(case: Case, target: Target) -> Measurement:
         reason = f"needs {shared} bytes of shared memory, a block has {target.shared}"
         return replace(blank, refused=reason)
     read = _read_nvidia(case, compiled) if target.nvidia else parse_amd(compiled.asm["amdgcn"])
-    return replace(blank, shared=shared, **read)
+    found = tuple(races(compiled.asm["ttgir"]))
+    return replace(blank, shared=shared, races=found, **read)
 
 
 def _reason(error: Exception) -> str:

@@ -260,6 +260,8 @@ def _faults(one: Measurement, limits: Limits, foreign: bool) -> Iterable[str]:
         return
     if one.uncounted is not None:
         yield f"{where}: {one.uncounted}"
+    for pair in one.races:
+        yield f"{where}: {pair}"
     for metric, (factor, addend) in FOREIGN.items():
         value, limit = getattr(one, metric), line.get(metric)
         if value is None or limit is None:

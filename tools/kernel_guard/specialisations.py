@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tools.kernel_guard.races import races
+
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin")
 """The steps of Triton's compiler. Shared memory is known after "llir", registers after "cubin"."""
 CAPABILITY = 90
@@ -133,7 +135,7 @@ def lower(wanted: Specialisation, until: str) -> bool:
     options = backend.parse_options(dict(wanted.options))
     key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
     mark = Path(knobs.cache.dir) / "kernel_guard" / hashlib.sha256(key.encode()).hexdigest()
-    mark = mark.with_suffix(f".{until}")
+    mark = mark.with_suffix(f".{until}.in-order")
     if mark.exists():
         return True
     context = ir.context()
@@ -146,6 +148,8 @@ def lower(wanted: Specialisation, until: str) -> bool:
     facts: dict[str, Any] = {**options.__dict__, "target": target}
     for stage in STAGES[: STAGES.index(until) + 1]:
         module = stages[stage](module, facts)
+        if stage == "ttgir" and (found := races(str(module))):
+            raise RuntimeError("; ".join(found))
     if facts.get("shared", 0) > SHARED:
         raise RuntimeError(f"needs {facts['shared']} bytes of shared memory, there are {SHARED}")
     mark.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ def compile_cases() -> list[Case]:
             options=options,
             loops=(Loop("largest", 1), Loop("gradient", 1))[: 1 + gradient],
             elements=own["block"],
+            aligned=("logits", "targets", "losses", "V"),  # as vocabularies mostly are
         )
         for dtype in ("bf16", "fp32")
         for gradient in (True, False)

@@ -56,6 +56,17 @@ def greedy(x, out, N: tl.constexpr):
     tl.store(out + i, values / total)
 
 
+@triton.jit
+def cleared(words, out, N: tl.constexpr, IN_ORDER: tl.constexpr):
+    """Reads words and clears them, by other threads: stores are of 16 bytes, loads of more."""
+    at = tl.arange(0, N)
+    word = tl.load(words + at, cache_modifier=".cg")
+    if IN_ORDER:
+        tl.debug_barrier()
+    tl.store(words + at, tl.zeros([N], tl.int32))
+    tl.store(out + at, word.to(tl.float16))
+
+
 FLOATS = {"x": "*fp32", "out": "*fp32"}
 INTS = {"x": "*i32", "out": "*i32"}
 
@@ -78,6 +89,11 @@ def _product(variant: str, n: int, m: int, **options: int) -> Case:
     return Case("product", variant, product, square, {"N": n, "M": m}, options)
 
 
+def _cleared(variant: str, in_order: bool) -> Case:
+    constants = {"N": 1024, "IN_ORDER": in_order}
+    return Case("cleared", variant, cleared, {"words": "*i32", "out": "*fp16"}, constants)
+
+
 def compile_cases() -> list[Case]:
     three = {"x": "*fp32", "y": "*fp32", "out": "*fp32", "n": "i32"}
     return [
@@ -88,6 +104,8 @@ def compile_cases() -> list[Case]:
         _rounds("one warp", 1, 64),
         _rounds("four warps", 4, 64),
         _rounds("unrolled", 4, 2),
+        _cleared("at once", False),
+        _cleared("in order", True),
         _product("64", 64, 64),
         _product("wide", 64, 1024, num_warps=16),
         _product("thin", 64, 4),

@@ -50,6 +50,14 @@ def test_compiling_leaves_this_process_and_its_interpreter_alone(measured):
         assert knobs.runtime.interpret
 
 
+def test_accesses_that_no_barrier_keeps_apart_are_found(measured):
+    (found,) = measured["cleared at once"].races
+    assert "load" in found
+    assert "store" in found
+    assert "of words have no barrier between them" in found
+    assert all(one.races == () for name, one in measured.items() if name != "cleared at once")
+
+
 def test_registers_shared_memory_and_spills_are_read(measured):
     add = measured["add"]
     # 8 elements a thread of three arrays and their addresses; nothing shared, nothing spilt.
