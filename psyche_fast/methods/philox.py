@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,12 +61,18 @@ def keys(numbers: Mapping[str, Tensor], *, seed: int, turn: int) -> Tensor:
         int64 `[n, 6]` of numbers of 32 bits, of one parameter's chunks after the other's.
     """
     chunks = torch.cat(list(numbers.values())).unsqueeze(1)
-    counts = torch.tensor([len(own) for own in numbers.values()])
-    names = torch.tensor([name_key(name) for name in numbers]).repeat_interleave(counts)
+    names = _names(tuple((name, len(own)) for name, own in numbers.items()), chunks.device)
     rounds = torch.arange(_ROUNDS, device=chunks.device)
-    words = [torch.tensor(w & _MASK, device=chunks.device) for w in (turn, turn >> 32)]
-    key = seed & _MASK, names.to(chunks.device).unsqueeze(1)
-    return philox((rounds, chunks, *words), key)
+    # Filled in where they are used: what comes from the host would wait for the device.
+    words = [chunks.new_full((), w & _MASK) for w in (turn, turn >> 32)]
+    return philox((rounds, chunks, *words), (seed & _MASK, names))
+
+
+@lru_cache(maxsize=32)
+def _names(counts: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+    """The key of each chunk's parameter, `[n, 1]`; `counts` are the parameters' chunks."""
+    keys = torch.tensor([name_key(name) for name, _ in counts])
+    return keys.repeat_interleave(torch.tensor([n for _, n in counts])).to(device).unsqueeze(1)
 
 
 def positions(keys: Tensor, size: int, k: int) -> Tensor:
@@ -90,7 +97,8 @@ def positions(keys: Tensor, size: int, k: int) -> Tensor:
     own = _signed(keys).unsqueeze(2)
     places = torch.arange(k, dtype=torch.int32, device=keys.device).expand(len(keys), k)
     places = _permuted(places, own, low, bits - low)
-    while bool((beyond := places >= size).any()):
+    # Nothing is beyond a power of two, and no device is waited for.
+    while size < 1 << bits and bool((beyond := places >= size).any()):
         again = _permuted(places, own, low, bits - low)
         places = torch.where(beyond, again, places)
     return places.sort(dim=1).values.to(torch.int64)

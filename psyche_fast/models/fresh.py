@@ -14,7 +14,7 @@ from psyche_fast.locations import FRESH
 from psyche_fast.presets import fresh_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 _VOCABULARY = 32000
 """Llama 2's."""
@@ -40,6 +40,17 @@ def fresh_folder(name: str) -> Path:
     """
     size = name.removeprefix(FRESH)
     return _cached(f"fresh-{size}-1", fresh_shape(size), tied=True)
+
+
+def fresh_config(name: str) -> str:
+    """The `config.json` of `fresh:NAME`, for which nothing is made.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    config = _config(fresh_shape(name.removeprefix(FRESH)), tied=True)
+    config.architectures = ["LlamaForCausalLM"]
+    return str(config.to_json_string())
 
 
 def write_fresh(
@@ -75,27 +86,33 @@ def _cached(name: str, shape: Mapping[str, int], *, tied: bool) -> Path:
     return folder
 
 
-def _write(
-    folder: Path,
+def _config(
     shape: Mapping[str, int],
     *,
     tied: bool,
-    seed: int = 0,
     vocabulary: int = _VOCABULARY,
     max_position_embeddings: int = 2048,
     **ids: Any,
-) -> None:
-    import torch
-    import transformers
-    from transformers import LlamaConfig, LlamaForCausalLM
+) -> LlamaConfig:
+    from transformers import LlamaConfig
 
-    shows = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # "Writing model shards"
     fields: dict[str, Any] = {**shape, **ids}
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary, max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tied, **fields,
     )  # fmt: skip
+
+
+def _write(
+    folder: Path, shape: Mapping[str, int], *, tied: bool, seed: int = 0, **options: Any
+) -> None:
+    import torch
+    import transformers
+    from transformers import LlamaForCausalLM
+
+    shows = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # "Writing model shards"
+    config = _config(shape, tied=tied, **options)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with torch.random.fork_rng(devices=[]):

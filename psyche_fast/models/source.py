@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from psyche_fast import compat
 from psyche_fast.locations import DUMMY, FRESH
-from psyche_fast.models.fresh import dummy_folder, fresh_folder
+from psyche_fast.models.fresh import dummy_folder, fresh_config, fresh_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,11 +213,15 @@ def vocabulary_size(config: dict[str, Any]) -> int | None:
 
 
 def read_model(name: str) -> dict[str, Any]:
-    """The configuration of a folder, of a `config.json`, or of a hub id, without its weights.
+    """The configuration of a folder, a `config.json`, `fresh:NAME` or a hub id, without weights.
 
     Raises:
         ValueError: there is none.
     """
+    if name.startswith(FRESH):
+        return read_config(TensorsSource(fresh_config(name), {}))
+    if name == DUMMY:
+        return read_config(resolve_model(name))
     path = Path(name).expanduser()
     if path.is_file():
         return read_config(TensorsSource(path.read_text(encoding="utf-8"), {}))

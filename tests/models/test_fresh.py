@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from psyche_fast.data import open_dataset
-from psyche_fast.models.source import check_model, resolve_model
+from psyche_fast.models.source import check_model, read_config, read_model, resolve_model
 from tests.tiny import save_llama
 
 
@@ -24,6 +24,21 @@ def test_the_dummy_model_is_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert resolve_model("dummy:") == source
     assert weights.stat() == before
     assert [path.name for path in (tmp_path / "psyche_fast").iterdir()] == ["dummy-model-1"]
+
+
+def test_the_configuration_of_a_fresh_model_is_had_without_making_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read = read_model("fresh:20M")
+    assert list(tmp_path.iterdir()) == []
+    made = read_config(resolve_model("fresh:20M"))
+    written = {"dtype", "transformers_version"}  # by what saves
+    assert {k: v for k, v in read.items() if k not in written} == {
+        k: v for k, v in made.items() if k not in written
+    }
+    with pytest.raises(ValueError, match="--model fresh:7B: there are fresh:20M"):
+        read_model("fresh:7B")
 
 
 def test_fresh_models_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
