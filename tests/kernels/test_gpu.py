@@ -62,9 +62,11 @@ def test_two_streams_at_once_are_refused(device, backend):
     demo.step()
     torch.cuda.synchronize()
     first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    with torch.cuda.stream(first):
-        demo.step()  # what a stream's first step makes may wait
+    for stream in (first, second):  # memory of a new one's own, which may be waited for
+        with torch.cuda.stream(stream):
+            demo.step()
         torch.cuda.synchronize()
+    with torch.cuda.stream(first):
         torch.cuda._sleep(1 << 30)  # cycles: half a second
         demo.step()
     with torch.cuda.stream(second):
@@ -74,7 +76,7 @@ def test_two_streams_at_once_are_refused(device, backend):
         demo.step()
 
 
-@pytest.mark.parametrize("optimizer", ["demo", "distro"])
+@pytest.mark.parametrize("optimizer", ["demo", "demo by numbers", "distro"])
 def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
     parameters = parameters_with_gradients(device)
     fill_gradients(parameters, 0)
@@ -82,6 +84,8 @@ def test_optimizers_do_not_wait_for_the_device(optimizer, device, backend):
     if optimizer == "demo":
         demo = DeMo(parameters.values(), lr, compression_topk=4, backend=backend)
         step = partial(demo.step, grad_scale=lr)
+    elif optimizer == "demo by numbers":
+        step = DeMo(parameters.values(), 0.01, compression_topk=4, backend=backend).step
     else:
         options = {"compression_decay": 0.9, "compression_chunk": 64, "compression_topk": 4}
         distro = DistroStep(parameters, **options, backend=backend)

@@ -8,11 +8,11 @@ A `CudaTensor` has its elements in the CPU's memory and is worked on in it, but 
 - a kernel takes no pointers of both devices (`interpret_launches`).
 
 Within `no_waiting` whatever makes the host wait for the device is refused too: Python asking for a
-tensor's value, a shape that depends on values, and a copy that is not asynchronous.
+tensor's value, a shape that depends on values, and a copy that is not asynchronous, or comes from
+memory that is not pinned: CUDA waits for the stream before it begins such a copy.
 
 `enter` turns torch's constructors and transfers for `device="cuda"` into this, until the process
-ends. There is one stream, which is never captured; memory counts as pinned wherever a copy asks not
-to be waited for.
+ends. There is one stream, which is never captured.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Functions(TorchFunctionMode):
         if function is Tensor.cuda:
             return _to(arguments[0], DEVICE, *arguments[2:], **options)
         if function is Tensor.pin_memory:
-            return arguments[0]
+            return _pinned(arguments[0].clone())
         if ours and function in (Tensor.numpy, Tensor.__array__):
             raise TypeError(
                 f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy the "
@@ -186,10 +186,11 @@ class _Functions(TorchFunctionMode):
         if ours and function is Tensor.tolist:
             _wait("Tensor.tolist")
             return arguments[0].plain.tolist()
-        options.pop("pin_memory", None)
+        pinned = options.pop("pin_memory", False)
         device = options.get("device")
         if device is None or torch.device(device).type not in ("cpu", "cuda"):
-            return function(*arguments, **options)
+            result = function(*arguments, **options)
+            return _pinned(result) if pinned else result
         return _construct(function, arguments, options, torch.device(device))
 
 
@@ -214,6 +215,18 @@ def _construct(
     return (_wrapped(result) if cuda else result).requires_grad_(requires_grad)
 
 
+_PINNED: set[int] = set()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    _PINNED.add(_address(tensor))
+    return tensor
+
+
 def _to(source: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """`Tensor.to`, without its `copy` by position."""
     copy = options.pop("copy", False)
@@ -231,6 +244,8 @@ def _to(source: Tensor, *arguments: Any, **options: Any) -> Tensor:
             return _plain(source).to(device, **changes)
         if not asynchronous:
             _wait(f"a copy from {source.device} to {device}")
+        elif device.type == "cuda" and _address(source) not in _PINNED:
+            _wait("a copy from memory that is not pinned")
         changes["copy"] = True
         result = _plain(source.detach()).to(**changes)
         return CudaTensor.of(result) if device.type == "cuda" else result

@@ -76,6 +76,7 @@ WAITING = {
     "cpu": lambda x: x.cpu(),
     "to the host": lambda x: x.to("cpu"),
     "to the device": lambda x: torch.zeros(3).to(x.device),
+    "from pages": lambda x: torch.zeros(3).to(x.device, non_blocking=True),
     "of the other's kind": lambda x: torch.zeros(3).to(x),
     "tensor": lambda x: torch.tensor([1.0], device=x.device),
     "copy_": lambda x: x.copy_(torch.zeros(3)),
@@ -102,7 +103,7 @@ def test_what_waits_is_refused_where_it_must_not(name):
 def test_what_does_not_wait_is_not_refused():
     x, host = ours(), torch.tensor([1.0, 2.0, 4.0])
     with no_waiting("the test"):
-        y = host.to(x.device, non_blocking=True)
+        y = host.pin_memory().to(x.device, non_blocking=True)
         host.copy_(x, non_blocking=True)
         y[y > 2] = 0
         y[torch.arange(2, device=x.device)] += torch.full((2,), 1.0, device=x.device)
