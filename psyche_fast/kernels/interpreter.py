@@ -77,7 +77,9 @@ def _operand(x: Any) -> np.ndarray:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> Any:
-    product = np.matmul(_operand(a), _operand(b), dtype=d.data.dtype)
+    # Row by row: in a product of whole matrices some processors' sums hang on where a row stands.
+    rows = _operand(a)[..., None, :]
+    product = np.matmul(rows, _operand(b)[..., None, :, :], dtype=d.data.dtype)[..., 0, :]
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 

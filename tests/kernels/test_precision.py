@@ -74,14 +74,16 @@ def two_parts(x, *, cut):
 
 
 def product(a, b):
-    return (a[1] @ b[0] + a[0] @ b[1]) + a[0] @ b[0]
+    """Of parts; sums are exact here, for those of float32 are off by what the processor makes."""
+    a, b = ([part.double() for part in parts] for parts in (a, b))
+    return ((a[1] @ b[0] + a[0] @ b[1]) + a[0] @ b[0]).float()
 
 
 def emulated(x):
     """The kernels' forward transform in PyTorch, `[n, 4096]`: three products, two for bfloat16."""
     high, low = two_parts(BASIS.float(), cut=False)
     if x.dtype == torch.bfloat16:
-        y = x.float() @ low + x.float() @ high
+        y = (x.double() @ low.double() + x.double() @ high.double()).float()
     else:
         y = product(two_parts(x, cut=True), (high, low))
     return product((high.t(), low.t()), two_parts(y, cut=True)).flatten(1)
