@@ -87,7 +87,7 @@ def loose() -> Limits:
 
 
 @pytest.mark.parametrize(
-    ("metric", "most"), [("spills", 64), ("instructions", 4800), ("round_barriers", 0)]
+    ("metric", "most"), [("spills", 72), ("instructions", 5100), ("round_barriers", 0)]
 )
 def test_ceilings_hold_whatever_the_limits_say(metric, most):
     assert faults(loose(), **{metric: most}) == []
@@ -98,9 +98,9 @@ def test_ceilings_hold_whatever_the_limits_say(metric, most):
 
 def test_ceilings_are_loose_under_a_triton_that_the_kernels_were_not_designed_with():
     other = Limits("3.6.0", loose().cases)
-    assert faults(other, triton="3.6.0", instructions=6720) == []
-    assert faults(other, triton="3.6.0", instructions=6721) == [
-        f"{NAME} on sm_90: instructions 6721, designed for at most 6720"
+    assert faults(other, triton="3.6.0", instructions=7140) == []
+    assert faults(other, triton="3.6.0", instructions=7141) == [
+        f"{NAME} on sm_90: instructions 7141, designed for at most 7140"
     ]
 
 
@@ -113,8 +113,8 @@ def ceilings(name: str, target: str = "sm_90", tags: tuple[str, ...] = ()) -> di
 def test_ceilings_are_for_the_classes_that_the_design_gives_figures_of():
     wide, rounds = ("64x64",), ("64x64", "rounds")
     assert ceilings("encode 64x64 k=32 fp32 delta, bf16 gradient", tags=rounds) == {
-        "spills": 64,
-        "instructions": 7200,
+        "spills": 72,
+        "instructions": 7500,
         "round_barriers": 0,
     }
     assert ceilings("encode 64x64 k=64 fp32 delta, fp32 gradient", tags=rounds) == {
@@ -125,7 +125,7 @@ def test_ceilings_are_for_the_classes_that_the_design_gives_figures_of():
     }
     assert ceilings("encode 64x64 k=8 fp32 delta, fp32 gradient", "gfx942", rounds) == {}
     apply = "apply 64x64 128 signs, bf16 parameter, fp32 delta, bf16 look-ahead"
-    assert ceilings(apply, tags=wide) == {"spills": 64, "instructions": 4250}
+    assert ceilings(apply, tags=wide) == {"spills": 72, "instructions": 4250}
     assert ceilings("encode 50x50 k=8 fp32 delta, fp32 gradient") == {}
 
 
