@@ -278,7 +278,7 @@ def apply(
     copies = targets if ahead is None else ready.members(ahead, "look-ahead")
     rate, rate_step = rates(learning_rates, plan.device)
     shrink, shrink_step = rates(shrinks, plan.device)
-    grid, constants, options = _decoding(plan, ready, m)
+    grid, constants, options = _decoding(plan, ready, m, is_exact=True)
     signs = entries.values.dtype == torch.bool
     elements = grid[0] * (ready.rows_per_tile if ready.is_rows else ready.H) * ready.W
     narrow = signs and m < 1 << 15
@@ -290,8 +290,6 @@ def apply(
     else:
         kernel = apply_tiles
         constants["SHRINK"] = shrinks is not None
-        chosen = launch_options("apply", plan.device)[1]
-        constants["ONE_PASS"] &= constants["E"] <= chosen["scattered"]
         # One pass wants zeros, the other way leaves whatever it was.
         planes = 2 * elements + 8 * (not constants["ONE_PASS"])
         scratch = (words, ready.scratch(torch.float16, planes, plan.device))
@@ -371,7 +369,7 @@ def _shape(plan: ChunkPlan, ready: Planned) -> tuple[dict[str, Any], int]:
 
 
 def _decoding(
-    plan: ChunkPlan, ready: Planned, m: int
+    plan: ChunkPlan, ready: Planned, m: int, *, is_exact: bool = False
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, constants and options of a kernel that decodes `m` entries per chunk."""
     options, own = launch_options("rows" if ready.is_rows else "apply", plan.device)
@@ -380,7 +378,8 @@ def _decoding(
     if ready.is_rows:
         constants["MB"] = ROW_ENTRIES
     else:
-        constants["E"], constants["ONE_PASS"] = entries_at_once(m, own["entries"])
+        scattered = own["scattered"] if is_exact else None
+        constants["E"], constants["ONE_PASS"] = entries_at_once(m, own["entries"], scattered)
     return grid, constants, options
 
 

@@ -300,10 +300,13 @@ def encode_constants(k: int, m: int) -> dict[str, Any]:
     }
 
 
-def entries_at_once(m: int, most: int) -> tuple[int, bool]:
-    """Entries of a tile that `apply_tiles` handles at once, and whether these are all."""
+def entries_at_once(m: int, most: int, scattered: int | None = None) -> tuple[int, bool]:
+    """Entries of a tile that `apply_tiles` handles at once, and whether by their places alone.
+
+    So it is where these are all, and no more than `scattered`.
+    """
     every = padded(m)
-    return min(every, most), every <= most
+    return min(every, most), every <= (most if scattered is None else min(most, scattered))
 
 
 _rates: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()

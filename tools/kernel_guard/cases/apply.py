@@ -52,8 +52,7 @@ def _case(
     signs: bool = True,
 ) -> Case:
     options, own = cpu_launch_options("apply")
-    at_once, one_pass = entries_at_once(m, own["entries"])
-    one_pass &= at_once <= own["scattered"]
+    at_once, one_pass = entries_at_once(m, own["entries"], own["scattered"])
     variant = f"{h}x{w} {m} {'signs' if signs else 'values'}, {parameter} parameter"
     variant += f", {delta} delta, {copy} look-ahead" if ahead else ", no look-ahead"
     loops: tuple[Loop, ...] = ()
