@@ -51,6 +51,19 @@ _NAMES = {
 }
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether torch has oneDNN multiply matrices of bfloat16 on this CPU.
+
+    Its own loops, which it takes otherwise, are some hundred times slower than float32's products.
+    """
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # built without oneDNN, as for Apple's
+        return False
+
+
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,8 +50,9 @@ class Model(Section, frozen=True, kw_only=True):
     ] = "emozilla/llama2-215m-init"
     python_arch: Annotated[str, _help("HfAuto, a registered name, or module:function")] = "HfAuto"
     param_dtype: Annotated[
-        Literal["bfloat16", "float32"], _help("the parameters' type in forward and backward")
-    ] = "bfloat16"  # fmt: skip
+        Literal["auto", "bfloat16", "float32"],
+        _help("the parameters' type in forward and backward; auto = bfloat16 where it is fast"),
+    ] = "auto"  # fmt: skip
     master_dtype: Annotated[
         Literal["float32", "bfloat16"],
         _help("what the optimizer adds to; bfloat16 loses small updates"),

@@ -102,6 +102,8 @@ _WRITTEN = {
     "model", "python_arch", "sequence_length", "data_path", "token_size", "seed", "seed_bytes",
     "replicas", "run_id", "total_batch", "total_batch_start", "batch_warmup_tokens",
 }  # fmt: skip
+_PSYCHES = {"param_dtype": "bfloat16"}
+"""What Psyche has without being told."""
 _OF_DISTRO = {
     "distro", "distro_quantization", "compression_chunk", "compression_topk", "compression_decay",
     "weight_decay", "max_grad_norm",
@@ -119,7 +121,7 @@ def _left_out(config: RunConfig) -> tuple[str, ...]:
     return tuple(
         f"{name} = {value!r}"
         for name, value in config.to_dict().items()
-        if name not in written and value != FLAGS[name].default
+        if name not in written and value not in (FLAGS[name].default, _PSYCHES.get(name))
     )
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_fast import compat
+
 
 def indexed(device: torch.device | str) -> torch.device:
     """The device by the one name that its tensors give it: `cuda:0` for `cuda`.
@@ -20,6 +22,28 @@ def indexed(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         return device
     return torch.empty(0, device=device).device
+
+
+def multiplies_bf16(device_type: str) -> bool:
+    """Whether devices of a kind multiply matrices of bfloat16 as fast as of float32, or faster.
+
+    Args:
+        device_type: `cuda` or `cpu`; GPUs that are not here are taken for ones that do.
+    """
+    if device_type == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    return compat.cpu_multiplies_bf16()
+
+
+def working_dtype(param_dtype: str, master_dtype: str, device_type: str) -> str:
+    """What `--param-dtype` stands for: `auto` for bfloat16, or float32 where that is emulated.
+
+    Masters in bfloat16 want parameters that are no wider.
+    """
+    if param_dtype != "auto":
+        return param_dtype
+    narrow = master_dtype == "bfloat16" or multiplies_bf16(device_type)
+    return "bfloat16" if narrow else "float32"
 
 
 def message_for(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:

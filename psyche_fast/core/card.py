@@ -138,7 +138,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         at = time.perf_counter()
-        one @ one
+        one @ (one if count % 2 else one.mT)  # backward's and forward's, which may differ much
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best, count = max(best, 2 * side**3 / (time.perf_counter() - at)), count + 1

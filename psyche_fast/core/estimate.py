@@ -30,6 +30,7 @@ from psyche_fast.compat import (
     without_values,
 )
 from psyche_fast.config import RunConfig
+from psyche_fast.devices import working_dtype
 from psyche_fast.kernels.plan import ChunkPlan
 from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.links import Link
@@ -181,6 +182,8 @@ def estimate(
     Raises:
         ValueError: the model cannot be built or split so, or the method cannot take it.
     """
+    given = run.model.param_dtype, run.model.master_dtype
+    run = run.replace(param_dtype=working_dtype(*given, device_type))
     method = method_of(run)
     dtype: torch.dtype = getattr(torch, run.model.param_dtype)
     attention = choose_attention(

@@ -14,6 +14,7 @@ import transformers
 
 from psyche_fast.core.checkpoints import step_of
 from psyche_fast.data import load_tokenizer
+from psyche_fast.devices import multiplies_bf16
 
 
 def find_model(place: str) -> str:
@@ -76,6 +77,8 @@ def continued(
         raise ValueError(f"{error}; name one with --tokenizer") from error
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        if loaded.dtype == torch.bfloat16 and not multiplies_bf16(torch.device(device).type):
+            loaded.float()  # the same numbers, whose products torch does not emulate
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a model from {model}: {reason}") from error

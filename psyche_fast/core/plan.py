@@ -26,6 +26,7 @@ from psyche_fast.data import (
     folders_of,
     open_dataset,
 )
+from psyche_fast.devices import multiplies_bf16, working_dtype
 from psyche_fast.distro.chunks import chunk_side
 from psyche_fast.kernels.backends import explain, hindrance
 from psyche_fast.locations import shown
@@ -96,7 +97,7 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
     if config.run.output is not None and config.run.resume is None:
         _check_output(Path(config.run.output), config)
     config = _from_start(config, start)
-    run, options, parallelism = config.run, config.model, config.parallelism
+    run, parallelism = config.run, config.parallelism
     if run.save_path is not None:
         check_save_path(Path(run.save_path), Path(run.output or "runs/of-this-start"))
     check_tracker(run.tracker, config.tracking)
@@ -104,9 +105,13 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         check_hub(run.push_to_hub)
     if run.checkpoint_to is not None:
         open_remote(run.checkpoint_to, "--checkpoint-to")
+    devices = choose_devices(config.machines.device, config.ranks_here)
+    kind = devices.devices[0].type
+    typed = _typed(config, start, kind)
+    products = _slow_products(config, typed, kind)
+    config, options = typed, typed.model
     method_of(config)
     levels_of(config)
-    devices = choose_devices(config.machines.device, config.ranks_here)
     registry.resolve(options.python_arch)
     source = resolve_model(options.model)
     model = check_model(source, options.python_arch)
@@ -155,7 +160,8 @@ def make_plan(config: RunConfig, *, ranks_on_this_machine: int | None = None) ->
         device_backend="split" if split else "nccl",
         threads=threads,
     )
-    summary = _summary(config, resolved, model, dataset, devices) + cards + fitted + held.notes
+    summary = _summary(config, resolved, model, dataset, devices) + products + cards
+    summary += fitted + held.notes
     if start is not None:
         summary += check_start(start, resolved, dataset, devices.devices[0])
     if config.optimizer.distro and not on_cpu:
@@ -237,6 +243,29 @@ def _in_clear(config: RunConfig) -> tuple[str, ...]:
 def _masters(config: RunConfig) -> str:
     wide = config.model.param_dtype == "float32" or config.model.master_dtype == "bfloat16"
     return "" if wide else " with fp32 masters"
+
+
+def _typed(config: RunConfig, start: Start | None, device_type: str) -> RunConfig:
+    """The run with its parameters' type: one that goes on keeps what it had on any machine."""
+    given = config.model.param_dtype
+    if given == "auto" and start is not None:
+        given = start.manifest.config["param_dtype"]
+    return config.replace(param_dtype=working_dtype(given, config.model.master_dtype, device_type))
+
+
+def _slow_products(given: RunConfig, config: RunConfig, device_type: str) -> tuple[str, ...]:
+    """What became of a type whose products torch emulates on this device."""
+    if multiplies_bf16(device_type) or given.model.param_dtype == "float32":
+        return ()
+    if config.model.param_dtype == "float32":
+        return (
+            "dtype    float32: torch emulates products of bfloat16 on this device, many times "
+            "slower (--param-dtype bfloat16 has them all the same)",
+        )
+    return (
+        "warning  --param-dtype bfloat16: torch emulates its products on this device, many times "
+        "slower than --param-dtype float32",
+    )
 
 
 def _lost_updates(config: RunConfig) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from datetime import timedelta
 from importlib import import_module, metadata
 from typing import Any
 
+from psyche_fast.devices import multiplies_bf16
 from psyche_fast.doctor import gpus
 from psyche_fast.doctor.finding import Finding, described, ok, problem, warning
 
 _LEAST = (7, 5)
 """The oldest GPUs that Triton compiles for."""
 _BF16 = (8, 0)
-"""The oldest with bfloat16, which parameters have by default."""
+"""The oldest with bfloat16, which parameters have by default where it is."""
 _TIMEOUT = timedelta(seconds=20)
 _OTHER_BUILD = "pip install torch --force-reinstall --index-url https://download.pytorch.org/whl/"
 
@@ -81,6 +82,17 @@ def builds(torch: Any, driver: gpus.Driver) -> Iterator[Finding]:
     yield from _copies(torch)
 
 
+def processor(torch: Any) -> Iterator[Finding]:
+    """Which products the CPU has, where runs take it."""
+    if torch.cuda.is_available():
+        return
+    name = torch.backends.cpu.get_cpu_capability()
+    if multiplies_bf16("cpu"):
+        yield ok("CPU", f"{name}, with products of bfloat16")
+    else:
+        yield ok("CPU", f"{name}; torch emulates bfloat16: parameters are float32 unless asked")
+
+
 def _capabilities(torch: Any) -> Iterator[Finding]:
     """Whether there is code for each GPU."""
     compiled = torch.cuda.get_arch_list()
@@ -111,8 +123,8 @@ def _capabilities(torch: Any) -> Iterator[Finding]:
         elif capability < _BF16:
             yield warning(
                 f"GPU {index}",
-                f"{said}: bfloat16 is emulated, slowly",
-                "--param-dtype float32, or a GPU of sm_80 or later",
+                f"{said}: bfloat16 is emulated, slowly; parameters are float32 unless asked",
+                "a GPU of sm_80 or later",
             )
         else:
             yield ok(f"GPU {index}", said)

@@ -123,9 +123,10 @@ def libraries() -> Iterator[Finding]:
         )
         return
 
-    from psyche_fast.doctor.devices import builds
+    from psyche_fast.doctor.devices import builds, processor
 
     yield from builds(torch, gpus.ask())
+    yield from processor(torch)
 
 
 def flash() -> Iterator[Finding]:

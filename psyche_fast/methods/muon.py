@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from psyche_fast.devices import multiplies_bf16
 from psyche_fast.distro.chunks import ParameterLayout
 from psyche_fast.distro.shards import Parts
 from psyche_fast.methods.method import Muon
@@ -60,14 +61,27 @@ def _type_inside(matrix: Tensor) -> torch.dtype:
 
 
 def _newton_schulz(options: Muon, x: Tensor) -> Tensor:
-    """Of matrices `[n, R, C]`."""
+    """Of matrices `[n, R, C]`.
+
+    Where torch would emulate products of bfloat16, they are float32's of the same numbers, rounded
+    as they would be: what differs is the order in which they are added up.
+    """
     a, b, c = options.ns_coefficients
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=options.eps)
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and not multiplies_bf16(x.device.type):
+        x = x.float()
+
+    def rounded(product: Tensor) -> Tensor:
+        return product if product.dtype == dtype else product.copy_(product.to(dtype))
+
     for _ in range(options.ns_steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = rounded(x @ x.mT)
+        factor = rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        x = rounded(torch.baddbmm(x, factor, x, beta=a))
+    x = x.to(dtype)
     return x.mT.contiguous() if is_tall else x
 
 

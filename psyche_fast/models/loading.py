@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from psyche_fast import compat
 from psyche_fast.config import Model as ModelOptions
+from psyche_fast.devices import working_dtype
 from psyche_fast.models import building, huggingface, parallel, registry, weights
 from psyche_fast.models.attention import choose_attention
 from psyche_fast.models.causal_lm import CausalLM
@@ -134,13 +135,14 @@ def load_configured(
     Raises:
         ValueError: the model cannot be loaded as asked; what and why.
     """
+    dtype = working_dtype(options.param_dtype, options.master_dtype, device.type)
     return load_model(
         source,
         architecture=options.python_arch,
         device=device,
-        param_dtype=getattr(torch, options.param_dtype),
+        param_dtype=getattr(torch, dtype),
         master_dtype=getattr(torch, options.master_dtype),
-        save_dtype=getattr(torch, options.save_dtype or options.param_dtype),
+        save_dtype=getattr(torch, options.save_dtype or dtype),
         attn_implementation=choose_attention(
             options.attn_implementation, device.type, read_config(source).get("model_type")
         ),
@@ -166,6 +168,7 @@ def without_weights(source: ModelSource, options: ModelOptions) -> CausalLM:
         ValueError: the model cannot be built.
     """
     config = read_config(source)
+    assert options.param_dtype != "auto", "what a run has trained has a type"
     dtype: torch.dtype = getattr(torch, options.param_dtype)
     module = _build(config, options.python_arch, dtype, "eager", options.sequence_length)
     _plan(module, weights.ShapesReader(tensor_shapes(source)))  # sets in which form

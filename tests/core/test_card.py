@@ -32,7 +32,7 @@ def test_what_the_card_says(tmp_path: Path) -> None:
     source = resolve_model(str(save_llama(tmp_path / "model")))
     config = RunConfig.of(
         model=str(tmp_path / "model"), sequence_length=32, micro_batch=2, total_batch=4,
-        distro=True, replicas=2, compression_chunk=16,
+        distro=True, replicas=2, compression_chunk=16, param_dtype="bfloat16",
     )  # fmt: skip
     costs = costs_of(config, source, CPU)
     assert costs.need is not None

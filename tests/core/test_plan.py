@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from psyche_fast import compat
 from psyche_fast.config import RunConfig
 from psyche_fast.core import plan
 from psyche_fast.core.resume import Start
@@ -129,3 +130,30 @@ def test_local_steps_that_end_in_no_model_are_said(config: dict[str, object]) ->
     assert "no multiple" not in "\n".join(
         plan.make_plan(RunConfig.of(**run, total_steps=28)).summary
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_parameters_type_is_settled_and_said(
+    config: dict[str, object], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "cpu_multiplies_bf16", lambda: fast)
+    made = plan.make_plan(RunConfig.of(**config, device="cpu"))  # type: ignore[arg-type]
+    said = "\n".join(made.summary)
+    assert made.resolved.model.param_dtype == ("bfloat16" if fast else "float32")
+    assert made.config.model == made.resolved.model  # what the run directory says
+    assert ("emulates products of bfloat16" in said) == (not fast)
+    asked = RunConfig.of(**config, device="cpu", param_dtype="bfloat16")  # type: ignore[arg-type]
+    assert (
+        "warning  --param-dtype bfloat16: torch" in "\n".join(plan.make_plan(asked).summary)
+    ) == (not fast)
+
+
+@pytest.mark.parametrize("then", ["bfloat16", "float32"])
+def test_a_run_that_goes_on_keeps_its_parameters_type(tmp_path: Path, then: str) -> None:
+    saved = {**RunConfig.of().to_dict(), "param_dtype": then}
+    manifest = Manifest(version=1, step=3, config=saved, data={}, machine={}, files=[])
+    start = Start(tmp_path, manifest, ())
+    assert plan._typed(RunConfig.of(), start, "cpu").model.param_dtype == then
+    other = "float32" if then == "bfloat16" else "bfloat16"
+    given = RunConfig.of(param_dtype=other)  # which `check_start` refuses
+    assert plan._typed(given, start, "cpu").model.param_dtype == other

@@ -215,7 +215,8 @@ def test_versions_are_read_or_refused(place: Path, finished: Path, tmp_path: Pat
         path.parent, msgspec.convert({**manifest, "machine": other}, state.Manifest)
     )
     result = go_on(place, run, *given, "--dry-run")
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    (line,) = [line for line in warned if "emulates" not in line]  # on CPUs without bfloat16
     assert "torch 2.11.0 -> " in line
     assert "processor another -> " in line
     assert line.endswith("the state is exact, what follows need not be")

@@ -11,6 +11,7 @@ import torch
 
 import psyche_fast
 from psyche_fast import methods as m
+from psyche_fast.methods import muon
 from psyche_fast.methods.exchanges import InProcess
 
 SHAPES = {"layers.0.a": (8, 12), "layers.1.a": (7, 11), "layers.2.b": (2, 4, 6), "norm": (13,),
@@ -286,6 +287,19 @@ def test_parameters_that_are_empty_or_single_numbers(name):
     assert {n: p.shape for n, p in path[-1].items()} == {n: p.shape for n, p in start.items()}
     assert all(bool((path[-1][n] > 0).all()) for n in ("one", "scalar"))
     assert float(path[-1]["four"].mean()) > 0
+
+
+def test_muon_is_as_exact_where_products_of_bfloat16_would_be_emulated(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    matrices = [torch.randn(s, generator=generator) for s in [(48, 96), (96, 32)] * 2]
+    exact = muon.orthogonalise(m.Muon(), [x.double() for x in matrices])
+    errors = {}
+    for fast in (True, False):
+        monkeypatch.setattr(muon, "multiplies_bf16", lambda kind, fast=fast: fast)
+        found = muon.orthogonalise(m.Muon(), matrices)
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        errors[fast] = [float((x - e).norm()) for x, e in zip(found, exact, strict=True)]
+    assert all(new <= 1.1 * old for new, old in zip(errors[False], errors[True], strict=True))
 
 
 def test_muon_is_torchs():

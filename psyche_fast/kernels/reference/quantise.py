@@ -165,15 +165,18 @@ def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
     # A sum of these tells, of as many as there are, the sum of `q` and below it their number.
     bits = k.bit_length()
     assert 24 + 2 * bits < 63, f"{k} values"
-    numbered = (magnitudes * scale).to(torch.int64).bitwise_left_shift_(bits).add_(1)
+    # Float64 holds them up to 2^53, and is converted to five times as fast without AVX-512.
+    wide = torch.float64 if 24 + 2 * bits <= 53 else torch.int64
+    numbered = (magnitudes * scale).trunc_().to(wide).mul_(1 << bits).add_(1)
     larger = torch.empty_like(numbered)
-    total = numbered.sum(1, keepdim=True) >> bits
+    total = numbered.sum(1, keepdim=True).to(torch.int64) >> bits
     reciprocals = _reciprocals(k, magnitudes.device)
     levels = (total.to(torch.float32) * reciprocals[0]).expand(-1, 2)
     for _ in range(LLOYD):
         # The least whole number above the middle; in place of what is below it, it adds up too.
         least = levels.sum(1, keepdim=True).mul_(0.5).floor_().to(torch.int64).add_(1)
-        sums = torch.clamp(numbered, min=least << bits, out=larger).sum(1, keepdim=True)
+        torch.clamp(numbered, min=(least << bits).to(wide), out=larger)
+        sums = larger.sum(1, keepdim=True).to(torch.int64)
         count = (sums & ((1 << bits) - 1)).clamp_(max=k)  # where there are NaN it is anything
         below = k - count
         upper = (sums >> bits).sub_(least.mul_(below))
