@@ -14,10 +14,11 @@ from torch import Tensor
 from psyche_fast.kernels.plan import ChunkPlan, Rates, Slice
 from psyche_fast.kernels.quantise import Bits, Codes, scales_like
 from psyche_fast.kernels.reference.encode import Sources, take_up
-from psyche_fast.kernels.reference.workspace import RESULT, scratch
+from psyche_fast.kernels.reference.workspace import COUNTS, MAGNITUDES, RESULT, SUMS, scratch
 
 LLOYD = 8
 _BLOCK = 1 << 18  # elements
+_BLOCKS = 1 << 20  # of 2 bits, whose levels take calls for each row that cost more than elements
 _LEAST = 2.0**-100  # of a chunk's largest magnitude; below it all are as good as 0
 _LEAST_EXPONENT = -100
 
@@ -25,7 +26,7 @@ _LEAST_EXPONENT = -100
 def quantise(plan: ChunkPlan, values: Tensor, bits: Bits) -> tuple[Codes, Tensor]:
     """See `psyche_fast.kernels.quantise.quantise`."""
     codes, seen = _empty(len(values), values.shape[1], values, bits), torch.empty_like(values)
-    for rows in _blocks(values):
+    for rows in _blocks(values, bits):
         seen[rows] = _quantised(values[rows], bits, codes.codes[rows], codes.scales[rows])
     return codes, seen
 
@@ -65,7 +66,7 @@ def encode_all(
             continue
         chunks = _taken_up(plan, delta, part, decay, sources)
         flat = chunks.view(len(chunks), plan.totalk)
-        for block in _blocks(flat):
+        for block in _blocks(flat, bits):
             x = flat[block]
             rows = slice(part.start + block.start, part.start + block.stop)
             if codes is not None:
@@ -99,27 +100,31 @@ def _empty(n: int, k: int, like: Tensor, bits: Bits) -> Codes:
     )
 
 
-def _blocks(values: Tensor) -> list[slice]:
+def _blocks(values: Tensor, bits: int | None = None) -> list[slice]:
     """Runs of rows that are worked on together."""
     n, k = values.shape
-    step = max(1, (_BLOCK if values.device.type == "cpu" else 1 << 25) // max(1, k))
+    limit = _BLOCKS if bits == 2 else _BLOCK
+    step = max(1, (limit if values.device.type == "cpu" else 1 << 25) // max(1, k))
     return [slice(at, min(at + step, n)) for at in range(0, n, step)]
 
 
 def _quantised(x: Tensor, bits: Bits, codes: Tensor, scales: Tensor) -> Tensor:
-    """Write the codes and scales of values `[n, k]`; what they say."""
-    magnitudes = x.abs()
+    """Write the codes and scales of values `[n, k]`; what they say, good until the next call."""
+    magnitudes = torch.abs(x, out=scratch(MAGNITUDES, tuple(x.shape), x))
     most = magnitudes.amax(1, keepdim=True)
     if bits == 2:
-        low_high = _two_levels(magnitudes, most)
-        scales.copy_(low_high)
+        scales.copy_(_two_levels(magnitudes, most))
         levels = scales.to(x.dtype)
-        upper, negative = torch.empty_like(x), torch.empty_like(x)
-        torch.gt(magnitudes, levels.mul(0.5).sum(1, keepdim=True), out=upper)
-        torch.lt(x, 0.0, out=negative)
-        code = torch.add(negative, upper, alpha=2, out=magnitudes)
-        codes.view(torch.int8).copy_(code)  # 0 to 3; a conversion to uint8 is slower
-        return _levels(codes, levels, magnitudes)
+        middle = levels.mul(0.5).sum(1, keepdim=True)
+        for rows in _blocks(x):
+            own, code = magnitudes[rows], codes[rows]
+            upper, negative = (scratch(slot, tuple(own.shape), x) for slot in (SUMS, COUNTS))
+            torch.gt(own, middle[rows], out=upper)
+            torch.lt(x[rows], 0.0, out=negative)
+            torch.add(negative, upper, alpha=2, out=own)
+            code.view(torch.int8).copy_(own)  # 0 to 3; a conversion to uint8 is slower
+            _levels(code, levels[rows], own)
+        return magnitudes
     limit = (1 << (bits - 1)) - 1
     # By a tensor: on a GPU torch multiplies by the reciprocal of a number instead of dividing.
     scales.copy_(torch.where(most >= _LEAST, most / most.new_full((), limit), 0.0))
@@ -167,23 +172,32 @@ def _two_levels(magnitudes: Tensor, most: Tensor) -> Tensor:
     assert 24 + 2 * bits < 63, f"{k} values"
     # Float64 holds them up to 2^53, and is converted to five times as fast without AVX-512.
     wide = torch.float64 if 24 + 2 * bits <= 53 else torch.int64
-    numbered = (magnitudes * scale).trunc_().to(wide).mul_(1 << bits).add_(1)
-    larger = torch.empty_like(numbered)
-    total = numbered.sum(1, keepdim=True).to(torch.int64) >> bits
+    like = magnitudes.new_empty(0, dtype=wide)
+    numbered, blocks = scratch(SUMS, tuple(magnitudes.shape), like), _blocks(magnitudes)
+    for rows in blocks:
+        own = magnitudes[rows]
+        whole = torch.mul(own, scale[rows], out=scratch(COUNTS, tuple(own.shape), own)).floor_()
+        numbered[rows].copy_(whole).mul_(1 << bits).add_(1)
+    sums = numbered.sum(1, keepdim=True)
+    total = sums.to(torch.int64) >> bits
     reciprocals = _reciprocals(k, magnitudes.device)
     levels = (total.to(torch.float32) * reciprocals[0]).expand(-1, 2)
     for _ in range(LLOYD):
         # The least whole number above the middle; in place of what is below it, it adds up too.
         least = levels.sum(1, keepdim=True).mul_(0.5).floor_().to(torch.int64).add_(1)
-        torch.clamp(numbered, min=(least << bits).to(wide), out=larger)
-        sums = larger.sum(1, keepdim=True).to(torch.int64)
-        count = (sums & ((1 << bits) - 1)).clamp_(max=k)  # where there are NaN it is anything
+        numbers = (least << bits).to(wide)
+        for rows in blocks:
+            own = numbered[rows]
+            larger = torch.clamp(own, min=numbers[rows], out=scratch(COUNTS, tuple(own.shape), own))
+            torch.sum(larger, 1, keepdim=True, out=sums[rows])
+        found = sums.to(torch.int64)
+        count = (found & ((1 << bits) - 1)).clamp_(max=k)  # where there are NaN it is anything
         below = k - count
-        upper = (sums >> bits).sub_(least.mul_(below))
-        sums = torch.cat([total - upper, upper], dim=1)
+        upper = (found >> bits).sub_(least.mul_(below))
+        both = torch.cat([total - upper, upper], dim=1)
         counts = torch.cat([below, count], dim=1)
-        sums = torch.where(counts > 0, sums, total).to(torch.float32)
-        levels = sums * reciprocals.take(counts)
+        both = torch.where(counts > 0, both, total).to(torch.float32)
+        levels = both * reciprocals.take(counts)
     return torch.where(most.isfinite(), levels / scale, torch.nan)  # receivers refuse it
 
 
