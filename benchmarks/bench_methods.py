@@ -45,6 +45,7 @@ from benchmarks.method_references import (
 from psyche_fast import methods as m
 from psyche_fast.bench.shapes import SETS, elements
 from psyche_fast.methods.muon import MuonAdamW
+from psyche_fast.start.openmp import stay_awake
 
 SHAPES = SETS["small"]
 THREADS = 2
@@ -182,6 +183,8 @@ def test_step_is_as_many_times_faster_as_asked(name):
 
 
 def main() -> None:
+    if stay_awake(os.environ):  # as in a rank: references gather over gloo; torch is there already
+        os.execv(sys.executable, sys.orig_argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--references", type=Path, default=os.environ.get(ENVIRONMENT))
     parser.add_argument("--rounds", type=int, default=15)

@@ -28,6 +28,7 @@ from psyche_fast.start import tls
 from psyche_fast.start.cluster import Launched, launched
 from psyche_fast.start.early import early
 from psyche_fast.start.logs import quiet_terminal
+from psyche_fast.start.openmp import stay_awake
 
 if TYPE_CHECKING:
     from psyche_fast.core.profile import Profile
@@ -426,6 +427,7 @@ def sidecar(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 0, 1 after an error of the run, 2 after one of the user's."""
+    stay_awake(os.environ)
     run_command(cli, "psyche-fast", argv)
 
 

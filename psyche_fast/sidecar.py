@@ -20,6 +20,7 @@ from psyche_fast.start import early, signals
 from psyche_fast.start.knock import read_secret
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
+from psyche_fast.start.openmp import stay_awake
 from psyche_fast.start.parent import LIFE, SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs a sidecar until `exit`; status 0 then, 1 after an error that was said."""
     words = sys.argv[1:] if argv is None else argv
+    stay_awake(os.environ)
     if words[:1] == [early.FLAG]:
         words = early.wait(int(words[1]), _import)
     run(parse(words))
