@@ -45,7 +45,7 @@ from benchmarks.method_references import (
 from psyche_fast import methods as m
 from psyche_fast.bench.shapes import SETS, elements
 from psyche_fast.methods.muon import MuonAdamW
-from psyche_fast.start.openmp import stay_awake
+from psyche_fast.start.libraries import stay_awake
 
 SHAPES = SETS["small"]
 THREADS = 2

@@ -27,8 +27,8 @@ from psyche_fast.presets import values_of
 from psyche_fast.start import tls
 from psyche_fast.start.cluster import Launched, launched
 from psyche_fast.start.early import early
+from psyche_fast.start.libraries import stay_awake
 from psyche_fast.start.logs import quiet_terminal
-from psyche_fast.start.openmp import stay_awake
 
 if TYPE_CHECKING:
     from psyche_fast.core.profile import Profile

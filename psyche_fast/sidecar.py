@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from psyche_fast.errors import explain
 from psyche_fast.start import early, signals
 from psyche_fast.start.knock import read_secret
+from psyche_fast.start.libraries import stay_awake
 from psyche_fast.start.logs import quiet_terminal
 from psyche_fast.start.network import use_interface
-from psyche_fast.start.openmp import stay_awake
 from psyche_fast.start.parent import LIFE, SPAWNED, TIMEOUT, die_with_parent
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from psyche_fast.batch import Batch
 from psyche_fast.config import RunConfig
 from psyche_fast.models.source import resolve_model
 from psyche_fast.rank.serve import build_trainer
+from psyche_fast.start.libraries import keep_freed_memory
 
 CASES = ("Llama, AdamW", "Llama, DisTrO")
 _SIZES: dict[str, dict[str, Any]] = {
@@ -64,6 +65,8 @@ def step(name: str, device: torch.device) -> Iterator[Step]:
             param_dtype="bfloat16" if device.type == "cuda" else "float32",
             attn_implementation="sdpa",
         )
+        if device.type == "cpu":
+            keep_freed_memory()
         trainer = build_trainer(config, resolve_model(folder), device)
     ids = torch.randint(size["vocabulary"], (rows, length))
     counter = FlopCounterMode(display=False)

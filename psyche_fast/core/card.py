@@ -155,7 +155,10 @@ def card(config: RunConfig, source: FilesSource, costs: Costs, device: torch.dev
         device: rank 0's.
     """
     name, reason = explain(device)
-    lines = [f"dtypes   {_dtypes(config)}", f"loss     {_loss(config, read_config(source))}"]
+    lines = [
+        f"dtypes   {_dtypes(config)}",
+        f"loss     {_loss(config, read_config(source), device)}",
+    ]
     if config.optimizer.distro and device.type != "cuda":  # of GPUs the summary says more
         lines.append(f"kernels  encode, apply, accumulate, pack: {name} ({reason})")
     need = costs.need
@@ -189,7 +192,7 @@ def _dtypes(config: RunConfig) -> str:
     return ", ".join(f"{name} {kind}" for name, kind in kinds.items())
 
 
-def _loss(config: RunConfig, model: dict[str, Any]) -> str:
+def _loss(config: RunConfig, model: dict[str, Any], device: torch.device) -> str:
     if config.model.liger:
         return "Liger's kernels, without logits"
     vocabulary = vocabulary_size(model)
@@ -199,7 +202,7 @@ def _loss(config: RunConfig, model: dict[str, Any]) -> str:
     whole = f"logits of a micro-batch are {format_bytes(size)}"
     if config.model.loss != "auto":
         return f"{config.model.loss}, as asked for ({whole})"
-    if size <= head_loss.PLAIN_BYTES:
+    if size <= head_loss.plain_bytes(device.type):
         return f"plain: {whole}"
     if config.parallelism.tensor_parallelism > 1:
         return f"plain: {whole}, and the head is split over ranks"

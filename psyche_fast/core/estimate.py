@@ -36,7 +36,7 @@ from psyche_fast.kernels.reference.workspace import groups
 from psyche_fast.links import Link
 from psyche_fast.models import building, choose_attention, huggingface, parallel
 from psyche_fast.models.causal_lm import CausalLM
-from psyche_fast.models.head_loss import chunk_bytes
+from psyche_fast.models.head_loss import chunk_bytes, plain_bytes
 from psyche_fast.models.source import read_model as read_model
 from psyche_fast.models.source import vocabulary_size
 from psyche_fast.models.tensor_parallel import tensor_parallel
@@ -316,22 +316,25 @@ def _activations(
 ) -> int:
     """Bytes that forward and backward of a micro-batch hold at most, whole gradients apart."""
     device = torch.device("cpu")
+    rows = run.training.micro_batch, run.model.sequence_length
+    settings: Any = module.config
+    logits = 4 * math.prod(rows) * (vocabulary_size(settings.to_dict()) or 0)
+    # As the device decides it, where this machine would not.
+    is_plain = run.model.loss == "auto" and logits <= plain_bytes(device_type)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device=device)
         building.tie(module, aliases)
-        settings: Any = module.config
         model = CausalLM(
             module, config=settings.to_dict(), architecture="HfAuto", device=device,
             attn_implementation=attention,
             class_name=type(module).__name__, blocks=(),
-            loss="plain" if run.parallelism.tensor_parallelism > 1 else run.model.loss,
+            loss="plain" if run.parallelism.tensor_parallelism > 1 or is_plain else run.model.loss,
         )  # fmt: skip
         for parameter in module.parameters():
             # Counted apart; in this pass each lives as long as it takes to be added.
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         model.train()
-        rows = run.training.micro_batch, run.model.sequence_length
         batch = Batch(torch.zeros(rows, dtype=torch.int64))
         try:
             with LiveBytes() as bytes_:

@@ -67,6 +67,7 @@ from psyche_fast.start.cluster import Launched
 from psyche_fast.start.devices import check_processors, processor
 from psyche_fast.start.early import Early
 from psyche_fast.start.elastic import ReplicaSidecars
+from psyche_fast.start.libraries import keep_freed_memory
 from psyche_fast.start.logs import link, rank_log
 from psyche_fast.start.signals import StopRequest, also_at_exit_now
 from psyche_fast.start.store import barrier, processors
@@ -246,6 +247,8 @@ def _train(
     else:
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     before = memory_bytes()["process"]
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     if trainer.settled is not None:
         plan = _settled(plan, trainer.settled, output, console)

@@ -76,9 +76,7 @@ class CausalLM:
         loss: str = "plain",
     ) -> None:
         self.module = module
-        self.config = config
-        self.architecture = architecture
-        self.device = device
+        self.config, self.architecture, self.device = config, architecture, device
         self.attn_implementation = attn_implementation
         self.shard_mesh = shard_mesh
         self.tensor_mesh = tensor_mesh
@@ -245,13 +243,12 @@ class CausalLM:
     def _prefers_no_logits(self, batch: Batch) -> bool:
         if self._loss_kind == "plain":
             return False
-        if self._loss_kind == "auto":
-            logits = 4 * batch.input_ids.numel() * (vocabulary_size(self.config) or 0)
-            if logits <= head_loss.PLAIN_BYTES:
-                return False
+        logits = 4 * batch.input_ids.numel() * (vocabulary_size(self.config) or 0)
+        if self._loss_kind == "auto" and logits <= head_loss.plain_bytes(self.device.type):
+            return False
         if self._why_plain is None:
             self._why_plain = self._find_why_plain()
-            if self._why_plain and self._loss_kind == "auto":
+            if self._why_plain and self._loss_kind == "auto" and logits > head_loss.PLAIN_BYTES:
                 log.warning("all logits are held at once, at a price: %s", self._why_plain)
         if self._why_plain and self._loss_kind == "chunked":
             raise ValueError(f"--loss chunked: {self._why_plain}; use --loss plain")

@@ -29,6 +29,11 @@ PLAIN_BYTES = 256 << 20
 what a step holds anyway."""
 
 
+def plain_bytes(device_type: str) -> int:
+    """The same on a kind of device: a CPU is faster with chunks wherever there are several."""
+    return min(PLAIN_BYTES, _CHUNK_BYTES["cpu"]) if device_type == "cpu" else PLAIN_BYTES
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]

@@ -33,6 +33,7 @@ from psyche_fast.rank.saving import StateWriter, restore
 from psyche_fast.rank.simulated import Simulated
 from psyche_fast.rank.topology import GRACE, Topology
 from psyche_fast.rank.trainer import Trainer, trainable
+from psyche_fast.start.libraries import keep_freed_memory
 from psyche_fast.start.logs import keep_rank_log
 from psyche_fast.start.store import StoreClient, barrier
 
@@ -126,6 +127,8 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     logs = Path(config.run.output, "logs")
     keep_rank_log(logs / f"rank-{rank}.log", rank, config.tracking.log_level)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer = build_trainer(config, source, device, epochs)
     folder = config.run.output
     if trainer.settled is not None:

@@ -148,6 +148,20 @@ def test_auto_goes_by_size(save_model: SaveModel, monkeypatch: pytest.MonkeyPatc
     assert not model.goes_without_logits(batch)
 
 
+def test_auto_takes_chunks_where_a_cpu_is_faster_with_them(
+    save_model: SaveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, batch = save_model("llama"), Batch(torch.randint(3, 64, (2, 16)))
+    size = 4 * 2 * 16 * 64
+    monkeypatch.setattr(head_loss, "PLAIN_BYTES", 8 * size)
+    model = load(folder, loss="auto")
+    model.train()
+    for chunk, chunked in ((size - 1, True), (size, False)):
+        monkeypatch.setitem(head_loss._CHUNK_BYTES, "cpu", chunk)
+        assert model.goes_without_logits(batch) == chunked
+    assert head_loss.plain_bytes("cuda") == 8 * size
+
+
 def _sharded(rank: int, folder: Path) -> list[dict[str, Tensor]]:
     topology = Topology.build(2, 1, torch.device("cpu"))
     rows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
