@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def step(name: str, device: torch.device) -> Iterator[Step]:
             attn_implementation="sdpa",
         )
         if device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(os.environ)
         trainer = build_trainer(config, resolve_model(folder), device)
     ids = torch.randint(size["vocabulary"], (rows, length))
     counter = FlopCounterMode(display=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -248,7 +249,7 @@ def _train(
         join(backend, ranks.store, parallelism.world_size, 0, device, timeout)
     before = memory_bytes()["process"]
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(os.environ)
     trainer = build_trainer(config, plan.source, device, members.epochs if members else None)
     if trainer.settled is not None:
         plan = _settled(plan, trainer.settled, output, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from datetime import timedelta
 from functools import partial
@@ -128,7 +129,7 @@ def serve(client: StoreClient, device: torch.device, start: Start | None = None)
     keep_rank_log(logs / f"rank-{rank}.log", rank, config.tracking.log_level)
     beats, patience = Beats(client, rank, logs), Patience(config.machines.timeout)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(os.environ)
     trainer = build_trainer(config, source, device, epochs)
     folder = config.run.output
     if trainer.settled is not None:

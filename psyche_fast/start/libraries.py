@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 _AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
 """The second is what GCC's has by itself, some 3 ms, and the third what LLVM's has, in ms: without
@@ -33,16 +33,18 @@ def stay_awake(environment: MutableMapping[str, str]) -> bool:
     return True
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     """Have glibc keep the memory that a step frees for the next one.
 
     Else what a step frees goes back to the kernel, as do large tensors by themselves, and the next
-    one gets it page by page, zeroed: a tenth of a small model's step. The largest tensors still go
-    back, so that what they leave is not cut up.
+    one gets it page by page, zeroed: a tenth of a small model's step and more. What is kept is cut
+    up, so that a process may hold a quarter more. The largest tensors still go back.
 
     Returns:
-        Whether there is a glibc that does so.
+        Whether that is so: not where one of glibc's own variables is set, or there is no glibc.
     """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in environment):
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # macOS, musl
         return False
