@@ -5,10 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from psyche_fast.start.libraries import stay_awake
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(
+    program: str, *arguments: str, folder: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A program, without what this process' environment has of these libraries."""
+    of = "OMP_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_"
+    rest = {k: v for k, v in os.environ.items() if not k.startswith(of)}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=folder,
+        env={**rest, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
 
 
 def test_what_a_user_has_set_stays() -> None:
@@ -37,11 +53,8 @@ sidecar.main("--backend gloo --init-method tcp://h:1 --world-size 2 --rank 1".sp
 
 
 @pytest.mark.parametrize("program", [_COMMAND, _SIDECAR])
-def test_it_is_decided_before_torch_is_there(program: str) -> None:
-    rest = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=rest, capture_output=True, text=True, check=True
-    )
+def test_it_is_decided_before_torch_is_there(program: str, tmp_path: Path) -> None:
+    done = run(program, folder=tmp_path)  # where `schedule` draws
     assert done.stdout.splitlines()[-1] == "active 300000"
 
 
@@ -56,11 +69,7 @@ import torch
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of GCC's OpenMP")
 def test_openmp_takes_it_up() -> None:
     """Else loops of 64k elements take nine times as long after an all-gather over gloo."""
-    rest = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", _TOLD],
-        env={**rest, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run(_TOLD, OMP_DISPLAY_ENV="verbose")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in done.stderr
     assert "GOMP_SPINCOUNT = '300000'" in done.stderr
 
@@ -86,10 +95,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_what_a_step_frees_is_there_for_the_next() -> None:
     def faults(how: str) -> int:
         own = {} if how == "keep" else {"MALLOC_ARENA_MAX": "8"}
-        done = subprocess.run(
-            [sys.executable, "-c", _STEPS, how],
-            env={**os.environ, **own}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = run(_STEPS, how, **own)
         return int(done.stdout)
 
     assert faults("keep") < 1000 < 10_000 < faults("give back")
